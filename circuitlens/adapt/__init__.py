@@ -1,0 +1,7 @@
+"""Training: competence in the source language, transfer to a target language."""
+
+from circuitlens.adapt.finetune import finetune, is_competent
+from circuitlens.adapt.strategies import STRATEGIES
+from circuitlens.adapt.transfer import TransferResult, transfer
+
+__all__ = ["STRATEGIES", "TransferResult", "finetune", "is_competent", "transfer"]

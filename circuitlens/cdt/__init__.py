@@ -1,0 +1,19 @@
+"""The decomposition engine: how far the deviation of a head from its mean moves an output.
+
+It speaks hooks, not architectures. A rule set says what stays as in the clean run; relevance by
+*difference* patches a source and runs the network with those parts frozen; relevance by *gradient*
+linearises that network and gets every source from one backward pass.
+"""
+
+from circuitlens.cdt.difference import relevance_by_difference
+from circuitlens.cdt.gradient import relevance_by_gradient
+from circuitlens.cdt.operating_point import OperatingPoint
+from circuitlens.cdt.rules import RULES, RuleSet
+
+__all__ = [
+    "RULES",
+    "OperatingPoint",
+    "RuleSet",
+    "relevance_by_difference",
+    "relevance_by_gradient",
+]

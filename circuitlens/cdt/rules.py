@@ -1,0 +1,44 @@
+"""Rule sets: which maps are frozen at the clean run, and how β passes activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["RULES", "RuleSet"]
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """What β may not change, and how it passes what remains nonlinear.
+
+    With total t, relevant part β and irrelevant part γ = t − β:
+
+    * frozen *patterns* and *scales* (attention weights, norm denominators) are constants of the
+      clean run, so they pass β as linear maps;
+    * activations go by ``difference``, β' = f(t) − f(t − β); by ``gradient``, β' = f'(t) β; or by
+      ``secant``, β' = (f(t)/t) β. For a gated MLP f is act(gate) · up, and the secant gives half
+      of the product to each factor.
+
+    By ``difference``, β at the output is the clean output minus that of the network with the
+    source patched and the frozen parts held. By ``gradient`` or ``secant`` β is linear in the
+    source, so one backward pass gives all sources.
+    """
+
+    name: str
+    freeze_patterns: bool
+    freeze_scales: bool
+    activation: Literal["difference", "gradient", "secant"]
+
+
+# `ablation` freezes nothing: the difference is then exact mean ablation. `attribution` is its
+# first-order version. The others are the design's CD-T variants.
+RULES: dict[str, RuleSet] = {
+    rules.name: rules
+    for rules in (
+        RuleSet("cdt", True, True, "difference"),
+        RuleSet("cdt-linear", True, True, "secant"),
+        RuleSet("attribution", False, False, "gradient"),
+        RuleSet("ablation", False, False, "difference"),
+    )
+}

@@ -1,0 +1,151 @@
+"""Circuit: a set of heads that knows where it comes from."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from circuitlens.errors import InputError
+from circuitlens.geometry import Head
+from circuitlens.provenance import Provenance
+from circuitlens.storage import read_json, write_json
+
+__all__ = ["Circuit"]
+
+_SCHEMA = "circuitlens.circuit/1"
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A set of heads of one model, in order of layer and index.
+
+    Make one from scores (:meth:`circuitlens.HeadScores.top`) or with :meth:`of`.
+
+    Attributes:
+        heads: the heads, sorted and without repetition.
+        n_layers, n_heads: size of the model's head grid.
+        selection: how the heads were chosen, such as ``cdt: top 8``.
+        provenance: where the scores come from, if from scores.
+    """
+
+    heads: tuple[Head, ...]
+    n_layers: int
+    n_heads: int
+    selection: str = "by hand"
+    provenance: Provenance | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
+        for head in self.heads:
+            if not (0 <= head.layer < self.n_layers and 0 <= head.index < self.n_heads):
+                raise InputError(
+                    f"The circuit names head {head}, but the model has {self.n_layers} layers of "
+                    f"{self.n_heads} heads."
+                )
+
+    @classmethod
+    def of(cls, heads: Iterable[Head | str], n_layers: int, n_heads: int) -> Circuit:
+        """Make a circuit from heads or names such as ``"a3.h5"``."""
+        parsed = tuple(h if isinstance(h, Head) else Head.parse(h) for h in heads)
+        return cls(parsed, n_layers, n_heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self.heads)
+
+    def __contains__(self, head: object) -> bool:
+        return head in set(self.heads)
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(str, self.heads))
+        return f"Circuit({len(self)} of {self.n_layers * self.n_heads} heads: {names})"
+
+    # -- set algebra -----------------------------------------------------------------------
+
+    def _combine(self, other: Circuit, heads: set[Head], sign: str) -> Circuit:
+        if (self.n_layers, self.n_heads) != (other.n_layers, other.n_heads):
+            raise InputError(
+                f"Circuits of different models cannot be combined: {self.n_layers} × "
+                f"{self.n_heads} heads and {other.n_layers} × {other.n_heads}."
+            )
+        selection = f"({self.selection}) {sign} ({other.selection})"
+        return Circuit(tuple(heads), self.n_layers, self.n_heads, selection)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Union."""
+        return self._combine(other, set(self.heads) | set(other.heads), "|")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Intersection."""
+        return self._combine(other, set(self.heads) & set(other.heads), "&")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Difference."""
+        return self._combine(other, set(self.heads) - set(other.heads), "-")
+
+    def complement(self) -> Circuit:
+        """All heads of the model that are not in the circuit."""
+        rest = tuple(
+            head
+            for layer in range(self.n_layers)
+            for index in range(self.n_heads)
+            if (head := Head(layer, index)) not in self
+        )
+        return Circuit(rest, self.n_layers, self.n_heads, f"all but ({self.selection})")
+
+    def overlap(self, other: Circuit) -> float:
+        """Jaccard index: heads in both over heads in either (1 for two empty circuits)."""
+        union = len(self | other)
+        return len(self & other) / union if union else 1.0
+
+    # -- files -----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return {
+            "heads": [str(head) for head in self.heads],
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "selection": self.selection,
+            "provenance": self.provenance.to_dict() if self.provenance else None,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Circuit:
+        """Rebuild what :meth:`to_dict` returned."""
+        origin = content["provenance"]
+        return cls(
+            heads=tuple(map(Head.parse, content["heads"])),
+            n_layers=content["n_layers"],
+            n_heads=content["n_heads"],
+            selection=content["selection"],
+            provenance=Provenance.from_dict(origin) if origin else None,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        write_json(Path(path), _SCHEMA, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what :meth:`save` wrote."""
+        return cls.from_dict(read_json(Path(path), _SCHEMA))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a head."""
+        rows = [{"head": str(h), "layer": h.layer, "index": h.index} for h in self.heads]
+        return pd.DataFrame(rows, columns=["head", "layer", "index"])
+
+    def _repr_html_(self) -> str:
+        names = ", ".join(map(str, self.heads)) or "no heads"
+        return (
+            f"<p><b>Circuit</b> ({html.escape(self.selection)}): {len(self)} of "
+            f"{self.n_layers * self.n_heads} heads: {names}</p>"
+        )

@@ -1,0 +1,365 @@
+"""The command line: parses, calls the verbs, prints tables.
+
+The heavy imports stand inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from circuitlens.adapt import TransferResult
+    from circuitlens.pipeline import RunFolder
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=(
+        "Find the few attention heads that carry a task in a language model, check them, and "
+        "adapt the model to another language by training only those heads."
+    ),
+)
+
+_Dir = Annotated[Path, typer.Argument(help="Folder of an earlier `circuitlens run`.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor log lines.")]
+
+# Wide enough for the tables when nobody has a terminal.
+_out = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _begin(quiet: bool) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("circuitlens").setLevel(logging.WARNING if quiet else logging.INFO)
+    # What torch and transformers warn about here is none of the user's making.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|transformers")
+
+
+def _pairs(items: Sequence[str], option: str) -> dict[str, str] | None:
+    from circuitlens.errors import InputError
+
+    for item in items:
+        if "=" not in item:
+            raise InputError(f"{option} takes name=value, but got {item!r}.")
+    return dict(item.split("=", 1) for item in items) or None
+
+
+def _size(text: str) -> int | float:
+    from circuitlens.errors import InputError
+
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise InputError(
+            f"--size takes a number of heads (8) or a share of them (0.25), but got {text!r}."
+        ) from None
+
+
+def _strategy_table(results: Sequence[TransferResult]) -> Table:
+    table = Table(title="Transfer: test accuracy in percent")
+    table.add_column("target")
+    table.add_column("strategy")
+    for name in ("target before", "after", "gain", "macro-F1", "source before", "after"):
+        table.add_column(name, justify="right")
+    for name in ("trained", "rate", "seconds"):
+        table.add_column(name, justify="right")
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    for r in results:
+        before, after = r.source_before, r.source_after
+        table.add_row(
+            r.target_language,
+            r.strategy,
+            percent(r.target_before.accuracy),
+            percent(r.target_after.accuracy),
+            f"{100 * r.target_gain:+.1f}",
+            percent(r.target_after.macro_f1),
+            percent(before.accuracy if before else None),
+            percent(after.accuracy if after else None),
+            f"{r.n_trainable:,}",
+            f"{r.learning_rate:g}",
+            f"{r.seconds:.1f}",
+        )
+    return table
+
+
+def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
+    if results:
+        _out.print(_strategy_table(results))
+    _out.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str, typer.Option(help="Hub name or local folder; `toy` makes the built-in small model.")
+    ],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="nusax, smsa, americasnli, xnli, toy, or a CSV, TSV, JSONL or Parquet file; "
+            "`{language}` in its path stands for the language."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for all results; must be new or unfinished.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="Target language; give it again for more.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Source language; default: the data set's usual one.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Local folder of the data set; default: the hub.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt with the fields in braces: '{text} sentimen:'.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="Answer word of a label, one token: 'positive= positif'. Repeat."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns of a data file: label=NAME, id=NAME or group=NAME. Repeat."),
+    ] = None,
+    competence: Annotated[
+        str,
+        typer.Option(
+            help="Fine-tune on the source first: auto (if the model is near chance), always, never."
+        ),
+    ] = "auto",
+    finetune_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of that; large models want 1e-5 to 5e-5.")
+    ] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of that.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Scorer: cdt, cdt-linear, attribution, ablation or random.")
+    ] = "cdt",
+    size: Annotated[
+        str, typer.Option(help="Heads in the circuit: a number (8) or a share (0.25).")
+    ] = "0.25",
+    positions: Annotated[
+        str, typer.Option(help="Where heads deviate from their means: all or decision.")
+    ] = "all",
+    max_examples: Annotated[
+        int | None, typer.Option(help="Most examples for discovery; default: all correct ones.")
+    ] = None,
+    n_random: Annotated[int, typer.Option(help="Random circuits for each size.")] = 10,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="circuit, near-zero, random, norms, full. Repeat; default: all."),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Learning rates of the transfer, chosen on validation. Repeat."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of the transfer, at most.")] = 10,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Do the whole line: competence, discovery, faithfulness, transfer, report.
+
+    For example, on a local copy of NusaX:
+
+        circuitlens run --model my-model --task nusax --data nusax
+            --source indonesian --target javanese --out runs/ind-jav
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    _begin(quiet)
+    from circuitlens.adapt.transfer import DEFAULT_RATES
+    from circuitlens.errors import InputError
+    from circuitlens.pipeline import RunFolder, RunSettings
+
+    for name, value, known in (
+        ("--competence", competence, ("auto", "always", "never")),
+        ("--positions", positions, ("all", "decision")),
+    ):
+        if value not in known:
+            raise InputError(f"{name} is one of {', '.join(known)}, but got {value!r}.")
+    options: dict[str, Any] = {} if strategy is None else {"strategies": tuple(strategy)}
+    settings = RunSettings(
+        model=model,
+        task=task,
+        source=source,
+        targets=tuple(target or ()),
+        data=data,
+        template=template,
+        labels=_pairs(label or [], "--label"),
+        columns=_pairs(column or [], "--column"),
+        competence=competence,  # type: ignore[arg-type]
+        finetune_rate=finetune_rate,
+        finetune_epochs=finetune_epochs,
+        positions=positions,  # type: ignore[arg-type]
+        method=method,
+        size=_size(size),
+        max_examples=max_examples,
+        n_random=n_random,
+        learning_rates=tuple(rate or DEFAULT_RATES),
+        epochs=epochs,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        **options,
+    )
+    folder = RunFolder.create(out, settings, quiet=quiet)
+    _finish(folder, folder.run_all())
+
+
+@app.command()
+def discover(
+    folder: _Dir,
+    method: Annotated[str | None, typer.Option(help="Another scorer than the run's.")] = None,
+    size: Annotated[str | None, typer.Option(help="Another circuit size.")] = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Replace what is there, and remove what came of it.")
+    ] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Score the heads and choose the circuit anew."""
+    _begin(quiet)
+    from dataclasses import replace
+
+    from circuitlens.errors import InputError
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(folder, quiet=quiet)
+    if (folder / "circuit.json").is_file():
+        if not redo:
+            raise InputError(
+                f"{folder} has a circuit already: add --redo to replace it, which also removes "
+                "the faithfulness and the transfers that came of it."
+            )
+        run.discard_discovery()
+    changes: dict[str, Any] = {"method": method or run.settings.method}
+    if size is not None:
+        changes["size"] = _size(size)
+    run.settings = replace(run.settings, **changes)
+    _out.print(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
+    run.write_record(finished=False)
+
+
+@app.command()
+def faithfulness(
+    folder: _Dir,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure anew.")] = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure how much of the task the circuit does alone."""
+    _begin(quiet)
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(folder, quiet=quiet)
+    if redo:
+        (folder / "faithfulness.safetensors").unlink(missing_ok=True)
+    columns = ["heads", "faithfulness", "accuracy", "random_faithfulness", "random_accuracy"]
+    table = run.curve.to_frame()[columns]
+    _out.print(table.to_string(index=False, float_format="{:.3f}".format))
+    run.write_record(finished=False)
+
+
+@app.command()
+def transfer(
+    folder: _Dir,
+    target: Annotated[list[str] | None, typer.Option(help="Target language. Repeat.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Strategy. Repeat.")] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Adapt the model to further languages, or by further strategies; finished ones are kept."""
+    _begin(quiet)
+    from dataclasses import replace
+
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(folder, quiet=quiet)
+    targets = tuple(target or run.settings.targets)
+    strategies = tuple(strategy or run.settings.strategies)
+    replace(run.settings, targets=targets, strategies=strategies)  # checks the names
+    tasks = [run.task.to(name) for name in targets]
+    results = [run.transfer(t.language, s) for t in tasks for s in strategies]
+    run.report()
+    run.write_record(finished=True)
+    _finish(run, results)
+
+
+@app.command()
+def report(folder: _Dir, quiet: _Quiet = False) -> None:
+    """Write the report of what the folder holds."""
+    _begin(quiet)
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(folder, quiet=quiet)
+    run.report()
+    _finish(run, ())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Another seed makes other languages.")] = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Do the whole line on three artificial languages and a model trained on the spot."""
+    _begin(quiet)
+    from circuitlens.pipeline import RunFolder, RunSettings
+
+    settings = RunSettings(
+        model="toy",
+        task="toy",
+        source="source",
+        targets=("near", "far"),
+        max_examples=300,
+        epochs=20,
+        seed=seed,
+    )
+    folder = RunFolder.create(out, settings, quiet=quiet)
+    _finish(folder, folder.run_all())
+
+
+def main() -> None:
+    """Run the command line; expected errors are one sentence and no traceback."""
+    # The hub's clients would wait for a network that is not there, and print bars of their own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _fail("Interrupted. What was finished is whole; the same command goes on from there.", 130)
+    except Exception as error:
+        from click import ClickException
+
+        from circuitlens.errors import CircuitLensError
+
+        if isinstance(error, ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, CircuitLensError):
+            _fail(f"Error: {error}", 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(message + "\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

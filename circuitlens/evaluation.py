@@ -1,0 +1,102 @@
+"""Answers at the decision position: margins, accuracy, macro-F1, and what counts as chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from circuitlens.batch import label_logits
+from circuitlens.model import HookedModel
+from circuitlens.progress import progress
+from circuitlens.tasks import Encoded, Example, Task
+
+__all__ = ["Evaluation", "evaluate", "near_chance", "predict", "summarise"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on some examples.
+
+    Attributes:
+        n: number of examples.
+        accuracy: share of examples whose right label has the largest logit of all labels.
+        macro_f1: F1 score, averaged over labels.
+        margin: mean task margin, in logits.
+    """
+
+    n: int
+    accuracy: float
+    macro_f1: float
+    margin: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def predict(
+    model: HookedModel, encoded: Encoded, *, batch_size: int = 64, quiet: bool = True
+) -> Float[Tensor, "example label"]:
+    """Label logits of all examples from the Hugging Face view, in the order given."""
+    found = torch.empty(len(encoded), len(encoded.label_tokens))
+    batches = encoded.batches(batch_size, model.device)
+    for index, batch in progress(
+        batches, "Evaluating", quiet=quiet, total=encoded.n_batches(batch_size)
+    ):
+        found[index] = label_logits(model.hf_logits(batch), batch).float().cpu()
+    return found
+
+
+def evaluate(
+    model: HookedModel,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    quiet: bool = False,
+) -> Evaluation:
+    """Evaluate a model on examples of a task."""
+    encoded = task.encode(model, examples)
+    logits = predict(model, encoded, batch_size=batch_size, quiet=quiet)
+    return summarise(logits, torch.tensor(encoded.gold))
+
+
+def summarise(logits: Float[Tensor, "example label"], gold: Tensor) -> Evaluation:
+    """Turn label logits and right labels into an :class:`Evaluation`."""
+    predicted = logits.argmax(1)
+    right = logits.gather(1, gold[:, None])[:, 0]
+    margin = right - (logits.sum(1) - right) / (logits.shape[1] - 1)
+    macro = f1_score(
+        gold.numpy(),
+        predicted.numpy(),
+        labels=list(range(logits.shape[1])),
+        average="macro",
+        zero_division=0.0,
+    )
+    return Evaluation(
+        n=len(gold),
+        accuracy=float((predicted == gold).double().mean()),
+        macro_f1=float(macro),
+        margin=float(margin.double().mean()),
+    )
+
+
+def near_chance(n_correct: int, gold: Sequence[int]) -> tuple[bool, float]:
+    """Whether an accuracy could be that of always naming the most frequent label.
+
+    Returns:
+        Whether the 95 % Wilson interval of the accuracy reaches down to the share of the most
+        frequent label, and that share.
+    """
+    majority = max(Counter(gold).values()) / len(gold)
+    interval = binomtest(n_correct, len(gold)).proportion_ci(0.95, method="wilson")
+    return bool(interval.low <= majority), majority

@@ -1,0 +1,403 @@
+"""One set of weights, two views: Hugging Face for training, TransformerBridge for hooks.
+
+``TransformerBridge`` rewires the module tree it is given, after which ``state_dict`` and
+``save_pretrained`` no longer speak Hugging Face's names. So the Hugging Face model stays pristine
+and the bridge is built on a *structural* copy of it: new modules around the very same parameter
+and buffer tensors. Training one view is visible in the other at once, and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from circuitlens.batch import Batch
+from circuitlens.errors import InputError, UnsupportedModelError
+from circuitlens.geometry import HeadGeometry
+from circuitlens.progress import hush_transformers
+from circuitlens.storage import digest
+
+__all__ = ["HookedModel", "load"]
+
+logger = logging.getLogger(__name__)
+
+Hook = Callable[[Tensor], Tensor | None]
+
+
+class HookedModel:
+    """A causal language model with a Hugging Face view and a hooked view of the same weights.
+
+    Make one with :func:`load`.
+
+    Attributes:
+        hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
+        name: name or folder it was loaded from.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+    ) -> None:
+        self.hf = hf.eval()
+        self.name = name or str(hf.config.name_or_path) or type(hf).__name__
+        self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        return (
+            f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
+            f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device})"
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            InputError: if the model was loaded from memory without one.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                f"The model {self.name} has no tokenizer, and text must be encoded here: "
+                "pass one, cl.load(model, tokenizer=…)."
+            )
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return torch.device(self.hf.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return cast(torch.dtype, self.hf.dtype)
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The hooked view, a ``TransformerBridge``; built when first used."""
+        return _boot_bridge(self.hf, self._tokenizer)
+
+    @cached_property
+    def geometry(self) -> HeadGeometry:
+        """Sizes of the heads and the weight slices that each one owns."""
+        cfg = self.bridge.cfg
+        attention = [f"{block.name}.{block.attn.name}" for block in self.bridge.blocks]
+        return HeadGeometry(
+            self.hf,
+            attention,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_head=cfg.d_head,
+            d_model=cfg.d_model,
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
+        pieces = chain.from_iterable(self.hf.named_parameters())
+        return digest(*pieces)
+
+    # -- forward ---------------------------------------------------------------------------
+
+    def logits(
+        self, batch: Batch, hooks: Mapping[str, Hook] | None = None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the decision position from the hooked view.
+
+        Args:
+            batch: the prompts.
+            hooks: by canonical hook name, a function of the activation that returns the
+                activation to go on with, or ``None`` to leave it as it is.
+
+        Raises:
+            UnsupportedModelError: if a hook did not fire, which would make any result wrong.
+        """
+        arguments = self.arguments(self.bridge.original_model, batch)
+        tokens = arguments.pop("input_ids")
+        with self.hooked(hooks or {}):
+            return cast(Tensor, self.bridge(tokens, **arguments))[:, -1]
+
+    def hf_logits(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the decision position from the Hugging Face view."""
+        return cast(Tensor, self.hf(**self.arguments(self.hf, batch)).logits)[:, -1]
+
+    @staticmethod
+    def arguments(hf: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of ``hf.forward`` for a batch; only the last logits are asked for."""
+        accepted = inspect.signature(hf.forward).parameters
+        arguments: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+        }
+        # Models without learned or rotary positions (BLOOM's ALiBi) derive them from the mask.
+        if "position_ids" in accepted:
+            arguments["position_ids"] = batch.position_ids
+        # Only the decision position is read; a vocabulary-sized row per token is pure memory.
+        if "logits_to_keep" in accepted:
+            arguments["logits_to_keep"] = 1
+        return arguments
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Attach hooks for the block's forward pass and make sure that each one fired."""
+        points = self.bridge.hook_dict
+        fired: set[str] = set()
+
+        def wrap(name: str, function: Hook) -> Callable[..., Tensor | None]:
+            def call(activation: Tensor, hook: object) -> Tensor | None:
+                fired.add(name)
+                return function(activation)
+
+            return call
+
+        if unknown := [name for name in hooks if name not in points]:
+            raise UnsupportedModelError(
+                f"{type(self.hf).__name__} has no hook {unknown[0]}, which this analysis needs."
+            )
+        with (
+            warnings.catch_warnings(),
+            self.bridge.hooks(fwd_hooks=[(n, wrap(n, f)) for n, f in hooks.items()]),
+        ):
+            # A held norm scale is meant to leave the native norm for the hooked one.
+            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+            yield
+        if missed := sorted(set(hooks) - fired):
+            raise UnsupportedModelError(
+                f"{type(self.hf).__name__}: hook {missed[0]} did not fire in the forward pass, so "
+                "the result would be wrong (TransformerLens fires hooks under canonical names)."
+            )
+
+    @contextmanager
+    def starting_at(
+        self, layer: int, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Iterator[None]:
+        """Let forward passes in this block begin at ``layer``, which is given ``residual``.
+
+        The blocks below pass their input through uncomputed. (TransformerLens' own
+        ``start_at_layer`` replaces the residual stream too, but still computes them.)
+        """
+        below = list(self.bridge.blocks)[:layer]
+
+        def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            return (residual,) if self._blocks_return_tuples else residual
+
+        # Read before the blocks are replaced: finding out runs the model.
+        _ = self._blocks_return_tuples
+        try:
+            for block in below:
+                block.__dict__["forward"] = skip
+            yield
+        finally:
+            for block in below:
+                del block.__dict__["forward"]
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        """Whether the blocks of this architecture return ``(hidden_states, …)``."""
+        found: list[bool] = []
+        handle = self.bridge.blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.no_grad():
+                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
+        finally:
+            handle.remove()
+        return found[0]
+
+    # -- head by head ----------------------------------------------------------------------
+
+    @staticmethod
+    def z_hook(layer: int) -> str:
+        """Canonical name of z, the heads' outputs before W_O (TransformerLens ``hook_z``)."""
+        return f"blocks.{layer}.attn.o.hook_in"
+
+    @torch.no_grad()
+    def head_outputs(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_head"]:
+        """Return z, the output of every head before W_O."""
+        found: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Hook:
+            def hook(z: Tensor) -> None:
+                found[layer] = z.detach()
+
+            return hook
+
+        layers = range(self.geometry.n_layers)
+        self.logits(batch, {self.z_hook(layer): keep(layer) for layer in layers})
+        return torch.stack([found[layer] for layer in layers])
+
+    @torch.no_grad()
+    def head_contributions(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_model"]:
+        """Return z_h W_O[h], what each head writes to the residual stream.
+
+        Summed over heads and with b_O added this is the attention output of the layer (in
+        models with a norm behind attention, such as Gemma 2: the input of that norm).
+        """
+        weights = torch.stack(
+            [self.geometry.output_weight(self.hf, head) for head in self.geometry]
+        ).unflatten(0, (self.geometry.n_layers, self.geometry.n_heads))
+        return torch.einsum("lbphd,lhdm->lbphm", self.head_outputs(batch), weights)
+
+    def unlabelled(self, tokens: Int[Tensor, "batch pos"]) -> Batch:
+        """Wrap unpadded token ids as a :class:`Batch` without labels."""
+        tokens = tokens.to(self.device)
+        nothing = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        return Batch(tokens, torch.ones_like(tokens), nothing, nothing[:0])
+
+    # -- copies and files ------------------------------------------------------------------
+
+    def clone(self) -> HookedModel:
+        """Return an independent copy with weights of its own."""
+        return HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, configuration and tokenizer the Hugging Face way."""
+        hush_transformers()
+        self.hf.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> HookedModel:
+    """Load a causal language model for circuit work.
+
+    Args:
+        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
+        tokenizer: needed only for a model in memory, and only where text is encoded; for a name
+            or a folder it overrides the tokenizer found there.
+        dtype: any floating-point type, or ``"auto"`` for the checkpoint's own. A model in memory
+            keeps its type.
+        device: where to put the weights; the default leaves them where loading put them.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        InputError: if nothing can be loaded from there, or no tokenizer is found.
+        UnsupportedModelError: if the model has no attention heads that can be hooked.
+    """
+    if isinstance(model, PreTrainedModel):
+        hooked = HookedModel(model, tokenizer)
+    else:
+        hf = _load_weights(str(model), dtype, revision)
+        hooked = HookedModel(hf, tokenizer or _load_tokenizer(str(model), revision), str(model))
+    if device is not None:
+        hooked.hf.to(torch.device(device))
+    logger.info("Loaded %r.", hooked)  # building the geometry checks that heads can be hooked
+    _ = hooked.geometry
+    return hooked
+
+
+def _load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> PreTrainedModel:
+    folder = Path(name)
+    looks_local = folder.exists() or name.startswith((".", "/", "~"))
+    if looks_local and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise InputError(
+            f"The model folder {name} {what}: give a folder written by save_pretrained, "
+            "or a hub name such as Qwen/Qwen2.5-0.5B."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The model {name} could not be loaded ({_first_line(error)}); check the name and the "
+            "network, or download it elsewhere and give the local folder."
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{name} is a {config.model_type} model, for which Hugging Face has no causal "
+            "language model; circuitlens works on causal language models."
+        )
+    hush_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The weights of {name} could not be loaded ({_first_line(error)})."
+        ) from error
+    return cast(PreTrainedModel, model)
+
+
+def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, TypeError, AttributeError):
+        tokenizer = None
+    # A folder without tokenizer files does not fail: it yields a tokenizer that knows nothing.
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(
+            f"No tokenizer was found in {name}: save one there (tokenizer.save_pretrained), or "
+            "load the model yourself and pass cl.load(model, tokenizer=…)."
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _boot_bridge(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Build the hooked view on a structural copy that shares every tensor of ``hf``."""
+    # Deferred: this import takes seconds, and the command line should answer --help at once.
+    from transformer_lens.model_bridge.sources import (
+        build_bridge_from_module,
+        detect_tokenizer_bos_eos,
+    )
+
+    shared = {id(tensor): tensor for tensor in chain(hf.parameters(), hf.buffers())}
+    structure = copy.deepcopy(hf, shared)
+    # Fused attention kernels never form the pattern, so its hook could not fire.
+    structure.set_attn_implementation("eager")
+    # The bridge reads the pad token from configurations that transformers 5 leaves without one.
+    if getattr(structure.config, "pad_token_id", None) is None:
+        structure.config.pad_token_id = structure.config.eos_token_id
+    architectures = structure.config.architectures or [type(hf).__name__]
+    try:
+        bridge = build_bridge_from_module(
+            structure,
+            architectures[0],
+            hf_config=structure.config,
+            model_name=str(hf.config.name_or_path) or type(hf).__name__,
+        )
+        bridge.eval()
+        if tokenizer is not None:
+            # Given to the builder, the tokenizer would be loaded anew by its name to set its BOS
+            # behaviour, which fails or fetches another one where it was made in memory.
+            bridge.tokenizer = tokenizer
+            flags = detect_tokenizer_bos_eos(tokenizer)
+            bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
+        first = "blocks.0.attn.hook_pattern"
+        if first not in bridge.hook_dict or HookedModel.z_hook(0) not in bridge.hook_dict:
+            raise UnsupportedModelError(f"the hooked model has no {first}")
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(hf).__name__} has no attention heads that TransformerLens can hook "
+            f"({_first_line(error)}); circuitlens needs a model with softmax attention in every "
+            "layer, such as Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2 or GPT-NeoX."
+        ) from error
+    return bridge

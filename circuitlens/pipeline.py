@@ -1,0 +1,398 @@
+"""The whole line on a folder: every stage writes its result there, whole, and is never redone.
+
+    DIR/run.json                       settings, versions, fingerprints, all numbers
+    DIR/proxy/                         the competent model, if the competence stage trained one
+    DIR/baseline.safetensors           means of the heads
+    DIR/scores.safetensors             relevance of the heads
+    DIR/circuit.json                   the circuit
+    DIR/faithfulness.safetensors       its faithfulness
+    DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
+    DIR/report.html                    all of it to look at
+
+A stage whose files are there is loaded instead of computed, so an interrupted run goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from circuitlens.adapt import STRATEGIES, TransferResult, finetune, is_competent, transfer
+from circuitlens.adapt.transfer import DEFAULT_RATES
+from circuitlens.baseline import MeanBaseline, label_balanced_mean
+from circuitlens.batch import Positions
+from circuitlens.circuit import Circuit
+from circuitlens.curve import FaithfulnessCurve, default_sizes, faithfulness
+from circuitlens.errors import InputError
+from circuitlens.model import HookedModel, load
+from circuitlens.provenance import library_versions
+from circuitlens.scores import METHODS, HeadScores, relevance
+from circuitlens.storage import read_json, write_json
+from circuitlens.tasks import Task, load_task
+from circuitlens.tasks.toy import TOY_FINETUNE, toy_model
+from circuitlens.view import write_report
+
+__all__ = ["RunFolder", "RunSettings"]
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = "circuitlens.run/1"
+TOY = "toy"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that was chosen for a run; the arguments of ``circuitlens run``."""
+
+    model: str
+    task: str
+    source: str | None = None
+    targets: tuple[str, ...] = ()
+    data: str | None = None
+    template: str | None = None
+    labels: dict[str, str] | None = None
+    columns: dict[str, str] | None = None
+    competence: Literal["auto", "always", "never"] = "auto"
+    finetune_rate: float | None = None
+    finetune_epochs: int | None = None
+    positions: Positions = "all"
+    method: str = "cdt"
+    size: float | int = 0.25
+    max_examples: int | None = None
+    n_random: int = 10
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    learning_rates: tuple[float, ...] = DEFAULT_RATES
+    epochs: int = 10
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
+        for strategy in self.strategies:
+            if strategy not in STRATEGIES:
+                raise InputError(
+                    f"There is no strategy {strategy!r}; known are {', '.join(STRATEGIES)}."
+                )
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> RunSettings:
+        """Rebuild settings from JSON."""
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+        }
+        return cls(**arguments)
+
+    def open_task(self) -> Task:
+        """Load the task in the source language."""
+        options: dict[str, Any] = {"seed": self.seed, **(self.columns or {})}
+        if self.template is not None:
+            options["template"] = self.template
+        if self.labels is not None:
+            options["labels"] = self.labels
+        return load_task(self.task, self.source, data=self.data, **options)
+
+    def open_model(self) -> HookedModel:
+        """Load the model; the name ``toy`` makes the untrained toy model."""
+        if self.model == TOY:
+            return toy_model(self.seed)
+        import torch
+
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype, None)
+        if dtype is None:
+            raise InputError(f"There is no dtype {self.dtype!r}; use float32, bfloat16 or float64.")
+        return load(self.model, dtype=dtype, device=self.device)
+
+
+class RunFolder:
+    """A run and its folder. Attributes are computed, or loaded, when first asked for."""
+
+    def __init__(self, path: Path, settings: RunSettings, *, quiet: bool = False) -> None:
+        self.path = path
+        self.settings = settings
+        self.quiet = quiet
+
+    # -- opening ---------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, settings: RunSettings, *, quiet: bool = False) -> RunFolder:
+        """Begin a run in a new folder, or go on with an unfinished one of the same settings.
+
+        Raises:
+            InputError: if the folder holds anything else, or a finished run.
+        """
+        path = Path(path)
+        run = cls(path, settings, quiet=quiet)
+        if not path.exists() or not any(path.iterdir()):
+            # Before the folder is made, so that a mistake in an argument leaves nothing behind.
+            run.check()
+            run.write_record(finished=False)
+            return run
+        if not (path / "run.json").is_file():
+            raise InputError(
+                f"The output folder {path} exists and is not empty, and holds no circuitlens run: "
+                "choose another --out."
+            )
+        record = read_json(path / "run.json", _SCHEMA)
+        if record["finished"]:
+            raise InputError(
+                f"{path} holds a finished run: choose another --out, or use the single stages "
+                "(circuitlens transfer, report, …) on it."
+            )
+        if RunSettings.from_dict(record["settings"]) != settings:
+            mine = asdict(settings)
+            stored = asdict(RunSettings.from_dict(record["settings"]))
+            name = next(key for key in mine if mine[key] != stored[key])
+            raise InputError(
+                f"{path} holds an unfinished run with other settings ({name} was "
+                f"{stored[name]!r}, now {mine[name]!r}): choose another --out, or the old settings."
+            )
+        logger.info("Going on with the unfinished run in %s.", path)
+        run.check()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, *, quiet: bool = False) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            InputError: if there is no run in it.
+        """
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            raise InputError(
+                f"{path} holds no circuitlens run (no run.json): begin one with circuitlens run."
+            )
+        record = read_json(path / "run.json", _SCHEMA)
+        return cls(path, RunSettings.from_dict(record["settings"]), quiet=quiet)
+
+    def check(self) -> None:
+        """Find mistakes in the settings before any work is done."""
+        for target in self.settings.targets:
+            self.task.to(target)
+        # Encoding one example checks the tokenizer and the label words.
+        self.task.encode(self._start, self.task["validation"][:1])
+
+    # -- stages ----------------------------------------------------------------------------
+
+    @cached_property
+    def task(self) -> Task:
+        """The task in the source language."""
+        return self.settings.open_task()
+
+    @cached_property
+    def _start(self) -> HookedModel:
+        return self.settings.open_model()
+
+    @cached_property
+    def model(self) -> HookedModel:
+        """The competent model: the proxy of the folder, trained if need be."""
+        proxy = self.path / "proxy"
+        if proxy.is_dir():
+            return load(proxy, device=self.settings.device)
+        mode = self.settings.competence
+        if mode == "never":
+            return self._start
+        competent, accuracy = is_competent(self._start, self.task)
+        if mode == "auto" and competent:
+            logger.info("Competence: validation accuracy is %.3f already.", accuracy)
+            return self._start
+        options: dict[str, Any] = dict(TOY_FINETUNE) if self.settings.model == TOY else {}
+        if self.settings.finetune_rate is not None:
+            options["learning_rate"] = self.settings.finetune_rate
+        if self.settings.finetune_epochs is not None:
+            options["epochs"] = self.settings.finetune_epochs
+        logger.info("Competence: validation accuracy is %.3f, so fine-tuning begins.", accuracy)
+        trained = finetune(
+            self._start, self.task, seed=self.settings.seed, quiet=self.quiet, **options
+        )
+        temporary = self.path / ".proxy"
+        shutil.rmtree(temporary, ignore_errors=True)
+        trained.save(temporary)
+        temporary.rename(proxy)
+        # From the folder, so that an interrupted run and a whole one go on with the same model.
+        return load(proxy, device=self.settings.device)
+
+    @cached_property
+    def baseline(self) -> MeanBaseline:
+        """Means of the heads."""
+        path = self.path / "baseline.safetensors"
+        if path.is_file():
+            return MeanBaseline.load(path)
+        baseline = label_balanced_mean(
+            self.model, self.task, positions=self.settings.positions, quiet=self.quiet
+        )
+        baseline.save(path)
+        return baseline
+
+    @cached_property
+    def scores(self) -> HeadScores:
+        """Relevance of the heads."""
+        path = self.path / "scores.safetensors"
+        if path.is_file():
+            return HeadScores.load(path)
+        scores = relevance(
+            self.model,
+            self.task,
+            self.baseline,
+            method=self.settings.method,
+            max_examples=self.settings.max_examples,
+            seed=self.settings.seed,
+            quiet=self.quiet,
+        )
+        scores.save(path)
+        return scores
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """The circuit."""
+        path = self.path / "circuit.json"
+        if path.is_file():
+            return Circuit.load(path)
+        circuit = self.scores.top(self.settings.size)
+        circuit.save(path)
+        return circuit
+
+    @cached_property
+    def curve(self) -> FaithfulnessCurve:
+        """Faithfulness of the circuit and of larger and smaller ones."""
+        path = self.path / "faithfulness.safetensors"
+        if path.is_file():
+            return FaithfulnessCurve.load(path)
+        curve = faithfulness(
+            self.model,
+            self.task,
+            self.scores,
+            self.baseline,
+            sizes=[*default_sizes(len(self.model.geometry)), len(self.circuit)],
+            n_random=self.settings.n_random,
+            seed=self.settings.seed,
+            quiet=self.quiet,
+        )
+        curve.save(path)
+        return curve
+
+    def _transfer_path(self, target: str, strategy: str) -> Path:
+        return self.path / "transfers" / target.replace("/", "_") / strategy
+
+    def transfer(self, target: str, strategy: str) -> TransferResult:
+        """Adapt the model to a target language, or load the finished transfer."""
+        task = self.task.to(target)
+        path = self._transfer_path(task.language, strategy)
+        if (path / "result.json").is_file():
+            return TransferResult.load(path, self.model)
+        result = transfer(
+            self.model,
+            self.circuit,
+            task,
+            strategy=strategy,
+            scores=self.scores,
+            learning_rates=self.settings.learning_rates,
+            epochs=self.settings.epochs,
+            seed=self.settings.seed,
+            quiet=self.quiet,
+        )
+        result.save(path)
+        return result
+
+    def transfers(self) -> list[TransferResult]:
+        """All finished transfers of the folder, the run's own targets first."""
+        found = sorted((self.path / "transfers").glob("*/*/result.json"))
+        results = [TransferResult.load(path.parent, self.model) for path in found]
+        source = self.task.source
+        own = [source.resolve(name) if source else name for name in self.settings.targets]
+        strategies = list(STRATEGIES)
+
+        def place(result: TransferResult) -> tuple[int, str, int]:
+            language = result.target_language
+            first = own.index(language) if language in own else len(own)
+            return first, language, strategies.index(result.strategy)
+
+        return sorted(results, key=place)
+
+    def discard_discovery(self) -> None:
+        """Remove scores, circuit and all that was derived from them."""
+        for name in ("scores.safetensors", "circuit.json", "faithfulness.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "transfers", ignore_errors=True)
+        for name in ("scores", "circuit", "curve"):
+            self.__dict__.pop(name, None)
+
+    # -- output ----------------------------------------------------------------------------
+
+    def competence_sentence(self) -> str:
+        """Say how competent the model is."""
+        b = self.baseline
+        trained = (self.path / "proxy").is_dir()
+        how = "after fine-tuning on pool A" if trained else "as it was loaded"
+        return (
+            f"The model ({how}) answers {b.accuracy:.1%} of the pool-A examples of "
+            f"{b.provenance.task} correctly; discovery uses those."
+        )
+
+    def report(self) -> Path:
+        """Write the report of what is there."""
+        has_curve = (self.path / "faithfulness.safetensors").is_file()
+        task = self.task
+        return write_report(
+            self.path / "report.html",
+            title=f"{task.name}: a circuit for {task.language}",
+            settings=asdict(self.settings),
+            scores=self.scores,
+            circuit=self.circuit,
+            curve=self.curve if has_curve else None,
+            results=self.transfers(),
+            competence=self.competence_sentence(),
+        )
+
+    def write_record(self, *, finished: bool) -> None:
+        """Write ``run.json`` with all numbers that are there."""
+        record: dict[str, Any] = {
+            "finished": finished,
+            "settings": asdict(self.settings),
+            "versions": library_versions(),
+        }
+        if (self.path / "circuit.json").is_file():
+            record["model_fingerprint"] = self.baseline.provenance.model_fingerprint
+            record["data_fingerprint"] = self.baseline.provenance.data_fingerprint
+            record["baseline"] = {
+                "accuracy": self.baseline.accuracy,
+                "n_per_label": self.baseline.n_per_label,
+            }
+            record["scores"] = self.scores.to_frame().to_dict("records")
+            record["circuit"] = self.circuit.to_dict()
+        if (self.path / "faithfulness.safetensors").is_file():
+            record["faithfulness"] = self.curve.to_frame().to_dict("records")
+        if (self.path / "transfers").is_dir():
+            record["transfers"] = [result.to_dict() for result in self.transfers()]
+        write_json(self.path / "run.json", _SCHEMA, record)
+
+    def run_all(self) -> Sequence[TransferResult]:
+        """Do, or finish, the whole line and write record and report."""
+        logger.info("Discovery: %r", self.circuit)
+        at = self.curve.at(len(self.circuit))
+        logger.info(
+            "Faithfulness: the circuit alone keeps f = %.2f (random circuits %.2f) and accuracy "
+            "%.3f (whole model %.3f).",
+            at["faithfulness"],
+            at["random_faithfulness"],
+            at["accuracy"],
+            self.curve.accuracy[-1],
+        )
+        self.write_record(finished=False)
+        results = [
+            self.transfer(target, strategy)
+            for target in self.settings.targets
+            for strategy in self.settings.strategies
+        ]
+        self.report()
+        self.write_record(finished=True)
+        return results

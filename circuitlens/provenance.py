@@ -1,0 +1,49 @@
+"""What every result says about its own origin."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+__all__ = ["Provenance", "library_versions"]
+
+_LIBRARIES = ("circuitlens", "torch", "transformers", "transformer-lens", "peft", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers can depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from: enough to make it again and to see what it was made with.
+
+    Attributes:
+        model: name or folder of the model.
+        model_fingerprint: SHA-256 (16 hex digits) of all weights.
+        task: task name with its language, such as ``nusax/indonesian``.
+        data_fingerprint: SHA-256 (16 hex digits) of ids, texts, labels and pools.
+        seed: the seed everything random was derived from.
+        settings: the arguments of the call.
+        versions: library versions.
+    """
+
+    model: str
+    model_fingerprint: str
+    task: str
+    data_fingerprint: str
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=library_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Provenance:
+        """Rebuild what :meth:`to_dict` returned."""
+        return cls(**content)

@@ -1,0 +1,227 @@
+"""From examples to token batches.
+
+A prompt is the template filled with the texts, behind ``<s>`` if the tokenizer has one. A text
+that is too long loses its end, never the end of the prompt: the question is asked in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from string import Formatter
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from circuitlens.batch import Batch
+from circuitlens.errors import InputError
+from circuitlens.tasks.examples import Example
+
+__all__ = ["Encoded", "encode", "label_tokens", "template_fields"]
+
+logger = logging.getLogger(__name__)
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the fields in a prompt template, in order."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded examples, in the order given.
+
+    Attributes:
+        ids: example ids.
+        tokens: prompt tokens of every example, unpadded.
+        gold: index of the right label of every example.
+        label_tokens: the token of every label.
+        pad_token: token for padding on the left.
+        n_prefix: 1 if prompts begin with ``<s>``, else 0.
+        n_truncated: how many texts lost their end.
+    """
+
+    ids: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    gold: tuple[int, ...]
+    label_tokens: tuple[int, ...]
+    pad_token: int
+    n_prefix: int
+    n_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def subset(self, indices: Sequence[int]) -> Encoded:
+        """Return the examples at ``indices``."""
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in indices),
+            tokens=tuple(self.tokens[i] for i in indices),
+            gold=tuple(self.gold[i] for i in indices),
+        )
+
+    def batch(self, indices: Sequence[int], device: torch.device | None = None) -> Batch:
+        """Pad the examples at ``indices`` on the left and stack them."""
+        rows = [self.tokens[i] for i in indices]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+        gold = torch.tensor([self.gold[i] for i in indices])
+        batch = Batch(ids, mask, gold, torch.tensor(self.label_tokens), self.n_prefix)
+        return batch if device is None else batch.to(device)
+
+    def batches(
+        self, batch_size: int, device: torch.device | None = None
+    ) -> Iterator[tuple[Int[Tensor, " batch"], Batch]]:
+        """Yield batches of similar lengths, each with the indices of its examples."""
+        order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield torch.tensor(chosen), self.batch(chosen, device)
+
+    def n_batches(self, batch_size: int) -> int:
+        """How many batches :meth:`batches` yields."""
+        return -(-len(self) // batch_size)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def label_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, words: Mapping[str, str]
+) -> dict[str, int]:
+    """Find the token of every label word as it follows the prompt.
+
+    Words are tried behind the prompt and not alone, because tokenizers of the SentencePiece
+    kind split the two cases differently.
+
+    Raises:
+        InputError: if a word is not exactly one token there, or two labels share one.
+    """
+    prompt = template.format(**dict.fromkeys(template_fields(template), "x"))
+    before = _ids(tokenizer, prompt)
+    found: dict[str, int] = {}
+    for label, word in words.items():
+        after = _ids(tokenizer, prompt + word)
+        if len(after) != len(before) + 1 or after[:-1] != before:
+            pieces = tokenizer.convert_ids_to_tokens(_ids(tokenizer, word))
+            raise InputError(
+                f"The word {word!r} of the label {label!r} must be one token behind the prompt "
+                f"{template!r}, but is tokenised as {pieces}: choose another word (labels=…)."
+            )
+        if after[-1] in found.values():
+            other = next(name for name, token in found.items() if token == after[-1])
+            raise InputError(
+                f"The labels {other!r} and {label!r} have the same token for {word!r}: "
+                "choose different words (labels=…)."
+            )
+        found[label] = after[-1]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found.values():
+        label = next(name for name, token in found.items() if token == tokenizer.unk_token_id)
+        raise InputError(
+            f"The word {words[label]!r} of the label {label!r} is unknown to the tokenizer: "
+            "choose another word (labels=…)."
+        )
+    return found
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:
+    """Return the longest beginning of ``text`` that has at most ``limit`` tokens."""
+    if tokenizer.is_fast:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = encoding["offset_mapping"]
+        return text if len(spans) <= limit else text[: spans[limit][0]].rstrip()
+    ids = _ids(tokenizer, text)
+    return text if len(ids) <= limit else str(tokenizer.decode(ids[:limit]))
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    words: Mapping[str, str],
+    *,
+    max_text_tokens: int,
+    context: int | None = None,
+) -> Encoded:
+    """Encode examples as prompts.
+
+    Args:
+        examples: what to encode.
+        tokenizer: of the model.
+        template: prompt template with the fields of the examples.
+        words: label word by label; their order numbers the labels.
+        max_text_tokens: limit for the texts of one example together. The longest text of an
+            example is cut first.
+        context: most tokens that the model takes; lowers the limit where needed.
+
+    Raises:
+        InputError: for label words that are not one token, or a template longer than the context.
+    """
+    tokens_of = label_tokens(tokenizer, template, words)
+    prefix = _prefix(tokenizer)
+    fields = template_fields(template)
+    if context is not None:
+        bare = len(prefix) + len(_ids(tokenizer, template.format(**dict.fromkeys(fields, "x"))))
+        if bare >= context:
+            raise InputError(
+                f"The prompt template takes {bare} tokens, but the model's context has {context}: "
+                "shorten the template."
+            )
+        # Two tokens to spare: joining text and template can shift a token boundary.
+        max_text_tokens = min(max_text_tokens, context - bare - 2)
+    rows: list[tuple[int, ...]] = []
+    truncated = 0
+    for example in examples:
+        texts = {name: example.fields[name] for name in fields}
+        lengths = {name: len(_ids(tokenizer, text)) for name, text in texts.items()}
+        limits = _share_out(lengths, max_text_tokens)
+        if limits != lengths:
+            truncated += 1
+            texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
+        rows.append(tuple(prefix + _ids(tokenizer, template.format(**texts))))
+    if truncated:
+        _report_truncation(truncated, len(examples), max_text_tokens)
+    index = {label: i for i, label in enumerate(words)}
+    pad = tokenizer.pad_token_id
+    return Encoded(
+        ids=tuple(e.id for e in examples),
+        tokens=tuple(rows),
+        gold=tuple(index[e.label] for e in examples),
+        label_tokens=tuple(tokens_of[label] for label in words),
+        # Padding is masked everywhere, so any token serves where a tokenizer names none.
+        pad_token=int(pad) if pad is not None else 0,
+        n_prefix=len(prefix),
+        n_truncated=truncated,
+    )
+
+
+@lru_cache(maxsize=256)
+def _report_truncation(truncated: int, total: int, limit: int) -> None:
+    # Cached, so that a pool that every stage encodes again is reported once.
+    logger.info("%d of %d texts were cut to %d tokens.", truncated, total, limit)
+
+
+def _share_out(lengths: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Lower the largest lengths first until their sum is at most ``limit``."""
+    limits = dict(lengths)
+    while sum(limits.values()) > limit:
+        largest = max(limits, key=lambda name: limits[name])
+        others = [n for name, n in limits.items() if name != largest]
+        excess = sum(limits.values()) - limit
+        step = min(excess, limits[largest] - max(others, default=0) or 1)
+        limits[largest] -= max(1, step)
+    return limits

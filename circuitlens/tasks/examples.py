@@ -1,0 +1,145 @@
+"""Examples and pools.
+
+Pool A serves competence, baseline and discovery; pool B serves transfer; every choice is made on
+the validation split; the test split is reported once. Parallel corpora hold the same sentence in
+every language under the same id, so the pool of an example follows from a hash of its id (of its
+group where several examples share a sentence): whatever the language, whatever rows are missing,
+a sentence and its translations are always on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from circuitlens.errors import InputError
+
+__all__ = ["Example", "Pool", "Pools", "split_pools"]
+
+logger = logging.getLogger(__name__)
+
+Pool = Literal["pool_a", "pool_b", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text.
+
+    Attributes:
+        id: unique within a language; equal ids in two languages of a parallel corpus mean the
+            same sentence.
+        fields: the texts by name, such as ``{"text": …}`` or ``{"premise": …, "hypothesis": …}``.
+        label: the right label.
+        group: what may not be torn apart by pools; the id unless examples share a sentence.
+    """
+
+    id: str
+    fields: Mapping[str, str]
+    label: str
+    group: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.id)
+
+    @property
+    def text(self) -> str:
+        """All fields as one string, for display."""
+        return " / ".join(self.fields.values())
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The four pools of a task in one language."""
+
+    pool_a: tuple[Example, ...]
+    pool_b: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def without(
+        self, *, training: Iterable[Example] = (), evaluation: Iterable[Example] = ()
+    ) -> Pools:
+        """Leave out what another language's pools hold under the same group.
+
+        Args:
+            training: groups that may not stand in our evaluation splits.
+            evaluation: groups that may not stand in our training pools.
+        """
+        trained = {e.group for e in training}
+        evaluated = {e.group for e in evaluation}
+        kept = Pools(
+            *(tuple(e for e in p if e.group not in evaluated) for p in (self.pool_a, self.pool_b)),
+            *(tuple(e for e in p if e.group not in trained) for p in (self.validation, self.test)),
+        )
+        if dropped := self.size - kept.size:
+            logger.warning(
+                "%d examples were left out because their ids stand on the other side of the "
+                "pools in the source language.",
+                dropped,
+            )
+        return kept
+
+    @property
+    def size(self) -> int:
+        """Number of examples in all pools."""
+        return sum(map(len, (self.pool_a, self.pool_b, self.validation, self.test)))
+
+
+def _unit_hash(seed: int, group: str) -> float:
+    """Map a group to [0, 1), the same on every machine."""
+    raw = hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "big") / 2**64
+
+
+def split_pools(
+    splits: Mapping[str, Iterable[Example]], *, seed: int, share_a: float = 0.5
+) -> Pools:
+    """Distribute the splits of a data set over the pools.
+
+    Args:
+        splits: examples by ``train``, ``validation``, ``test``. A missing split is made by id:
+            20 % of what is there become the test split, a further 10 % the validation split.
+        seed: changes which ids go where.
+        share_a: the share of the training examples that pool A gets; the rest is pool B.
+
+    Raises:
+        InputError: if an id occurs twice, or a share is not between 0 and 1.
+    """
+    if not 0 < share_a < 1:
+        raise InputError(f"share_a must lie between 0 and 1, but is {share_a}.")
+    have = {name: tuple(examples) for name, examples in splits.items()}
+    seen: set[str] = set()
+    for name, examples in have.items():
+        for example in examples:
+            if example.id in seen:
+                raise InputError(f"The id {example.id!r} occurs twice (again in {name}).")
+            seen.add(example.id)
+    train = have.get("train", ())
+    for name, share in (("test", 0.2), ("validation", 0.1)):
+        if name not in have:
+            chosen = tuple(e for e in train if _unit_hash(seed, f"{name}:{e.group}") < share)
+            taken = {e.id for e in chosen}
+            have[name] = chosen
+            train = tuple(e for e in train if e.id not in taken)
+    held_out = {_normal(e) for name in ("validation", "test") for e in have[name]}
+    clean = tuple(e for e in train if _normal(e) not in held_out)
+    if len(clean) < len(train):
+        logger.warning(
+            "%d training examples were left out: the same text stands in validation or test.",
+            len(train) - len(clean),
+        )
+    in_a = {e.group: _unit_hash(seed, e.group) < share_a for e in clean}
+    return Pools(
+        pool_a=tuple(e for e in clean if in_a[e.group]),
+        pool_b=tuple(e for e in clean if not in_a[e.group]),
+        validation=have["validation"],
+        test=have["test"],
+    )
+
+
+def _normal(example: Example) -> tuple[str, ...]:
+    return tuple(" ".join(text.lower().split()) for text in example.fields.values())

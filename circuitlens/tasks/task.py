@@ -1,0 +1,316 @@
+"""Task: examples, prompt, label words and leak-safe pools."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from circuitlens.errors import InputError
+from circuitlens.storage import digest
+from circuitlens.tasks.encoding import Encoded, encode, label_tokens, template_fields
+from circuitlens.tasks.examples import Example, Pool, Pools, split_pools
+
+if TYPE_CHECKING:
+    import datasets
+
+    from circuitlens.model import HookedModel
+
+__all__ = ["Source", "Task"]
+
+logger = logging.getLogger(__name__)
+
+Splits = Mapping[str, Sequence[Example]]
+
+
+class Source(Protocol):
+    """Where the examples of a task come from, in every language that it has."""
+
+    @property
+    def languages(self) -> Sequence[str]:
+        """Names of the languages; empty if only the source knows which exist."""
+        ...
+
+    def resolve(self, language: str) -> str:
+        """Return the source's own name of ``language``, or raise an InputError."""
+        ...
+
+    def splits(self, language: str) -> Splits:
+        """Return the examples by split (``train``, ``validation``, ``test``)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task in one language, asked as a prompt and answered in one token.
+
+    Make one with :func:`circuitlens.load_task` or one of the ``from_`` methods.
+
+    Attributes:
+        name: name of the task or data set.
+        language: language of the examples.
+        template: prompt template; its fields are those of the examples.
+        labels: the word that answers the prompt, by label; one token each.
+        pools: pool A, pool B, validation and test.
+        max_text_tokens: texts are cut beyond this many tokens.
+        seed: seed of the pools.
+        share_a: share of the training examples in pool A.
+        origin: the task that this one is the translation of, if :meth:`to` made it.
+    """
+
+    name: str
+    language: str
+    template: str
+    labels: Mapping[str, str]
+    pools: Pools
+    max_text_tokens: int = 96
+    seed: int = 0
+    share_a: float = 0.5
+    source: Source | None = field(default=None, repr=False, compare=False)
+    origin: Task | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2:
+            raise InputError(f"A task needs two labels or more, but has {list(self.labels)}.")
+        fields = template_fields(self.template)
+        if not fields:
+            raise InputError(
+                f"The prompt template {self.template!r} has no field in braces for the text."
+            )
+        for name in ("pool_a", "pool_b", "validation", "test"):
+            self._check(name, getattr(self.pools, name), fields)
+
+    def _check(self, pool: str, examples: Sequence[Example], fields: list[str]) -> None:
+        where = f"{self.name}/{self.language}, {pool}"
+        for example in examples:
+            if missing := [name for name in fields if name not in example.fields]:
+                raise InputError(
+                    f"Example {example.id} ({where}) has no field {missing[0]!r}, which the "
+                    f"template {self.template!r} needs; it has {sorted(example.fields)}."
+                )
+            if empty := [name for name in fields if not example.fields[name].strip()]:
+                raise InputError(
+                    f"Example {example.id} ({where}) has an empty {empty[0]}: remove the row."
+                )
+            if example.label not in self.labels:
+                raise InputError(
+                    f"Example {example.id} ({where}) has the label {example.label!r}, which is "
+                    f"none of {list(self.labels)}."
+                )
+        counts = Counter(example.label for example in examples)
+        if absent := [label for label in self.labels if not counts[label]]:
+            raise InputError(
+                f"No example has the label {absent[0]!r} in {pool} of {self.name}/"
+                f"{self.language} ({len(examples)} examples): every class must occur in every "
+                "pool; add examples, or change seed or share_a."
+            )
+
+    # -- making tasks ----------------------------------------------------------------------
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        language: str,
+        *,
+        name: str,
+        template: str,
+        labels: Mapping[str, str],
+        seed: int = 0,
+        share_a: float = 0.5,
+        max_text_tokens: int = 96,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Task:
+        """Make a task from a source of examples in several languages."""
+        language = source.resolve(language)
+        pools = split_pools(source.splits(language), seed=seed, share_a=share_a)
+        task = cls(
+            name, language, template, dict(labels), pools, max_text_tokens, seed, share_a, source
+        )
+        if tokenizer is not None:
+            label_tokens(tokenizer, template, labels)
+        return task
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+        *,
+        name: str = "records",
+        language: str = "unnamed",
+        template: str = "{text} label:",
+        labels: Mapping[str, str] | None = None,
+        label: str = "label",
+        id: str | None = None,  # noqa: A002 (the column's usual name)
+        group: str | None = None,
+        **options: Any,
+    ) -> Task:
+        """Make a task from records in memory.
+
+        Args:
+            records: mappings with the template's fields and a label; either one iterable (the
+                splits are made by id) or one by ``train``, ``validation``, ``test``.
+            name, language: what to call it.
+            template: prompt template; its fields are the names of the text columns.
+            labels: answer word by label; by default a blank and the label itself.
+            label, id, group: names of the columns. Without an id column, ids are numbered; a
+                group column names what pools may not tear apart.
+            options: ``seed``, ``share_a``, ``max_text_tokens``, ``tokenizer``.
+
+        Raises:
+            InputError: for missing columns, unknown labels, empty texts, classes without example.
+        """
+        from circuitlens.tasks.files import RecordSource
+
+        source = RecordSource(
+            records,
+            fields=template_fields(template),
+            label=label,
+            id=id,
+            group=group,
+            where=name,
+            language=language,
+        )
+        words = labels or {value: f" {value}" for value in source.labels()}
+        return cls.from_source(
+            source,
+            language,
+            name=name,
+            template=template,
+            labels=words,
+            **options,
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, language: str = "unnamed", **options: Any) -> Task:
+        """Make a task from a CSV, TSV, JSONL or Parquet file, or a folder of such splits.
+
+        Args:
+            path: a file (the splits are made by id) or a folder with ``train``, ``valid`` and
+                ``test`` files. ``{language}`` in it stands for the language, which lets
+                :meth:`to` find the other languages.
+            language: language of the examples.
+            options: as of :meth:`from_records`.
+        """
+        from circuitlens.tasks.files import FileSource
+
+        template = options.pop("template", "{text} label:")
+        columns = {key: options.pop(key, None) for key in ("id", "group")}
+        source = FileSource(
+            str(path),
+            fields=template_fields(template),
+            label=options.pop("label", "label"),
+            language=language,
+            **columns,
+        )
+        words = options.pop("labels", None) or {
+            value: f" {value}" for value in source.labels(language)
+        }
+        name = options.pop("name", None) or Path(path).stem.format(language=language)
+        return cls.from_source(
+            source, language, name=name, template=template, labels=words, **options
+        )
+
+    from_csv = from_file
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: datasets.Dataset | datasets.DatasetDict,
+        *,
+        label: str = "label",
+        **options: Any,
+    ) -> Task:
+        """Make a task from a ``datasets.Dataset`` or ``DatasetDict``; options as from_records.
+
+        Integer labels of a ``ClassLabel`` column are read by their names.
+        """
+        from circuitlens.tasks.files import dataset_records
+
+        options.setdefault("name", "dataset")
+        return cls.from_records(dataset_records(dataset, label), label=label, **options)
+
+    def to(self, language: str) -> Task:
+        """Return the same task in another language.
+
+        Pools stay leak-safe: an example whose id stands on the other side in this language is
+        left out, and the log says how many were.
+
+        Raises:
+            InputError: for an unknown language (the known ones are listed) or a task that has
+                only one.
+        """
+        if self.source is None:
+            raise InputError(f"The task {self.name} knows no other language than {self.language}.")
+        other = Task.from_source(
+            self.source,
+            language,
+            name=self.name,
+            template=self.template,
+            labels=self.labels,
+            seed=self.seed,
+            share_a=self.share_a,
+            max_text_tokens=self.max_text_tokens,
+        )
+        mine = self.pools
+        pools = other.pools.without(
+            training=(*mine.pool_a, *mine.pool_b), evaluation=(*mine.validation, *mine.test)
+        )
+        return replace(other, pools=pools, origin=self)
+
+    # -- using tasks -----------------------------------------------------------------------
+
+    def __getitem__(self, pool: Pool) -> tuple[Example, ...]:
+        """Return the examples of a pool."""
+        examples: tuple[Example, ...] = getattr(self.pools, pool)
+        return examples
+
+    @property
+    def held_out(self) -> tuple[Example, ...]:
+        """Examples that competence and discovery never see: pool B and validation.
+
+        Faithfulness is measured on these. Pool B of the *source* language serves nothing else.
+        """
+        return (*self.pools.pool_b, *self.pools.validation)
+
+    def encode(self, model: HookedModel, examples: Sequence[Example]) -> Encoded:
+        """Encode examples for a model (see :mod:`circuitlens.tasks.encoding`)."""
+        context = getattr(model.hf.config, "max_position_embeddings", None)
+        return encode(
+            examples,
+            model.tokenizer,
+            self.template,
+            self.labels,
+            max_text_tokens=self.max_text_tokens,
+            context=context,
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 (16 hex digits) of template, labels and all examples with their pools."""
+        parts = [self.template, str(dict(self.labels)), str(self.max_text_tokens)]
+        for pool in ("pool_a", "pool_b", "validation", "test"):
+            parts.append(pool)
+            for e in getattr(self.pools, pool):
+                parts += [e.id, *e.fields.values(), e.label]
+        return digest(*parts)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return all examples as a data frame with their pool."""
+        rows = [
+            {"id": e.id, "pool": pool, **e.fields, "label": e.label}
+            for pool in ("pool_a", "pool_b", "validation", "test")
+            for e in getattr(self.pools, pool)
+        ]
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        counts = self.to_frame().groupby(["pool", "label"], sort=False).size().unstack()
+        title = html.escape(f"{self.name}/{self.language}: {self.template}")
+        return f"<p><b>Task</b> {title}</p>{counts.to_html()}"

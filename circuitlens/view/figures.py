@@ -1,0 +1,212 @@
+"""Figures of single results: a result goes in, a plotly ``Figure`` comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from circuitlens.adapt import TransferResult
+from circuitlens.circuit import Circuit
+from circuitlens.curve import FaithfulnessCurve
+from circuitlens.errors import InputError
+from circuitlens.scores import HeadScores
+from circuitlens.view.theme import BAND, DIVERGING, INK, PALETTE, SUPPORT, figure
+
+__all__ = ["faithfulness_curve", "head_heatmap", "transfer_tradeoff"]
+
+
+def head_heatmap(scores: HeadScores, circuit: Circuit | None = None, title: str = "") -> go.Figure:
+    """Draw the relevance of every head, layers downwards, the circuit outlined.
+
+    The scale is centred on zero; hovering shows score, 95 % interval and rank.
+    """
+    mean = scores.mean.numpy()
+    low, high = scores.interval().numpy()
+    n_layers, n_heads = mean.shape
+    rank = np.empty((n_layers, n_heads), dtype=int)
+    for place, head in enumerate(scores.ranking(), start=1):
+        rank[head.layer, head.index] = place
+    inside = np.full((n_layers, n_heads), "")
+    if circuit is not None:
+        if (circuit.n_layers, circuit.n_heads) != (n_layers, n_heads):
+            raise InputError(
+                f"The circuit is of a {circuit.n_layers} × {circuit.n_heads} model, but the "
+                f"scores are of a {n_layers} × {n_heads} one."
+            )
+        inside = inside.astype(object)
+        for head in circuit:
+            inside[head.layer, head.index] = "<br>in the circuit"
+    names = np.array([[f"a{la}.h{h}" for h in range(n_heads)] for la in range(n_layers)])
+    limit = float(np.abs(mean).max()) or 1.0
+    fig = figure(title, height=min(900, 130 + max(22, min(46, 700 // n_layers)) * n_layers))
+    fig.add_heatmap(
+        z=mean,
+        zmin=-limit,
+        zmax=limit,
+        colorscale=DIVERGING,
+        xgap=1,
+        ygap=1,
+        customdata=np.stack([names, low, high, rank, inside], axis=-1, dtype=object),
+        hovertemplate=(
+            "<b>%{customdata[0]}</b>%{customdata[4]}<br>relevance %{z:.4f}"
+            "<br>95 % interval %{customdata[1]:.4f} to %{customdata[2]:.4f}"
+            f"<br>rank %{{customdata[3]}} of {n_layers * n_heads}<extra></extra>"
+        ),
+        colorbar={"title": {"text": "relevance<br>(logits)"}, "thickness": 12},
+    )
+    for head in circuit or ():
+        fig.add_shape(
+            type="rect",
+            x0=head.index - 0.5,
+            x1=head.index + 0.5,
+            y0=head.layer - 0.5,
+            y1=head.layer + 0.5,
+            line={"color": INK, "width": 2},
+        )
+    fig.update_xaxes(title="head", dtick=max(1, n_heads // 16), range=[-0.6, n_heads - 0.4])
+    fig.update_yaxes(
+        title="layer", dtick=max(1, n_layers // 16), range=[n_layers - 0.4, -0.6], showgrid=False
+    )
+    return fig
+
+
+def faithfulness_curve(
+    curves: FaithfulnessCurve | Sequence[FaithfulnessCurve],
+    circuit: Circuit | None = None,
+    title: str = "",
+) -> go.Figure:
+    """Draw margin and accuracy kept by circuits of growing size, beside random circuits.
+
+    Args:
+        curves: one, or several of the same model and examples under different methods.
+        circuit: marks its size.
+        title: of the figure.
+    """
+    several = [curves] if isinstance(curves, FaithfulnessCurve) else list(curves)
+    fig = make_subplots(
+        1, 2, subplot_titles=("share of the margin kept, f", "accuracy"), horizontal_spacing=0.12
+    )
+    fig.update_layout(figure(title, height=380).layout)
+    # Left, where the mode bar does not come over them.
+    for n, heading in enumerate(fig.layout.annotations, start=1):
+        heading.update(x=0, xref=f"x{n if n > 1 else ''} domain", xanchor="left", font={"size": 13})
+    first = several[0]
+    for column, (band, field) in enumerate(
+        (("random_faithfulness", "faithfulness"), ("random_accuracy", "accuracy")), start=1
+    ):
+        draws = getattr(first, band)
+        if len(draws):
+            _band(fig, first, draws, column)
+        for n, curve in enumerate(several):
+            fig.add_scatter(
+                x=curve.sizes,
+                y=getattr(curve, field),
+                mode="lines+markers",
+                name=f"top heads ({curve.method})",
+                legendgroup=curve.method,
+                showlegend=column == 1,
+                line={"color": PALETTE[n % len(PALETTE)], "width": 2.5},
+                hovertemplate="%{x} heads: %{y:.3f}<extra>" + curve.method + "</extra>",
+                row=1,
+                col=column,
+            )
+        if circuit is not None:
+            fig.add_vline(
+                x=len(circuit), line={"color": INK, "dash": "dot", "width": 1}, row=1, col=column
+            )
+    if circuit is not None:
+        fig.add_annotation(
+            x=len(circuit),
+            y=1.0,
+            yref="y domain",
+            xref="x",
+            text="circuit",
+            showarrow=False,
+            xanchor="left",
+            xshift=4,
+            font={"size": 11},
+        )
+    fig.update_xaxes(title="heads kept", rangemode="tozero")
+    fig.update_layout(legend={"orientation": "h", "y": -0.22, "x": 0})
+    return fig
+
+
+def _band(fig: go.Figure, curve: FaithfulnessCurve, draws: np.ndarray, column: int) -> None:
+    sizes = list(curve.sizes)
+    fig.add_scatter(
+        x=sizes + sizes[::-1],
+        y=[*draws.max(0), *draws.min(0)[::-1]],
+        fill="toself",
+        fillcolor=BAND,
+        mode="lines",
+        line={"width": 0},
+        hoverinfo="skip",
+        name=f"random circuits ({len(draws)} draws, least to largest)",
+        legendgroup="random",
+        showlegend=column == 1,
+        row=1,
+        col=column,
+    )
+    fig.add_scatter(
+        x=sizes,
+        y=draws.mean(0),
+        mode="lines",
+        line={"color": "#777", "dash": "dash", "width": 1.5},
+        name="random circuits, mean",
+        legendgroup="random",
+        showlegend=column == 1,
+        hovertemplate="%{x} random heads: %{y:.3f}<extra></extra>",
+        row=1,
+        col=column,
+    )
+
+
+def transfer_tradeoff(results: Sequence[TransferResult], title: str = "") -> go.Figure:
+    """Draw target gain against source change, one point a strategy, in accuracy points.
+
+    Up is learned, left is forgotten; results without a source task are left out.
+    """
+    fig = figure(title, height=360)
+    targets = list(dict.fromkeys(r.target_language for r in results))
+    symbols = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+    for target in targets if len(targets) > 1 else ():
+        # Legend entries for the symbols; the points themselves are listed by strategy.
+        fig.add_scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            name=target,
+            legend="legend2",
+            marker={"size": 10, "color": "#777", "symbol": symbols[targets.index(target) % 6]},
+        )
+    for n, strategy in enumerate(dict.fromkeys(r.strategy for r in results)):
+        chosen = [r for r in results if r.strategy == strategy and r.source_change is not None]
+        fig.add_scatter(
+            x=[100 * (r.source_change or 0.0) for r in chosen],
+            y=[100 * r.target_gain for r in chosen],
+            mode="markers",
+            name=strategy,
+            marker={
+                "size": 12,
+                "color": PALETTE[n % len(PALETTE)],
+                "symbol": [symbols[targets.index(r.target_language) % 6] for r in chosen],
+                "line": {"color": "white", "width": 1},
+            },
+            customdata=[[r.target_language, f"{r.n_trainable:,}"] for r in chosen],
+            hovertemplate=(
+                "%{customdata[0]}: target %{y:+.1f}, source %{x:+.1f} points"
+                "<br>%{customdata[1]} trained<extra>" + strategy + "</extra>"
+            ),
+        )
+    fig.add_hline(y=0, line={"color": SUPPORT, "width": 1, "dash": "dot"})
+    fig.add_vline(x=0, line={"color": SUPPORT, "width": 1, "dash": "dot"})
+    fig.update_xaxes(title="source accuracy, change in points")
+    fig.update_yaxes(title="target accuracy, gain in points")
+    fig.update_layout(
+        legend={"title": {"text": "strategy"}, "y": 1.0},
+        legend2={"title": {"text": "target"}, "y": 0.45, "x": 1.02},
+    )
+    return fig
