@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from circuitlens.errors import CircuitLensError, InputError
+
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
     from circuitlens.pipeline import RunFolder
@@ -34,6 +36,9 @@ app = typer.Typer(
     ),
 )
 
+# The exit status of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
 _Dir = Annotated[Path, typer.Argument(help="Folder of an earlier `circuitlens run`.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor log lines.")]
 
@@ -49,7 +54,6 @@ def _begin(quiet: bool) -> None:
 
 
 def _pairs(items: Sequence[str], option: str) -> dict[str, str] | None:
-    from circuitlens.errors import InputError
 
     for item in items:
         if "=" not in item:
@@ -58,7 +62,6 @@ def _pairs(items: Sequence[str], option: str) -> dict[str, str] | None:
 
 
 def _size(text: str) -> int | float:
-    from circuitlens.errors import InputError
 
     try:
         return int(text) if text.isdigit() else float(text)
@@ -185,7 +188,6 @@ def run(
     """
     _begin(quiet)
     from circuitlens.adapt.transfer import DEFAULT_RATES
-    from circuitlens.errors import InputError
     from circuitlens.pipeline import RunFolder, RunSettings
 
     for name, value, known in (
@@ -237,7 +239,6 @@ def discover(
     _begin(quiet)
     from dataclasses import replace
 
-    from circuitlens.errors import InputError
     from circuitlens.pipeline import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
@@ -335,30 +336,18 @@ def demo(
 
 def main() -> None:
     """Run the command line; expected errors are one sentence and no traceback."""
-    # The hub's clients would wait for a network that is not there, and print bars of their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        _fail("Interrupted. What was finished is whole; the same command goes on from there.", 130)
-    except Exception as error:
-        from click import ClickException
-
-        from circuitlens.errors import CircuitLensError
-
-        if isinstance(error, ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        if isinstance(error, CircuitLensError):
-            _fail(f"Error: {error}", 2)
+        app()
+    except CircuitLensError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            sys.stderr.write(
+                "Interrupted. What was finished is whole; the same command goes on from there.\n"
+            )
         raise
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(message + "\n")
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,13 @@ class HeadGeometry:
             found += [WeightSlice(n, kind, d, start, start + self.d_head) for n, d in names]
         return tuple(found)
 
+    def rows(self, layer: int, kind: Projection) -> tuple[str, Tensor]:
+        """The module that holds a projection, and its output rows, head after head."""
+        place = self._projections[layer][kind]
+        count = self.n_kv_heads if kind in ("k", "v") else self.n_heads
+        starts = place.offset + place.stride * torch.arange(count)
+        return place.module, (starts[:, None] + torch.arange(self.d_head)).flatten()
+
     def output_weight(self, hf: PreTrainedModel, head: Head) -> Tensor:
         """W_O of one head, shape ``d_head d_model`` (a view of the model's weight)."""
         (piece,) = (s for s in self.slices(head) if s.projection == "o")

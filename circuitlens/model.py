@@ -2,8 +2,9 @@
 
 ``TransformerBridge`` rewires the module tree it is given, after which ``state_dict`` and
 ``save_pretrained`` no longer speak Hugging Face's names. So the Hugging Face model stays pristine
-and the bridge is built on a *structural* copy of it: new modules around the very same parameter
-and buffer tensors. Training one view is visible in the other at once, and nothing is stored twice.
+and the bridge is built on a *structural* copy of it (:mod:`circuitlens.bridging`): new modules
+around the very same parameter and buffer tensors. Training one view is visible in the other at
+once, and nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from circuitlens.batch import Batch
+from circuitlens.bridging import boot, first_line
 from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.geometry import HeadGeometry
 from circuitlens.progress import hush_transformers
@@ -92,23 +94,18 @@ class HookedModel:
         return cast(torch.dtype, self.hf.dtype)
 
     @cached_property
+    def _hooked_view(self) -> tuple[Any, HeadGeometry]:
+        return boot(self.hf, self._tokenizer)
+
+    @property
     def bridge(self) -> Any:
         """The hooked view, a ``TransformerBridge``; built when first used."""
-        return _boot_bridge(self.hf, self._tokenizer)
+        return self._hooked_view[0]
 
-    @cached_property
+    @property
     def geometry(self) -> HeadGeometry:
         """Sizes of the heads and the weight slices that each one owns."""
-        cfg = self.bridge.cfg
-        attention = [f"{block.name}.{block.attn.name}" for block in self.bridge.blocks]
-        return HeadGeometry(
-            self.hf,
-            attention,
-            n_heads=cfg.n_heads,
-            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-            d_head=cfg.d_head,
-            d_model=cfg.d_model,
-        )
+        return self._hooked_view[1]
 
     def fingerprint(self) -> str:
         """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
@@ -208,6 +205,23 @@ class HookedModel:
         finally:
             for block in below:
                 del block.__dict__["forward"]
+
+    @cached_property
+    def pattern_before_z(self) -> bool:
+        """Whether the pattern's hook fires before that of z, which is made of it.
+
+        Where attention is Hugging Face's own code (OPT) it fires after.
+        """
+        order: list[str] = []
+        names = ("blocks.0.attn.hook_pattern", self.z_hook(0))
+
+        def note(name: str) -> Hook:
+            return lambda _: order.append(name)
+
+        with torch.no_grad():
+            nothing = self.unlabelled(torch.zeros(1, 1, dtype=torch.long))
+            self.logits(nothing, {name: note(name) for name in names})
+        return order[0] == names[0]
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -325,7 +339,7 @@ def _load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> 
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"The model {name} could not be loaded ({_first_line(error)}); check the name and the "
+            f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
             "network, or download it elsewhere and give the local folder."
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -338,7 +352,7 @@ def _load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> 
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"The weights of {name} could not be loaded ({_first_line(error)})."
+            f"The weights of {name} could not be loaded ({first_line(error)})."
         ) from error
     return cast(PreTrainedModel, model)
 
@@ -355,49 +369,3 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
             "load the model yourself and pass cl.load(model, tokenizer=…)."
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _boot_bridge(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """Build the hooked view on a structural copy that shares every tensor of ``hf``."""
-    # Deferred: this import takes seconds, and the command line should answer --help at once.
-    from transformer_lens.model_bridge.sources import (
-        build_bridge_from_module,
-        detect_tokenizer_bos_eos,
-    )
-
-    shared = {id(tensor): tensor for tensor in chain(hf.parameters(), hf.buffers())}
-    structure = copy.deepcopy(hf, shared)
-    # Fused attention kernels never form the pattern, so its hook could not fire.
-    structure.set_attn_implementation("eager")
-    # The bridge reads the pad token from configurations that transformers 5 leaves without one.
-    if getattr(structure.config, "pad_token_id", None) is None:
-        structure.config.pad_token_id = structure.config.eos_token_id
-    architectures = structure.config.architectures or [type(hf).__name__]
-    try:
-        bridge = build_bridge_from_module(
-            structure,
-            architectures[0],
-            hf_config=structure.config,
-            model_name=str(hf.config.name_or_path) or type(hf).__name__,
-        )
-        bridge.eval()
-        if tokenizer is not None:
-            # Given to the builder, the tokenizer would be loaded anew by its name to set its BOS
-            # behaviour, which fails or fetches another one where it was made in memory.
-            bridge.tokenizer = tokenizer
-            flags = detect_tokenizer_bos_eos(tokenizer)
-            bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
-        first = "blocks.0.attn.hook_pattern"
-        if first not in bridge.hook_dict or HookedModel.z_hook(0) not in bridge.hook_dict:
-            raise UnsupportedModelError(f"the hooked model has no {first}")
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(hf).__name__} has no attention heads that TransformerLens can hook "
-            f"({_first_line(error)}); circuitlens needs a model with softmax attention in every "
-            "layer, such as Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2 or GPT-NeoX."
-        ) from error
-    return bridge

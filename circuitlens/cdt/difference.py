@@ -3,7 +3,9 @@
 1. The clean run leaves the residual stream, z and the frozen parts (the operating point).
 2. For the heads of layer l, the batch is laid out once per head; the run starts at layer l from
    the cached residual stream, and each copy has its head's output replaced by the mean.
-3. β at the output is the clean output minus that of the copy.
+3. β at the output is the output of the frozen network without a patch minus that of the copy.
+   (Not the clean output: the same values computed through held scales round differently, which in
+   bfloat16 would drown the small heads.)
 
 With patterns and norm scales frozen this is CD-T's propagation with β' = f(t) − f(t − β) at
 activations and biases left with γ; with nothing frozen it is exact mean ablation.
@@ -45,7 +47,8 @@ def relevance_by_difference(
     """
     g = model.geometry
     clean = OperatingPoint.capture(model, batch, rules)
-    margin = task_margin(clean.logits, batch)
+    frozen = clean.hooks()
+    margin = task_margin(model.logits(batch, frozen) if frozen else clean.logits, batch)
     where = batch.mask(positions)
     scores = torch.empty(len(batch), g.n_layers, g.n_heads, dtype=margin.dtype, device=model.device)
     together = max(1, rows // len(batch))

@@ -26,7 +26,13 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from circuitlens.batch import Batch, Positions, task_margin
-from circuitlens.cdt.operating_point import frozen_hooks
+from circuitlens.cdt.operating_point import (
+    OperatingPoint,
+    apply_pattern,
+    frozen_scales,
+    pattern_hook,
+    then,
+)
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.errors import UnsupportedModelError
 from circuitlens.model import Hook, HookedModel
@@ -76,8 +82,13 @@ def relevance_by_position(
 
         return hook
 
-    hooks: dict[str, Hook] = dict.fromkeys(frozen_hooks(model, rules), torch.Tensor.detach)
-    hooks |= {model.z_hook(layer): tap(layer) for layer in layers}
+    hooks: dict[str, Hook] = {}
+    if rules.freeze_scales:
+        hooks |= dict.fromkeys(frozen_scales(model), torch.Tensor.detach)
+    if rules.freeze_patterns:
+        hooks |= _freeze_patterns(model, batch, rules)
+    for layer in layers:
+        then(hooks, model.z_hook(layer), tap(layer))
     if rules.activation == "secant":
         for layer in layers:
             hooks |= _secant(model, layer)
@@ -94,6 +105,23 @@ def relevance_by_position(
     )
 
 
+def _freeze_patterns(model: HookedModel, batch: Batch, rules: RuleSet) -> dict[str, Hook]:
+    """Hooks that make attention patterns constants of the clean run, which this run is."""
+    hooks: dict[str, Hook] = {}
+    if not model.pattern_before_z:
+        # The present run's pattern comes too late to be used, so it takes a run of its own.
+        return OperatingPoint.capture(model, batch, rules).pattern_hooks()
+    for layer in range(model.geometry.n_layers):
+        patterns: list[Tensor] = []
+
+        def see(pattern: Tensor, patterns: list[Tensor] = patterns) -> None:
+            patterns[:] = [pattern.detach()]
+
+        hooks[pattern_hook(layer)] = see
+        hooks |= apply_pattern(layer, patterns.pop)
+    return hooks
+
+
 def _secant(model: HookedModel, layer: int) -> dict[str, Hook]:
     """Hooks that give the activation of one MLP its secant slope and keep its value."""
     mlp = f"blocks.{layer}.mlp"
@@ -103,7 +131,6 @@ def _secant(model: HookedModel, layer: int) -> dict[str, Hook]:
             f"{type(model.hf).__name__} has no hooks round the activation of {mlp}, so "
             "cdt-linear does not know its secant: use method='cdt' or 'ablation'."
         )
-    activation = _activation(model)
     seen: dict[str, Tensor] = {}
 
     def see(name: str) -> Hook:
@@ -112,27 +139,29 @@ def _secant(model: HookedModel, layer: int) -> dict[str, Hook]:
 
         return hook
 
-    def slope(t: Tensor) -> Tensor:
-        # act(0) = 0 for every activation in use, so a tiny argument stands for the limit.
-        tiny = torch.finfo(t.dtype).eps ** 2
-        t = torch.where(t.abs() < tiny, tiny, t)
-        return cast(Tensor, activation(t) / t)
-
     gated = f"{mlp}.gate.hook_out" in names
+    activation = _activation(model) if gated else None
 
     def replace(post: Tensor) -> Tensor:
         up = seen["up"]
-        if gated:
+        if activation is not None:
             gate = seen["gate"]
-            ratio = slope(gate.detach())
-            linear = 0.5 * (ratio * up.detach()) * gate + 0.5 * (ratio * gate).detach() * up
+            t, u = gate.detach(), up.detach()
+            act = activation(t)
+            _check_value(model, mlp, act * u, post.detach())
+            linear = 0.5 * (_ratio(act, t) * u) * gate + 0.5 * act * up
         else:
-            linear = slope(up.detach()) * up
-        _check_value(model, mlp, linear.detach(), post.detach())
+            linear = _ratio(post.detach(), up.detach()) * up
         return post.detach() + (linear - linear.detach())
 
     hooks = {f"{mlp}.in.hook_out": see("up"), f"{mlp}.out.hook_in": replace}
     return {f"{mlp}.gate.hook_out": see("gate"), **hooks} if gated else hooks
+
+
+def _ratio(value: Tensor, argument: Tensor) -> Tensor:
+    """act(t)/t; at t = 0, where a smooth activation has slope ½, that slope."""
+    safe = torch.where(argument == 0, torch.ones_like(argument), argument)
+    return torch.where(argument == 0, torch.full_like(value, 0.5), value / safe)
 
 
 def _activation(model: HookedModel) -> torch.nn.Module:

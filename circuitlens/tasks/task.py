@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Splits = Mapping[str, Sequence[Example]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where the examples of a task come from, in every language that it has."""
 

@@ -1,0 +1,174 @@
+"""Building the hooked view on the tensors of the Hugging Face model, and mending what is off.
+
+``TransformerBridge`` rewires the module tree it is given, so it gets a structural copy: new
+modules around the same parameters and buffers. Three things are then put right:
+
+* the tokenizer is set afterwards, because the builder would load it anew by its name;
+* projections that the bridge split off a fused weight *by copying* read the fused weight instead;
+* float64 models get float64 attention patterns.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from circuitlens.errors import UnsupportedModelError
+from circuitlens.geometry import HeadGeometry, Projection
+
+__all__ = ["boot", "first_line"]
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def boot(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Any, HeadGeometry]:
+    """Build the ``TransformerBridge`` of a model, and the geometry of its heads.
+
+    Raises:
+        UnsupportedModelError: if the model has no heads that can be hooked or told apart.
+    """
+    bridge = _build(hf)
+    cfg = bridge.cfg
+    geometry = HeadGeometry(
+        hf,
+        [f"{block.name}.{block.attn.name}" for block in bridge.blocks],
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_head=cfg.d_head,
+        d_model=cfg.d_model,
+    )
+    if tokenizer is not None:
+        from transformer_lens.model_bridge.sources import detect_tokenizer_bos_eos
+
+        bridge.tokenizer = tokenizer
+        flags = detect_tokenizer_bos_eos(tokenizer)
+        bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = flags
+    _share_fused_projections(bridge, hf, geometry)
+    if hf.dtype == torch.float64:
+        _softmax_in_float64(bridge)
+    return bridge, geometry
+
+
+def _build(hf: PreTrainedModel) -> Any:
+    # Deferred: this import takes seconds, and not every command needs a model.
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    shared = {id(tensor): tensor for tensor in chain(hf.parameters(), hf.buffers())}
+    structure = copy.deepcopy(hf, shared)
+    # Fused attention kernels never form the pattern, so its hook could not fire.
+    structure.set_attn_implementation("eager")
+    # The bridge reads the pad token from configurations that transformers 5 leaves without one.
+    if getattr(structure.config, "pad_token_id", None) is None:
+        structure.config.pad_token_id = structure.config.eos_token_id
+    architectures = structure.config.architectures or [type(hf).__name__]
+    try:
+        bridge = build_bridge_from_module(
+            structure,
+            architectures[0],
+            hf_config=structure.config,
+            model_name=str(hf.config.name_or_path) or type(hf).__name__,
+        )
+        bridge.eval()
+        for needed in ("blocks.0.attn.hook_pattern", "blocks.0.attn.o.hook_in"):
+            if needed not in bridge.hook_dict:
+                raise UnsupportedModelError(f"the hooked model has no {needed}")
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(hf).__name__} has no attention heads that TransformerLens can hook "
+            f"({first_line(error)}); circuitlens needs a model with softmax attention in every "
+            "layer, such as Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2 or GPT-NeoX."
+        ) from error
+    return bridge
+
+
+class _RowsOf(nn.Module):
+    """A linear map made of some rows of a fused one, read anew in every pass.
+
+    The bridge copies these rows when they are not one block, as in GPT-NeoX's interleaved layout;
+    training the fused weight would then not show in the hooks.
+    """
+
+    def __init__(self, fused: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        # In a tuple, so that the fused module is not registered here a second time.
+        self._fused = (fused,)
+        self._rows = rows
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self._fused[0].weight)[self._rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._fused[0].bias
+        return None if bias is None else cast(Tensor, bias)[self._rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _share_fused_projections(bridge: Any, hf: PreTrainedModel, geometry: HeadGeometry) -> None:
+    storages = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+    kinds: tuple[Projection, ...] = ("q", "k", "v")
+    for layer, block in enumerate(bridge.blocks):
+        for kind in kinds:
+            part = getattr(block.attn, kind).original_component
+            if part.weight.untyped_storage().data_ptr() in storages:
+                continue
+            module, rows = geometry.rows(layer, kind)
+            split = _RowsOf(hf.get_submodule(module), rows.to(hf.device))
+            getattr(block.attn, kind).set_original_component(split)
+
+
+@torch.no_grad()
+def _pattern_edits_count(bridge: Any) -> bool:
+    """Whether an edit of ``hook_pattern`` reaches the heads' outputs.
+
+    Some families (OPT, BERT) leave attention to Hugging Face's code, and the hook only sees the
+    pattern after it was used.
+    """
+    seen: list[Tensor] = []
+    hooks = [
+        ("blocks.0.attn.hook_pattern", lambda pattern, hook: torch.zeros_like(pattern)),
+        ("blocks.0.attn.o.hook_in", lambda z, hook: seen.append(z)),
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device)
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    return not bool(seen[0].any())
+
+
+def _softmax_in_float64(bridge: Any) -> None:
+    """Let a float64 model have float64 attention patterns.
+
+    The bridge takes softmax in float32. That costs the precision one asked for, and the masks'
+    float64 minimum becomes −∞ there, so queries in the padding, which see nothing, become NaN.
+    """
+    if not _pattern_edits_count(bridge):
+        raise UnsupportedModelError(
+            f"{bridge.cfg.architecture} takes its softmax in float32 where no hook reaches it, "
+            "which gives NaN for padded prompts in float64: load it in float32."
+        )
+    for block in bridge.blocks:
+        scores: list[Tensor] = []
+
+        def see(value: Tensor, hook: object, scores: list[Tensor] = scores) -> None:
+            scores[:] = [value]
+
+        def again(value: Tensor, hook: object, scores: list[Tensor] = scores) -> Tensor:
+            return scores.pop().softmax(-1)
+
+        block.attn.hook_attn_scores.add_hook(see, is_permanent=True)
+        block.attn.hook_pattern.add_hook(again, is_permanent=True)

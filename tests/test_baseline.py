@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import circuitlens as cl
+from circuitlens.tasks import toy
+
+
+def naive_mean(model, task, examples, positions):
+    """One example at a time, in the plainest way."""
+    per_label: dict[str, list[torch.Tensor]] = {}
+    for example in examples:
+        encoded = task.encode(model, [example])
+        batch = encoded.batch([0])
+        with torch.no_grad():
+            answer = model.hf_logits(batch)[0, batch.label_tokens].argmax()
+        if int(answer) != encoded.gold[0]:
+            continue
+        z = model.head_outputs(batch)[:, 0].double()
+        z = z[:, 1:].mean(1) if positions == "all" else z[:, -1]
+        per_label.setdefault(example.label, []).append(z)
+    return torch.stack([torch.stack(zs).mean(0) for zs in per_label.values()]).mean(0)
+
+
+@pytest.mark.parametrize("positions", ["all", "decision"])
+def test_the_mean_is_balanced_over_labels_and_examples(toy_proxy, toy_task, positions):
+    # Lopsided on purpose: many positive examples, few of the others.
+    by_label = {
+        label: [e for e in toy_task["pool_a"] if e.label == label] for label in toy_task.labels
+    }
+    examples = by_label["positive"][:20] + by_label["negative"][:5] + by_label["neutral"][:3]
+    found = cl.label_balanced_mean(
+        toy_proxy, toy_task, positions=positions, examples=examples, allow_chance=True
+    )
+    expected = naive_mean(toy_proxy, toy_task, examples, positions)
+    torch.testing.assert_close(found.mean.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_batch_size_changes_nothing(toy_proxy, toy_task, toy_baseline):
+    examples = toy_task["pool_a"][:300]
+    other = cl.label_balanced_mean(toy_proxy, toy_task, examples=examples, batch_size=7)
+    torch.testing.assert_close(other.mean, toy_baseline.mean, rtol=1e-5, atol=1e-6)
+    assert other.example_ids == toy_baseline.example_ids
+    assert other.n_per_label == toy_baseline.n_per_label
+
+
+def test_class_directions_cancel(toy_proxy, toy_task, toy_baseline):
+    # Means of single labels differ much more from each other than the balanced mean of one half
+    # of the data does from that of the other half.
+    pool = toy_task["pool_a"]
+    halves = [
+        cl.label_balanced_mean(toy_proxy, toy_task, examples=part).mean
+        for part in (pool[300:600], pool[600:900])
+    ]
+    singles = [
+        naive_mean(toy_proxy, toy_task, [e for e in pool[:200] if e.label == label], "all")
+        for label in ("positive", "negative")
+    ]
+    assert (singles[0] - singles[1]).norm() > 2 * (halves[0] - halves[1]).norm()
+
+
+def test_a_label_without_a_correct_answer_is_named(toy_proxy, toy_task):
+    # With the words swapped, no positive or negative example can be right.
+    words = {**toy_task.labels, "negative": " positive", "positive": " negative"}
+    confused = replace(toy_task, labels=words)
+    examples = [e for e in toy_task["pool_a"][:200] if e.label != "positive"]
+    with pytest.raises(cl.InputError, match="label 'positive' is answered correctly"):
+        cl.label_balanced_mean(toy_proxy, confused, examples=examples, allow_chance=True)
+
+
+def test_a_model_at_chance_is_refused(toy_task):
+    with pytest.raises(cl.CompetenceError, match=r"near chance .* cl\.finetune"):
+        cl.label_balanced_mean(toy.toy_model(), toy_task, examples=toy_task["pool_a"][:200])
+
+
+def test_saving_and_loading(tmp_path, toy_proxy, toy_baseline):
+    toy_baseline.save(tmp_path / "b.safetensors")
+    again = cl.MeanBaseline.load(tmp_path / "b.safetensors")
+    assert torch.equal(again.mean, toy_baseline.mean)
+    assert replace(again, mean=toy_baseline.mean) == toy_baseline
+    again.check_model(toy_proxy)
+    assert "264" in again._repr_html_() or "correct" in again._repr_html_()
+    assert len(again.to_frame()) == len(toy_proxy.geometry)
+
+
+def test_means_of_other_weights_are_refused(toy_baseline, toy_task):
+    other = toy.toy_model(n_layers=2)
+    with pytest.raises(cl.InputError, match="other weights"):
+        cl.relevance(other, toy_task, toy_baseline)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+
+import circuitlens as cl
+from circuitlens import pipeline
+from circuitlens.pipeline import RunFolder, RunSettings
+from circuitlens.tasks import toy
+
+FAST = ["--max-examples", "40", "--n-random", "2", "--rate", "1e-3", "--epochs", "1"]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process; returns its exit code and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        from circuitlens.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["circuitlens", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def proxy_folder(tmp_path_factory, toy_proxy) -> Path:
+    folder = tmp_path_factory.mktemp("proxy")
+    toy_proxy.save(folder)
+    return folder
+
+
+def base(proxy_folder, out, *more):
+    where = ["--model", proxy_folder, "--task", "toy", "--source", "source", "--out", out]
+    return ["run", *where, "--target", "near", "-q", *FAST, *more]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, proxy_folder) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    settings = RunSettings(
+        model=str(proxy_folder),
+        task="toy",
+        source="source",
+        targets=("near",),
+        max_examples=40,
+        n_random=2,
+        learning_rates=(1e-3,),
+        epochs=1,
+        strategies=("circuit", "norms"),
+    )
+    RunFolder.create(out, settings, quiet=True).run_all()
+    return out
+
+
+def test_a_run_writes_everything(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {"run.json", "scores.safetensors", "circuit.json", "report.html", "transfers"} <= names
+    record = json.loads((finished / "run.json").read_text())
+    assert record["finished"]
+    assert record["settings"]["targets"] == ["near"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["model_fingerprint"]) == len(record["data_fingerprint"]) == 16
+    assert len(record["scores"]) == 16
+    assert [t["strategy"] for t in record["transfers"]] == ["circuit", "norms"]
+    assert record["faithfulness"][-1]["faithfulness"] == 1.0
+    assert not [n for n in names if n.startswith(".")]
+
+
+def test_a_finished_run_is_never_overwritten(cli, finished, proxy_folder):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    code, _, err = cli(*base(proxy_folder, finished))
+    assert code == 2
+    assert "holds a finished run" in err
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_single_stages_on_a_finished_run(cli, finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    code, out, _ = cli("faithfulness", folder, "-q")
+    assert code == 0
+    assert "random_faithfulness" in out
+    code, _, err = cli("discover", folder, "--method", "ablation", "-q")
+    assert code == 2
+    assert "--redo" in err
+    code, out, _ = cli("transfer", folder, "--target", "far", "--strategy", "norms", "-q")
+    assert code == 0
+    assert "far" in out
+    assert (folder / "transfers" / "far" / "norms" / "result.json").is_file()
+    code, out, _ = cli("discover", folder, "--redo", "--method", "cdt-linear", "--size", "2", "-q")
+    assert code == 0
+    assert len(cl.Circuit.load(folder / "circuit.json")) == 2
+    assert not (folder / "transfers").exists()
+    # What was redone is what later stages see.
+    assert RunFolder.open(folder).settings.method == "cdt-linear"
+    code, out, _ = cli("report", folder, "-q")
+    assert code == 0
+    assert "report.html" in out
+    assert "cdt-linear" in (folder / "report.html").read_text()
+
+
+def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
+    cli, proxy_folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "transfer", interrupt)
+        code, _, err = cli(*base(proxy_folder, out, "--strategy", "norms"))
+    assert code == 130
+    assert "goes on from there" in err
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+    assert not (out / "report.html").exists()
+    code, _, err = cli(*base(proxy_folder, out, "--strategy", "norms", "--seed", "3"))
+    assert code == 2
+    assert "seed was 0, now 3" in err
+    stamp = (out / "scores.safetensors").stat().st_mtime_ns
+    code, printed, _ = cli(*base(proxy_folder, out, "--strategy", "norms"))
+    assert code == 0
+    assert "norms" in printed
+    assert (out / "scores.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_ctrl_c_leaves_whole_files_only(proxy_folder, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "circuitlens.cli", *map(str, base(proxy_folder, out))]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "scores.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    cl.HeadScores.load(out / "scores.safetensors")
+    json.loads((out / "run.json").read_text())
+    for path in out.rglob("result.json"):
+        json.loads(path.read_text())
+
+
+def write_csv(path, rows):
+    path.write_text("text,label\n" + "".join(f"{t},{la}\n" for t, la in rows))
+    return path
+
+
+def plain_rows(n=60):
+    return [(f"po {w} ja", la) for w in ("ra", "no", "ti") for la in ("a", "b")][:n]
+
+
+def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
+    nusax = ["--task", "nusax", "--data", shared / "data" / "nusax"]
+    tiny("qwen2", torch.float32).save_pretrained(tmp_path / "no_tokenizer")
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=600))
+    mamba.save_pretrained(tmp_path / "mamba")
+    toy.toy_tokenizer().save_pretrained(tmp_path / "mamba")
+    no_column = tmp_path / "columns.csv"
+    no_column.write_text("sentence,label\na,b\n")
+    rows = [(f"po {a}{b} ja", la) for a in "bdfgh" for b in "aeiou" for la in ("x", "y")] * 4
+    empty = write_csv(tmp_path / "empty.csv", [*rows, ("", "x")])
+    lonely = write_csv(tmp_path / "lonely.csv", [*rows, ("po", "z")])
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    model = ["--model", proxy_folder]
+    out = ["--out", tmp_path / "out"]
+    two = ["--label", "x= positive", "--label", "y= negative"]
+    cases = {
+        r"NusaX has no language 'klingon'; it has acehnese, .*toba_batak": [
+            *model,
+            *nusax,
+            "--source",
+            "klingon",
+            *out,
+        ],
+        r"toy task has no language 'mars'": [*model, "--task", "toy", "--target", "mars", *out],
+        r"There is no data file .*missing\.csv": [*model, "--task", tmp_path / "missing.csv", *out],
+        r"columns\.csv has no column 'text'; its columns are \['sentence', 'label'\]": [
+            *model,
+            "--task",
+            no_column,
+            *out,
+        ],
+        r"The word .*sangat bagus.* must be one token": [
+            *model,
+            "--task",
+            "toy",
+            "--label",
+            "positive= sangat bagus",
+            "--label",
+            "negative= negative",
+            "--label",
+            "neutral= neutral",
+            *out,
+        ],
+        r"No example has the label 'z' in": [
+            *model,
+            "--task",
+            lonely,
+            *two,
+            "--label",
+            "z= neutral",
+            *out,
+        ],
+        r"has an empty text: remove the row": [*model, "--task", empty, *two, *out],
+        r"No tokenizer was found in .*no_tokenizer": [
+            "--model",
+            tmp_path / "no_tokenizer",
+            "--task",
+            "toy",
+            *out,
+        ],
+        r"no attention heads that TransformerLens can hook": [
+            "--model",
+            tmp_path / "mamba",
+            "--task",
+            "toy",
+            *out,
+        ],
+        r"exists and is not empty, and holds no circuitlens run": [
+            *model,
+            "--task",
+            "toy",
+            "--out",
+            tmp_path / "used",
+        ],
+        r"There is no task 'poetry'; known are nusax": [*model, "--task", "poetry", *out],
+        r"--size takes a number of heads": [*model, "--task", "toy", "--size", "few", *out],
+        r"There is no strategy 'magic'": [*model, "--task", "toy", "--strategy", "magic", *out],
+        r"--label takes name=value": [*model, "--task", "toy", "--label", "positive", *out],
+    }
+    for pattern, arguments in cases.items():
+        code, printed, err = cli("run", *arguments, "-q")
+        assert code == 2, (pattern, err)
+        assert re.search(pattern, err), (pattern, err)
+        assert err.startswith("Error: ")
+        assert len(err.strip().splitlines()) == 1, err
+        assert "Traceback" not in err + printed
+        assert not (tmp_path / "out").exists(), pattern
+
+
+def test_a_folder_without_run_is_named(cli, tmp_path):
+    code, _, err = cli("report", tmp_path)
+    assert code == 2
+    assert "holds no circuitlens run" in err
+
+
+def test_help_answers_without_the_heavy_imports():
+    script = (
+        "import sys; sys.argv = ['circuitlens', 'run', '--help']\n"
+        "from circuitlens.cli import main\n"
+        "try: main()\n"
+        "finally: print('HEAVY' if 'torch' in sys.modules else 'LIGHT')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "LIGHT" in done.stdout
+    for word in ("--target", "--competence", "--positions", "goes on where it stopped"):
+        assert word in " ".join(done.stdout.split()), word
+
+
+def test_a_competence_stage_saves_the_proxy(tmp_path, toy_proxy, monkeypatch):
+    settings = RunSettings(
+        model="toy", task="toy", competence="always", finetune_epochs=1, finetune_rate=1e-5
+    )
+    # Training itself is tested elsewhere; one epoch at a tiny rate keeps what it was given.
+    monkeypatch.setattr(pipeline, "toy_model", lambda seed: toy_proxy.clone())
+    trained = RunFolder.create(tmp_path / "run", settings, quiet=True).model
+    assert (tmp_path / "run" / "proxy" / "config.json").is_file()
+    assert trained.fingerprint() != toy_proxy.fingerprint()
+    assert RunFolder.open(tmp_path / "run").model.fingerprint() == trained.fingerprint()
+
+
+def test_wrong_options_are_explained_without_traceback(cli):
+    code, out, err = cli("run", "--nonsense")
+    assert code == 2
+    assert "No such option: --nonsense" in out + err
+    assert "Traceback" not in out + err

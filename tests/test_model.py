@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ALL, tiny
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+)
+
+import circuitlens as cl
+from circuitlens.batch import Batch
+
+
+def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
+    """Left-padded random prompts of the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    gold = torch.arange(len(lengths)) % 3
+    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_both_views_agree_and_padding_changes_nothing(name):
+    model = cl.load(tiny(name))
+    batch = batch_of(model, 9, 6)
+    with torch.no_grad():
+        hooked, native = model.logits(batch), model.hf_logits(batch)
+        alone = model.logits(model.unlabelled(batch.input_ids[1:, 3:]))
+    # Some families take norms or softmax in float32 whatever the dtype.
+    tolerance = 2e-5 if name in ("gemma2", "bloom", "opt") else 1e-9
+    torch.testing.assert_close(hooked, native, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hooked[1:], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_float_dtype_agrees_with_hugging_face(dtype):
+    model = cl.load(tiny("qwen2", dtype))
+    batch = batch_of(model, 9, 9)
+    with torch.no_grad():
+        hooked, native = model.logits(batch), model.hf_logits(batch)
+    assert hooked.dtype == dtype
+    error = (hooked.double() - native.double()).abs().max()
+    assert error <= 32 * torch.finfo(dtype).eps * native.double().abs().max()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_head_contributions_sum_to_the_attention_output(name):
+    model = cl.load(tiny(name))
+    batch = batch_of(model, 7, 7)
+    seen = {}
+    layers = range(model.geometry.n_layers)
+    hooks = {
+        f"blocks.{n}.attn.o.hook_out": partial(lambda n, x: seen.update({n: x}), n) for n in layers
+    }
+    with torch.no_grad():
+        model.logits(batch, hooks)
+    contributions = model.head_contributions(batch)
+    assert contributions.shape == (3, 2, 7, 4, 32)
+    for layer in layers:
+        bias = getattr(model.bridge.blocks[layer].attn.o.original_component, "bias", None)
+        total = contributions[layer].sum(2) + (0 if bias is None else bias.detach())
+        torch.testing.assert_close(total, seen[layer].detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_starting_at_a_layer_gives_the_same_logits(name):
+    model = cl.load(tiny(name))
+    batch = batch_of(model, 8, 5)
+    for layer in (0, 1, 2):
+        seen = []
+        with torch.no_grad():
+            full = model.logits(batch, {f"blocks.{layer}.hook_in": seen.append})
+            # Other tokens: nothing below the layer may matter any more.
+            other = Batch(
+                torch.full_like(batch.input_ids, 3),
+                batch.attention_mask,
+                batch.gold,
+                batch.label_tokens,
+            )
+            with model.starting_at(layer, seen[0]):
+                again = model.logits(other if layer else batch)
+            after = model.logits(batch)
+        torch.testing.assert_close(again, full, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(after, full, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_views_share_every_tensor(name):
+    model = cl.load(tiny(name))
+    mine = {p.untyped_storage().data_ptr() for p in model.hf.parameters()}
+    parts = torch.nn.Module.named_parameters(model.bridge)
+    strangers = [n for n, p in parts if p.untyped_storage().data_ptr() not in mine]
+    assert not strangers
+    assert model.hf is not model.bridge.original_model
+
+
+def test_the_hooked_view_takes_no_memory_for_weights():
+    # In a process of its own, because peak memory never falls.
+    script = """
+import resource, torch, circuitlens as cl
+from transformers import Qwen2Config, Qwen2ForCausalLM
+config = Qwen2Config(vocab_size=20_000, hidden_size=1024, intermediate_size=4096,
+    num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
+cl.load(Qwen2ForCausalLM(Qwen2Config(vocab_size=50, hidden_size=8, intermediate_size=8,
+    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
+model = Qwen2ForCausalLM(config)
+weights = sum(p.numel() * 4 for p in model.parameters())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+hooked = cl.load(model)
+hooked.bridge
+with torch.no_grad():
+    hooked.logits(hooked.unlabelled(torch.ones(1, 4, dtype=torch.long)))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((after - before) / weights)
+"""
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_training_the_hugging_face_view_shows_in_the_hooks(name):
+    model = cl.load(tiny(name))
+    batch = batch_of(model, 6, 6)
+    with torch.no_grad():
+        before = model.logits(batch)
+    optimizer = torch.optim.SGD(model.hf.parameters(), lr=0.1)
+    model.hf_logits(batch).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after, native = model.logits(batch), model.hf_logits(batch)
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(after, native, rtol=2e-5, atol=2e-5)
+
+
+def test_save_pretrained_reloads_exactly(tmp_path):
+    model = cl.load(tiny("gpt2"))
+    model.bridge.state_dict()
+    model.hf.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    for (name, a), (other, b) in zip(
+        model.hf.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(a, b)
+
+
+def test_a_clone_has_weights_of_its_own():
+    model = cl.load(tiny("qwen2"))
+    fingerprint = model.fingerprint()
+    copy = model.clone()
+    assert copy.fingerprint() == fingerprint
+    with torch.no_grad():
+        next(copy.hf.parameters()).add_(1.0)
+    assert model.fingerprint() == fingerprint != copy.fingerprint()
+
+
+def test_a_hook_that_does_not_exist_or_fire_is_an_error():
+    model = cl.load(tiny("qwen2"))
+    batch = batch_of(model, 4)
+    with pytest.raises(cl.UnsupportedModelError, match=r"no hook blocks\.9\.hook_in"):
+        model.logits(batch, {"blocks.9.hook_in": lambda x: None})
+    with (
+        pytest.raises(cl.UnsupportedModelError, match="did not fire"),
+        model.hooked({"blocks.0.hook_in": lambda x: None}),
+    ):
+        pass
+
+
+def test_float64_is_refused_where_softmax_cannot_be_reached():
+    with pytest.raises(cl.UnsupportedModelError, match="load it in float32"):
+        cl.load(tiny("opt", torch.float64))
+
+
+def test_models_without_attention_heads_are_refused_by_name():
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50))
+    with pytest.raises(cl.UnsupportedModelError, match="MambaForCausalLM has no attention heads"):
+        cl.load(mamba)
+
+
+def test_models_that_are_no_causal_language_models_are_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(cl.UnsupportedModelError, match="t5 model"):
+        cl.load(tmp_path)
+
+
+def test_missing_folders_and_tokenizers_are_named(tmp_path):
+    with pytest.raises(cl.InputError, match="does not exist"):
+        cl.load(tmp_path / "nothing")
+    with pytest.raises(cl.InputError, match=r"has no config\.json"):
+        cl.load(tmp_path)
+    tiny("qwen2", torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(cl.InputError, match="No tokenizer was found"):
+        cl.load(tmp_path)
+
+
+def test_a_model_in_memory_asks_for_a_tokenizer_only_when_text_is_encoded(toy_task):
+    model = cl.load(tiny("qwen2"))
+    with pytest.raises(cl.InputError, match="tokenizer="):
+        toy_task.encode(model, toy_task["test"])
+
+
+def test_a_tied_embedding_stays_tied():
+    config = Qwen2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = cl.load(Qwen2ForCausalLM(config))
+    inner = model.bridge.original_model
+    assert inner.get_input_embeddings().weight is not None
+    pointers = {
+        model.hf.lm_head.weight.data_ptr(),
+        model.hf.model.embed_tokens.weight.data_ptr(),
+        *(p.data_ptr() for p in inner.parameters() if p.shape == (50, 16)),
+    }
+    assert len(pointers) == 1
+
+
+def test_the_shared_checkpoint_loads(shared):
+    model = cl.load(shared / "models" / "nusa-tiny-ind")
+    assert (model.geometry.n_layers, model.geometry.n_heads, model.geometry.n_kv_heads) == (4, 8, 4)
+    assert model.tokenizer.padding_side == "left"

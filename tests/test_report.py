@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+import circuitlens as cl
+from circuitlens.view import faithfulness_curve, head_heatmap, render_report, transfer_tradeoff
+
+
+@pytest.fixture(scope="module")
+def results(toy_proxy, toy_task, toy_scores, toy_baseline):
+    curve = cl.faithfulness(toy_proxy, toy_task, toy_scores, toy_baseline, sizes=[4], n_random=2)
+    transfers = [
+        cl.transfer(
+            toy_proxy,
+            toy_scores.top(4),
+            toy_task.to(target),
+            strategy=strategy,
+            learning_rates=[1e-3],
+            epochs=1,
+        )
+        for target in ("near", "far")
+        for strategy in ("circuit", "norms")
+    ]
+    return curve, transfers
+
+
+def render(toy_scores, found, **changes):
+    curve, transfers = found
+    content = {
+        "title": "A title",
+        "settings": {"model": "m", "nothing": None},
+        "scores": toy_scores,
+        "circuit": toy_scores.top(4),
+        "curve": curve,
+        "results": transfers,
+        "competence": "Competent.",
+    }
+    return render_report(**{**content, **changes})
+
+
+def test_the_report_stands_alone(toy_scores, results):
+    page = render(toy_scores, results)
+
+    class Requests(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def handle_starttag(self, tag, attrs):
+            self.found += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+
+    reader = Requests()
+    reader.feed(page)
+    assert reader.found == []
+    assert page.count("Plotly.newPlot(") >= 3
+    assert len(page) < 6e6
+
+
+def test_text_from_data_is_escaped(toy_scores, results):
+    evil = "<script>alert('x')</script>"
+    scores = replace(toy_scores, provenance=replace(toy_scores.provenance, task=evil, model=evil))
+    curve, transfers = results
+    named = [replace(r, target_language=evil) for r in transfers]
+    page = render(
+        scores,
+        (curve, named),
+        title=evil,
+        settings={evil: evil},
+        competence=evil,
+    )
+    # The figures carry names inside JSON, where "<" may not stand either.
+    assert evil not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_the_numbers_of_the_table_are_those_of_the_results(toy_scores, results):
+    page = render(toy_scores, results)
+    rows = re.findall(r"<tr[^>]*>\s*<td>(near|far)</td><td>(\w+)</td>(.*?)</tr>", page, re.S)
+    assert len(rows) == 4
+    for target, strategy, cells in rows:
+        result = next(
+            r for r in results[1] if (r.target_language, r.strategy) == (target, strategy)
+        )
+        assert f">{100 * result.target_after.accuracy:.1f}<" in cells
+        assert f">{result.n_trainable:,}<" in cells
+
+
+def test_a_report_without_transfers_or_curve_renders(toy_scores, results):
+    page = render(toy_scores, results, curve=None, results=[])
+    assert "Faithfulness</h2>" not in page
+    assert "Transfer</h2>" not in page
+
+
+def test_warnings_name_what_limits_the_numbers(toy_scores, results):
+    few = replace(
+        toy_scores,
+        per_example=toy_scores.per_example[:20],
+        example_ids=toy_scores.example_ids[:20],
+    )
+    assert "only 20 examples" in render(few, results)
+    assert "only 20 examples" not in render(toy_scores, results)
+
+
+def test_the_heatmap_is_centred_on_zero_and_outlines_the_circuit(toy_scores):
+    circuit = toy_scores.top(3)
+    fig = head_heatmap(toy_scores, circuit)
+    (heat,) = fig.data
+    assert heat.zmin == -heat.zmax
+    assert heat.zmax == pytest.approx(float(toy_scores.mean.abs().max()))
+    outlined = {(int(s.y0 + 0.5), int(s.x0 + 0.5)) for s in fig.layout.shapes}
+    assert outlined == {(h.layer, h.index) for h in circuit}
+    top = circuit.heads[0]
+    assert heat.customdata[top.layer][top.index][0] == str(top)
+    assert "in the circuit" in heat.customdata[top.layer][top.index][4]
+    with pytest.raises(cl.InputError, match="scores are of a 2 × 8 one"):
+        head_heatmap(toy_scores, cl.Circuit.of(["a0.h0"], 3, 3))
+
+
+def test_curves_of_several_methods_share_one_figure(results):
+    curve, transfers = results
+    fig = faithfulness_curve([curve, replace(curve, method="other")])
+    names = [t.name for t in fig.data if t.showlegend is not False]
+    assert {"top heads (cdt-linear)", "top heads (other)"} <= set(names)
+    tradeoff = transfer_tradeoff(transfers)
+    points = [(x, y) for t in tradeoff.data for x, y in zip(t.x, t.y, strict=True) if x is not None]
+    expected = [(100 * r.source_change, 100 * r.target_gain) for r in transfers]
+    for one, other in zip(sorted(points), sorted(expected), strict=True):
+        assert one == pytest.approx(other)

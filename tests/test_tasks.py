@@ -1,0 +1,819 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import circuitlens as cl
+from circuitlens.tasks import Encoded, Example, Pools, Task
+from circuitlens.tasks.encoding import encode, label_tokens
+from circuitlens.tasks.examples import split_pools
+from circuitlens.tasks.toy import toy_model, toy_tokenizer
+
+POOLS = ("pool_a", "pool_b", "validation", "test")
+TEMPLATE = "{text} ->"
+WORDS = {"negative": " negative", "positive": " positive"}
+LABELS = tuple(WORDS)
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@cache
+def tokenizer():
+    return toy_tokenizer()
+
+
+def ids_of(text: str) -> list[int]:
+    return list(tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def example(
+    name: str, text: str | None = None, label: str = "negative", group: str = ""
+) -> Example:
+    return Example(name, {"text": f"text {name}" if text is None else text}, label, group)
+
+
+def numbered(prefix: str, count: int) -> list[Example]:
+    return [example(f"{prefix}{n}", label=LABELS[n % 2]) for n in range(count)]
+
+
+def small_pools() -> dict[str, tuple[Example, ...]]:
+    return {pool: tuple(numbered(pool, 2)) for pool in POOLS}
+
+
+def small_task(**changes) -> Task:
+    options = {"template": TEMPLATE, "labels": WORDS, "pools": Pools(**small_pools()), **changes}
+    return Task(name="small", language="one", **options)
+
+
+def everything(pools: Pools) -> list[Example]:
+    return [e for pool in POOLS for e in getattr(pools, pool)]
+
+
+def content(task: Task) -> dict[str, tuple[dict[str, str], str]]:
+    return {e.id: (dict(e.fields), e.label) for e in everything(task.pools)}
+
+
+def places(pools: Pools) -> dict[str, set[str]]:
+    """The pools in which every group stands."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for pool in POOLS:
+        for e in getattr(pools, pool):
+            found[e.group].add(pool)
+    return found
+
+
+def records(count: int = 120) -> list[dict[str, str]]:
+    return [
+        {"id": f"{n:03d}", "text": f"bada, {n}", "label": ("bad", "good")[n % 2]}
+        for n in range(count)
+    ]
+
+
+def as_content(rows: Iterable[Mapping[str, str]]) -> dict[str, tuple[dict[str, str], str]]:
+    return {row["id"]: ({"text": row["text"]}, row["label"]) for row in rows}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source that holds whatever a test gives it."""
+
+    rows: Mapping[str, Mapping[str, Sequence[Example]]]
+
+    @property
+    def languages(self) -> Sequence[str]:
+        return tuple(self.rows)
+
+    def resolve(self, language: str) -> str:
+        return language
+
+    def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
+        return self.rows[language]
+
+
+# -- pools ---------------------------------------------------------------------------------
+
+parallel_rows = st.lists(
+    st.tuples(
+        st.text(max_size=6),  # id
+        st.sampled_from("pqrstuvw"),  # group
+        st.sampled_from(["both", "first", "second"]),  # the languages that have the row
+    ),
+    unique_by=lambda row: row[0],
+    max_size=60,
+)
+
+
+@quick
+@given(
+    rows=parallel_rows,
+    grouped=st.booleans(),
+    own_splits=st.booleans(),
+    seed=st.integers(0, 10_000),
+    share=st.floats(0.05, 0.95),
+)
+def test_a_group_stands_in_one_pool_whatever_the_language_and_the_rows_missing(
+    rows, grouped, own_splits, seed, share
+):
+    def pools(language: str) -> Pools:
+        splits: dict[str, list[Example]] = {"train": []}
+        if own_splits:
+            splits |= {"validation": [], "test": []}
+        for name, group, where in rows:
+            if where in ("both", language):
+                group = group if grouped else name
+                split = "train"
+                if own_splits:
+                    split = {"p": "test", "q": "validation"}.get(group[:1], "train")
+                text = f"{language} {name!r}"
+                splits[split].append(example(name, text, group=group))
+        found = split_pools(splits, seed=seed, share_a=share)
+        # Nothing is lost and nothing is made up.
+        assert sorted(e.id for e in everything(found)) == sorted(
+            e.id for e in chain(*splits.values())
+        )
+        return found
+
+    first, second = places(pools("first")), places(pools("second"))
+    for group in first.keys() | second.keys():
+        assert len(first.get(group, set()) | second.get(group, set())) == 1
+
+
+ANCHORS = {
+    "train": numbered("anchor-train-", 40),
+    "validation": numbered("anchor-validation-", 4),
+    "test": numbered("anchor-test-", 4),
+}
+split_or_absent = st.sampled_from([None, "train", "validation", "test"])
+
+
+@quick
+@given(st.lists(st.tuples(split_or_absent, split_or_absent, st.integers(1, 3)), max_size=12))
+def test_to_leaves_out_what_stands_on_the_other_side_and_nothing_else(groups):
+    # Oracle: a group may be dropped only if one language trains on it and the other evaluates.
+    corpus: dict[str, dict[str, list[Example]]] = {
+        language: {split: list(rows) for split, rows in ANCHORS.items()}
+        for language in ("first", "second")
+    }
+    for number, (*splits, size) in enumerate(groups):
+        for language, split in zip(corpus, splits, strict=True):
+            if split:
+                corpus[language][split] += [
+                    example(f"{number}-{n}", group=f"group {number}") for n in range(size)
+                ]
+    first = Task.from_source(
+        Corpus(corpus), "first", name="parallel", template=TEMPLATE, labels=WORDS
+    )
+    second = first.to("second")
+    assert second.origin is first
+    assert second.language == "second"
+    here, there = places(first.pools), places(second.pools)
+    for number, (one, two, _) in enumerate(groups):
+        group = f"group {number}"
+        crossing = one and two and (one == "train") != (two == "train")
+        assert (group in there) == bool(two and not crossing)
+        if group in here and group in there:
+            training = here[group] & {"pool_a", "pool_b"}
+            assert there[group] == training or not training
+    assert {e.id for e in chain(*ANCHORS.values())} <= content(second).keys()
+
+
+def test_leaving_out_is_logged_with_its_number(caplog):
+    corpus = {
+        "first": {**ANCHORS, "train": [*ANCHORS["train"], *numbered("moved", 3)]},
+        "second": {**ANCHORS, "test": [*ANCHORS["test"], *numbered("moved", 3)]},
+    }
+    task = Task.from_source(Corpus(corpus), "first", name="n", template=TEMPLATE, labels=WORDS)
+    caplog.clear()
+    assert not [name for name in content(task.to("second")) if name.startswith("moved")]
+    assert "3 examples were left out" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.85])
+def test_pool_a_gets_about_its_share(share):
+    count = 3000
+    given_splits = {"train": numbered("t", count), "validation": [], "test": []}
+    pools = split_pools(given_splits, seed=3, share_a=share)
+    deviation = math.sqrt(count * share * (1 - share))
+    assert abs(len(pools.pool_a) - share * count) < 4 * deviation
+    assert len(pools.pool_a) + len(pools.pool_b) == count
+
+
+def test_missing_splits_are_made_of_the_training_examples():
+    pools = split_pools({"train": numbered("t", 3000)}, seed=0)
+    assert 0.17 < len(pools.test) / 3000 < 0.23
+    assert 0.06 < len(pools.validation) / 3000 < 0.12
+    again = split_pools({"train": numbered("t", 3000)}, seed=1)
+    assert {e.id for e in pools.test} != {e.id for e in again.test}
+
+
+def test_a_split_that_is_there_is_kept_as_it_is():
+    test = numbered("e", 7)
+    pools = split_pools({"train": numbered("t", 200), "test": test}, seed=0)
+    assert pools.test == tuple(test)
+    assert pools.validation
+    assert {e.id for e in pools.validation} <= {f"t{n}" for n in range(200)}
+
+
+def test_the_seed_changes_the_pools_and_order_does_not():
+    rows = numbered("t", 200)
+    one, other = (split_pools({"train": rows}, seed=s) for s in (0, 1))
+    backwards = split_pools({"train": rows[::-1]}, seed=0)
+    assert {e.id for e in one.pool_a} != {e.id for e in other.pool_a}
+    assert {e.id for e in one.pool_a} == {e.id for e in backwards.pool_a}
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_an_id_that_occurs_twice_is_an_error(where):
+    splits = {"train": numbered("t", 5), "test": numbered("e", 5)}
+    splits[where].append(example("t3", "another text"))
+    with pytest.raises(cl.InputError, match=rf"'t3' occurs twice \(again in {where}\)"):
+        split_pools(splits, seed=0)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.2, 1.5, float("nan")])
+def test_a_share_outside_zero_and_one_is_an_error(share):
+    with pytest.raises(cl.InputError, match="share_a must lie between 0 and 1"):
+        split_pools({"train": numbered("t", 5)}, seed=0, share_a=float(share))
+
+
+spellings = st.sampled_from(["{}", " {} ", "{}\n", "\t{}"])
+texts = st.tuples(
+    st.sampled_from(["train", "validation", "test"]),
+    st.lists(st.sampled_from(["Ba", "ba", "DU", "du"]), min_size=1, max_size=2),
+    st.sampled_from([" ", "  ", "\t"]),
+    spellings,
+)
+
+
+@quick
+@given(st.lists(texts, max_size=30))
+def test_training_rows_whose_text_is_held_out_are_dropped_and_no_others(rows):
+    def plain(words: list[str]) -> str:
+        return " ".join(words).lower()
+
+    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for n, (split, words, blank, spelling) in enumerate(rows):
+        splits[split].append(example(str(n), spelling.format(blank.join(words))))
+    pools = split_pools(splits, seed=0)
+    held_out = {plain(words) for split, words, *_ in rows if split != "train"}
+    expected = {
+        str(n)
+        for n, (split, words, *_) in enumerate(rows)
+        if split == "train" and plain(words) not in held_out
+    }
+    assert {e.id for e in (*pools.pool_a, *pools.pool_b)} == expected
+    assert pools.test == tuple(splits["test"])
+    assert pools.validation == tuple(splits["validation"])
+
+
+def test_one_field_of_two_in_common_with_the_test_split_is_no_repetition():
+    def pair(name: str, premise: str, hypothesis: str) -> Example:
+        return Example(name, {"premise": premise, "hypothesis": hypothesis}, "negative")
+
+    splits = {
+        "train": [pair("1", "a", "b"), pair("2", "a", "c"), pair("3", "b", "a")],
+        "validation": [],
+        "test": [pair("4", "a", "b")],
+    }
+    pools = split_pools(splits, seed=0)
+    assert {e.id for e in (*pools.pool_a, *pools.pool_b)} == {"2", "3"}
+
+
+# -- encoding ------------------------------------------------------------------------------
+
+sentences = st.lists(st.sampled_from(["bada", "bidi", "gu", "zevo"]), min_size=1, max_size=40).map(
+    " ".join
+)
+
+
+def encode_texts(*texts: str, limit: int = 96, context: int | None = None) -> Encoded:
+    examples = [example(str(n), text, LABELS[n % 2]) for n, text in enumerate(texts)]
+    return encode(examples, tokenizer(), TEMPLATE, WORDS, max_text_tokens=limit, context=context)
+
+
+@quick
+@given(st.lists(sentences, min_size=1, max_size=6))
+def test_batches_are_padded_on_the_left_and_positions_count_from_the_first_token(texts):
+    encoded = encode_texts(*texts)
+    batch = encoded.batch(range(len(texts)))
+    for row, text in enumerate(texts):
+        prompt = [tokenizer().bos_token_id, *ids_of(f"{text} ->")]
+        padding = batch.input_ids.shape[1] - len(prompt)
+        assert batch.input_ids[row].tolist() == [tokenizer().pad_token_id] * padding + prompt
+        assert batch.attention_mask[row].tolist() == [0] * padding + [1] * len(prompt)
+        assert batch.position_ids[row, padding:].tolist() == list(range(len(prompt)))
+    assert (batch.attention_mask[:, -1] == 1).all()
+    assert (batch.attention_mask.sum(1) == batch.input_ids.shape[1]).any()
+
+
+def test_decision_and_text_positions_of_a_batch():
+    batch = encode_texts("bada", "bada bidi gu").batch([0, 1])
+    assert batch.mask("decision").nonzero().tolist() == [[0, 6], [1, 6]]
+    # All prompt tokens but <s> and padding.
+    expected = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]]).bool()
+    assert torch.equal(batch.mask("all"), expected)
+
+
+@quick
+@given(texts=st.lists(sentences, min_size=1, max_size=5), limit=st.integers(1, 30))
+def test_truncation_keeps_the_beginning_of_the_text_and_the_whole_prompt(texts, limit):
+    # The words are made of syllables that are one token each.
+    arrow = ids_of(" ->")
+    encoded = encode_texts(*texts, limit=limit)
+    for row, text in zip(encoded.tokens, texts, strict=True):
+        assert list(row) == [tokenizer().bos_token_id, *ids_of(text)[:limit], *arrow]
+    assert encoded.n_truncated == sum(len(ids_of(text)) > limit for text in texts)
+
+
+@quick
+@given(
+    text=st.text(min_size=1, max_size=40).filter(lambda t: t.strip() and "<" not in t),
+    limit=st.integers(1, 30),
+)
+def test_truncation_of_any_text_respects_the_limit_and_ends_with_the_prompt(text, limit):
+    encoded = encode_texts(text, limit=limit)
+    (row,) = encoded.tokens
+    assert row[-1:] == tuple(ids_of(" ->"))
+    assert len(row) <= 1 + limit + 1
+    if encoded.n_truncated == 0:
+        assert list(row[1:]) == ids_of(f"{text} ->")
+
+
+@pytest.mark.parametrize("context", [6, 11, 20, 64])
+def test_the_context_of_the_model_lowers_the_limit(context):
+    text = " ".join(["bada"] * 50)
+    encoded = encode_texts("gu", text, context=context)
+    assert encoded.tokens[0] == (tokenizer().bos_token_id, *ids_of("gu ->"))
+    assert context - 3 <= len(encoded.tokens[1]) <= context
+    assert encoded.tokens[1][-1:] == tuple(ids_of(" ->"))
+    assert encoded.n_truncated == 1
+
+
+def test_a_template_longer_than_the_context_is_an_error():
+    with pytest.raises(cl.InputError, match=r"takes 3 tokens, but the model's context has 3"):
+        encode_texts("bada", context=3)
+
+
+def test_a_task_encodes_within_the_context_of_the_model():
+    pools = small_pools()
+    pools["test"] = (example("long", " ".join(["bada"] * 80)), *pools["test"][1:])
+    task = small_task(pools=Pools(**pools), max_text_tokens=150)
+    encoded = task.encode(toy_model(), task["test"])
+    assert encoded.ids == ("long", "test1")
+    assert 60 <= len(encoded.tokens[0]) <= 64
+    assert encoded.tokens[0][-1:] == tuple(ids_of(" ->"))
+
+
+@quick
+@given(
+    st.integers(1, 30), st.integers(1, 30), st.integers(2, 40), st.sampled_from(["ba da", "da ba"])
+)
+def test_of_two_fields_the_longest_is_cut_first(premise, hypothesis, limit, syllables):
+    one, two = syllables.split()
+    fields = {"premise": one * premise, "hypothesis": two * hypothesis}
+    encoded = encode(
+        [Example("1", fields, "negative")],
+        tokenizer(),
+        "{premise} {hypothesis} ->",
+        WORDS,
+        max_text_tokens=limit,
+    )
+    pieces = tokenizer().convert_ids_to_tokens(list(encoded.tokens[0][1:-1]))
+    left = Counter(piece.removeprefix("Ġ") for piece in pieces)
+    before, after = (premise, hypothesis), (left[one], left[two])
+    assert encoded.n_truncated == (sum(before) > limit)
+    assert sum(after) == min(limit, sum(before))
+    for was, remains in zip(before, after, strict=True):
+        assert remains == was or remains >= max(after) - 1
+    assert encoded.tokens[0][-1:] == tuple(ids_of(" ->"))
+
+
+def test_gold_labels_and_label_tokens_follow_the_order_of_the_labels():
+    words = {"positive": " positive", "neutral": " neutral", "negative": " negative"}
+    rows = [example(str(n), "bada", label) for n, label in enumerate(["negative", "positive"])]
+    encoded = encode(rows, tokenizer(), TEMPLATE, words, max_text_tokens=96)
+    assert encoded.gold == (2, 0)
+    assert tokenizer().convert_ids_to_tokens(list(encoded.label_tokens)) == [
+        "Ġpositive",
+        "Ġneutral",
+        "Ġnegative",
+    ]
+    assert encoded.n_prefix == 1
+
+
+@quick
+@given(st.lists(sentences, max_size=9), st.integers(1, 4))
+def test_batches_hold_every_example_once_and_agree_with_it(texts, size):
+    encoded = encode_texts(*texts)
+    batches = list(encoded.batches(size))
+    assert len(batches) == encoded.n_batches(size) == math.ceil(len(texts) / size)
+    assert sorted(chain(*(index.tolist() for index, _ in batches))) == list(range(len(texts)))
+    widths = []
+    for index, batch in batches:
+        assert len(batch) == len(index) <= size
+        for row, i in enumerate(index.tolist()):
+            prompt = batch.input_ids[row][batch.attention_mask[row].bool()]
+            assert tuple(prompt.tolist()) == encoded.tokens[i]
+            assert batch.gold[row] == encoded.gold[i]
+        widths.append(batch.input_ids.shape[1])
+    assert widths == sorted(widths)
+
+
+def test_a_subset_keeps_ids_tokens_and_gold_together():
+    encoded = encode_texts("bada", "bidi gu", "zevo zevo gu")
+    part = encoded.subset([2, 0])
+    assert part.ids == ("2", "0")
+    assert part.tokens == (encoded.tokens[2], encoded.tokens[0])
+    assert part.gold == (0, 0)
+    assert len(part) == 2
+
+
+def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """One token a word, no <s> and no padding token."""
+    vocabulary = {word: n for n, word in enumerate(("<unk>", *words))}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+
+
+def test_without_a_beginning_token_the_prompt_has_no_prefix():
+    words = word_tokenizer("x", "hot", "->", "yes", "no")
+    rows = [example("1", "hot hot", "a"), example("2", "hot", "b")]
+    encoded = encode(rows, words, TEMPLATE, {"a": " yes", "b": " no"}, max_text_tokens=9)
+    assert encoded.n_prefix == 0
+    assert encoded.tokens == ((2, 2, 3), (2, 3))
+    assert encoded.label_tokens == (4, 5)
+    batch = encoded.batch([0, 1])
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch.mask("all").equal(batch.attention_mask.bool())
+
+
+def test_a_label_word_of_two_tokens_is_an_error_that_shows_the_pieces():
+    with pytest.raises(cl.InputError) as caught:
+        label_tokens(tokenizer(), TEMPLATE, {"good": " positive", "awful": " badi"})
+    for part in ("' badi'", "'awful'", "['Ġba', 'di']", "labels="):
+        assert part in str(caught.value)
+
+
+def test_a_label_word_is_tried_as_it_follows_the_prompt():
+    # Without the blank it is another word, and here one of several tokens.
+    with pytest.raises(cl.InputError, match="'negative' of the label 'bad' must be one token"):
+        label_tokens(tokenizer(), TEMPLATE, {"bad": "negative", "good": " positive"})
+    # Behind a blank in the prompt, "ba" makes no token of its own: " ba" is the token.
+    assert ids_of("ba") != ids_of(" ba")
+    found = label_tokens(tokenizer(), "{text} ->", {"bad": " ba", "good": " da"})
+    assert found == {"bad": ids_of(" ba")[0], "good": ids_of(" da")[0]}
+    with pytest.raises(cl.InputError, match="must be one token"):
+        label_tokens(tokenizer(), "{text} -> ", {"bad": "ba", "good": "da"})
+
+
+def test_two_labels_with_one_token_are_an_error_that_names_both():
+    words = {"bad": " negative", "fine": " neutral", "awful": " negative"}
+    with pytest.raises(cl.InputError, match=r"'bad' and 'awful' have the same token"):
+        label_tokens(tokenizer(), TEMPLATE, words)
+
+
+def test_a_label_word_that_the_tokenizer_does_not_know_is_an_error():
+    words = word_tokenizer("x", "->", "yes")
+    with pytest.raises(cl.InputError, match=r"' nope' of the label 'b' is unknown"):
+        label_tokens(words, TEMPLATE, {"a": " yes", "b": " nope"})
+
+
+# -- tasks ---------------------------------------------------------------------------------
+
+
+def with_first(pool: str, first: Example) -> Pools:
+    pools = small_pools()
+    return Pools(**{**pools, pool: (first, *pools[pool])})
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_errors_of_an_example_name_the_example_and_its_pool(pool):
+    cases = [
+        (Example("odd", {"body": "x"}, "negative"), r"has no field 'text'.*\['body'\]"),
+        (example("odd", ""), "has an empty text"),
+        (example("odd", " \n\t"), "has an empty text"),
+        (example("odd", label="mixed"), r"'mixed', which is none of \['negative', 'positive'\]"),
+    ]
+    for first, message in cases:
+        with pytest.raises(cl.InputError, match=rf"Example odd \(small/one, {pool}\).*{message}"):
+            small_task(pools=with_first(pool, first))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_class_without_example_in_a_pool_is_an_error(pool):
+    pools = small_pools()
+    pools[pool] = pools[pool][:1]
+    message = rf"No example has the label 'positive' in {pool} of small/one \(1 examples\)"
+    with pytest.raises(cl.InputError, match=message):
+        small_task(pools=Pools(**pools))
+
+
+def test_a_template_without_field_and_a_single_label_are_errors():
+    with pytest.raises(cl.InputError, match="'Is it good\\?' has no field in braces"):
+        small_task(template="Is it good?")
+    with pytest.raises(cl.InputError, match=r"two labels or more, but has \['negative'\]"):
+        small_task(labels={"negative": " negative"})
+
+
+def test_doubled_braces_in_a_template_are_no_field():
+    with pytest.raises(cl.InputError, match="no field in braces"):
+        small_task(template="{{text}} ->")
+    task = small_task(template="{{{text}}} ->")
+    encoded = task.encode(toy_model(), task["test"])
+    assert encoded.tokens[0][1:] == tuple(ids_of("{text test0} ->"))
+
+
+def test_pools_by_name_held_out_examples_and_the_table_agree():
+    task = small_task()
+    assert task["pool_b"] == task.pools.pool_b
+    assert task.held_out == (*task.pools.pool_b, *task.pools.validation)
+    frame = task.to_frame()
+    assert list(frame["id"]) == [e.id for e in everything(task.pools)]
+    assert list(frame["pool"]) == [pool for pool in POOLS for _ in range(2)]
+    assert list(frame["text"]) == [e.fields["text"] for e in everything(task.pools)]
+
+
+def test_the_fingerprint_changes_with_everything_that_counts():
+    task = small_task()
+    pools = small_pools()
+    swapped = {**pools, "pool_a": pools["pool_b"], "pool_b": pools["pool_a"]}
+    first, second = pools["test"]
+    others = [
+        small_task(template="{text} =>"),
+        small_task(labels={"negative": " bad", "positive": " positive"}),
+        small_task(labels=dict(reversed(WORDS.items()))),
+        small_task(max_text_tokens=95),
+        small_task(pools=Pools(**swapped)),
+        small_task(pools=Pools(**{**pools, "test": (replace(first, id="z"), second)})),
+        small_task(
+            pools=Pools(**{**pools, "test": (replace(first, fields={"text": "z"}), second)})
+        ),
+        small_task(pools=Pools(**{**pools, "test": (second, first)})),
+    ]
+    assert small_task().fingerprint() == task.fingerprint()
+    assert len({task.fingerprint(), *(o.fingerprint() for o in others)}) == 1 + len(others)
+
+
+def test_a_task_without_source_knows_no_other_language():
+    with pytest.raises(cl.InputError, match="small knows no other language than one"):
+        small_task().to("two")
+
+
+# -- records, files and data sets ----------------------------------------------------------
+
+
+def test_records_become_a_task_with_words_of_their_labels():
+    task = Task.from_records(records(), id="id", seed=4, share_a=0.4)
+    assert content(task) == as_content(records())
+    assert task.labels == {"bad": " bad", "good": " good"}
+    assert (task.seed, task.share_a) == (4, 0.4)
+
+
+def test_records_without_id_are_numbered_within_their_split():
+    rows = records()
+    splits = {"train": rows[:80], "dev": rows[80:90], "test": rows[90:100]}
+    task = Task.from_records(splits)
+    assert [e.id for e in task["validation"]] == [f"validation:{n}" for n in range(10)]
+    assert [e.fields["text"] for e in task["test"]] == [row["text"] for row in rows[90:100]]
+    training = {e.id: e.fields["text"] for e in (*task["pool_a"], *task["pool_b"])}
+    assert training == {f"train:{n}": row["text"] for n, row in enumerate(rows[:80])}
+
+
+def test_records_can_come_from_a_generator_and_other_columns():
+    rows = ({"body": r["text"], "y": int(r["label"] == "good")} for r in records())
+    task = Task.from_records(rows, template="{body} ->", label="y", labels={"1": " a", "0": " b"})
+    assert len(content(task)) == 120
+    assert {label for _, label in content(task).values()} == {"0", "1"}
+    assert list(task.labels) == ["1", "0"]
+
+
+def test_a_group_column_keeps_rows_together():
+    rows = [{**row, "about": str(n // 4)} for n, row in enumerate(records(400))]
+    task = Task.from_records(rows, id="id", group="about")
+    assert all(len(pools) == 1 for pools in places(task.pools).values())
+    assert len(places(task.pools)) == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"template": "{body} ->"}, r"no column 'body'; its columns are \['id', 'text', 'label'\]"),
+        ({"label": "y"}, "no column 'y'"),
+        ({"id": "key"}, "no column 'key'"),
+        ({"group": "about"}, "no column 'about'"),
+        ({"labels": {"good": " good", "nice": " nice"}}, "label 'bad', which is none of"),
+        ({"share_a": 1.0}, "share_a must lie between 0 and 1"),
+    ],
+)
+def test_records_that_cannot_be_used_are_refused(change, message):
+    with pytest.raises(cl.InputError, match=message):
+        Task.from_records(records(), **change)
+
+
+def test_records_of_an_unknown_split_or_with_blank_texts_are_refused():
+    with pytest.raises(cl.InputError, match=r"split 'extra'; known are .*'train'"):
+        Task.from_records({"train": records(), "extra": records()})
+    rows = records()
+    rows[7]["text"] = "  "
+    with pytest.raises(cl.InputError, match=r"Example 007 .* has an empty text"):
+        Task.from_records(rows, id="id")
+
+
+def test_records_hold_one_language_only():
+    task = Task.from_records(records(), language="one")
+    assert task.to("one").pools == task.pools
+    with pytest.raises(cl.InputError, match=r"holds only the language 'one'.*'two'"):
+        task.to("two")
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            separator = "," if path.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+# What parsers like to turn into something else.
+AWKWARD = [
+    "NA",
+    "null",
+    "1e5",
+    'say "no", twice',
+    "two\nlines",
+    "ñandú…",
+    "007",
+    "true",
+    "tab\there",
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_every_file_format_gives_the_rows_that_were_written(suffix, tmp_path):
+    rows = records()
+    for row, text in zip(rows, AWKWARD, strict=False):
+        row["text"] = text
+    task = Task.from_file(write(tmp_path / f"data{suffix}", rows), id="id")
+    assert content(task) == as_content(rows)
+    assert (task.name, task.language) == ("data", "unnamed")
+    assert task.pools == Task.from_records(rows, id="id").pools
+
+
+def test_texts_are_read_without_outer_blanks(tmp_path):
+    rows = records()
+    rows[0] = {**rows[0], "text": "  bada \n", "label": " bad"}
+    task = Task.from_file(write(tmp_path / "data.csv", rows), id="id")
+    assert content(task)["000"] == ({"text": "bada"}, "bad")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_folder_of_splits_keeps_them(suffix, tmp_path):
+    rows = records()
+    parts = {"train": rows[:90], "valid": rows[90:100], "test": rows[100:]}
+    for name, part in parts.items():
+        write(tmp_path / f"{name}{suffix}", part)
+    (tmp_path / "README.md").write_text("not data")
+    write(tmp_path / "extra.csv", rows)
+    task = Task.from_file(tmp_path, id="id", name="folder")
+    assert [e.id for e in task["validation"]] == [row["id"] for row in parts["valid"]]
+    assert [e.id for e in task["test"]] == [row["id"] for row in parts["test"]]
+    training = {e.id for e in (*task["pool_a"], *task["pool_b"])}
+    assert training == {row["id"] for row in parts["train"]}
+
+
+def test_a_folder_without_train_file_is_refused(tmp_path):
+    write(tmp_path / "test.csv", records())
+    with pytest.raises(cl.InputError, match="has no train file"):
+        Task.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["{language}.csv", "{language}/all.tsv", "{language}"])
+def test_a_path_with_a_place_for_the_language_reaches_the_others(layout, tmp_path):
+    for language in ("one", "two"):
+        rows = [{**row, "text": f"{language} {row['id']}"} for row in records()]
+        target = tmp_path / layout.format(language=language)
+        if target.suffix:
+            write(target, rows[10:] if language == "two" else rows)
+        else:
+            write(target / "train.csv", rows[:80])
+            write(target / "dev.csv", rows[80:100])
+            write(target / "test.csv", rows[100:])
+    first = Task.from_file(tmp_path / layout, language="one", id="id")
+    second = first.to("two")
+    assert second.language == "two"
+    assert {fields["text"][:3] for fields, _ in content(first).values()} == {"one"}
+    assert {fields["text"][:3] for fields, _ in content(second).values()} == {"two"}
+    here, there = places(first.pools), places(second.pools)
+    assert len(there) >= 110
+    assert all(here[group] == pools for group, pools in there.items())
+    with pytest.raises(cl.InputError, match=r"three"):
+        first.to("three")
+
+
+def test_a_path_without_a_place_for_the_language_holds_one(tmp_path):
+    task = Task.from_file(write(tmp_path / "data.csv", records()), language="one")
+    with pytest.raises(cl.InputError, match=r"holds only the language 'one': write \{language\}"):
+        task.to("two")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("data.txt", "text,label\n", "no data file of a known kind"),
+        ("data.csv", "", "could not be read"),
+        ("data.jsonl", "{broken\n", "could not be read"),
+        ("data.parquet", "no parquet", "could not be read"),
+        ("data.csv", "text,label\nfine,good\ntoo,many,cells\n", "could not be read"),
+        ("data.csv", "body,label\nfine,good\n", r"no column 'text'; its columns are \['body'"),
+        ("data.csv", "text,label\n", "two labels or more"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(cl.InputError, match=message):
+        Task.from_file(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(cl.InputError, match=r"There is no data file .*nothing\.csv"):
+        Task.from_file(tmp_path / "nothing.csv")
+
+
+def test_load_task_takes_the_path_of_a_file(tmp_path):
+    path = write(tmp_path / "mine.csv", records())
+    task = cl.load_task(str(path), "one", id="id", seed=2)
+    assert (task.name, task.language, task.seed) == ("mine", "one", 2)
+    assert content(task) == as_content(records())
+
+
+def test_a_dataset_is_read_by_the_names_of_its_labels():
+    rows = records()
+    names = ["good", "bad"]
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    numbers = [{**row, "label": names.index(row["label"])} for row in rows]
+    whole = datasets.Dataset.from_list(numbers, features=features)
+    assert content(Task.from_dataset(whole, id="id")) == as_content(rows)
+
+    parts = {"train": range(90), "validation": range(90, 100), "test": range(100, 120)}
+    split = datasets.DatasetDict({name: whole.select(index) for name, index in parts.items()})
+    task = Task.from_dataset(split, id="id", name="hub")
+    assert task.name == "hub"
+    assert content(task) == as_content(rows)
+    assert [e.id for e in task["validation"]] == [f"{n:03d}" for n in range(90, 100)]
+    assert [e.id for e in task["test"]] == [f"{n:03d}" for n in range(100, 120)]
+
+
+def test_a_dataset_with_plain_labels_and_another_label_column():
+    rows = [{"id": r["id"], "text": r["text"], "y": r["label"]} for r in records()]
+    task = Task.from_dataset(datasets.Dataset.from_list(rows), label="y", id="id")
+    assert content(task) == as_content(records())
+
+
+def test_a_tokenizer_given_at_load_time_checks_the_label_words(tmp_path):
+    good = {"bad": " negative", "good": " positive"}
+    poor = {"bad": " badi", "good": " positive"}
+    path = write(tmp_path / "data.csv", records())
+    dataset = datasets.Dataset.from_list(records())
+    for make, given_data in (
+        (Task.from_records, records()),
+        (Task.from_file, path),
+        (Task.from_dataset, dataset),
+    ):
+        make(given_data, template=TEMPLATE, labels=good, tokenizer=tokenizer())
+        make(given_data, template=TEMPLATE, labels=poor)
+        with pytest.raises(cl.InputError, match="' badi' of the label 'bad' must be one token"):
+            make(given_data, template=TEMPLATE, labels=poor, tokenizer=tokenizer())
+    cl.load_task("toy", tokenizer=tokenizer())
+    with pytest.raises(cl.InputError, match="must be one token"):
+        cl.load_task("toy", labels={**WORDS, "neutral": " so so"}, tokenizer=tokenizer())
