@@ -136,7 +136,10 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Read what :meth:`save` wrote."""
-        return cls.from_dict(read_json(Path(path), _SCHEMA))
+        try:
+            return cls.from_dict(read_json(Path(path), _SCHEMA))
+        except KeyError as error:
+            raise InputError(f"{path} lacks the entry {error}, so it is no circuit.") from error
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a head."""

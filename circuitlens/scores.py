@@ -23,7 +23,7 @@ from circuitlens.baseline import MeanBaseline
 from circuitlens.batch import Batch, Positions
 from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
+from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.geometry import Head
 from circuitlens.model import HookedModel
 from circuitlens.progress import progress
@@ -89,6 +89,8 @@ class HeadScores:
 
     def interval(self, level: float = 0.95) -> Float[Tensor, "bound layer head"]:
         """Percentile bootstrap interval of the mean over examples (1,000 draws)."""
+        if not 0 < level < 1:
+            raise InputError(f"The level of an interval lies between 0 and 1, but is {level}.")
         tail = (1 - level) / 2
         bounds = np.quantile(self._resampled, [tail, 1 - tail], axis=0)
         return torch.from_numpy(bounds)
@@ -102,10 +104,10 @@ class HeadScores:
         """All heads, the most supporting one first."""
         return self._heads(self.mean.flatten().argsort(descending=True, stable=True))
 
-    def _count(self, size: int | float) -> int:
+    def _count(self, size: int | float | np.integer) -> int:
         total = self.n_layers * self.n_heads
-        if isinstance(size, int):
-            count = size
+        if isinstance(size, int | np.integer):
+            count = int(size)
         elif 0 < size <= 1:
             count = max(1, round(size * total))
         else:
@@ -234,6 +236,8 @@ def relevance(
             f"The baseline was taken on example {unknown[0]!r}, which is not in pool A of "
             f"{task.name}/{task.language}: take the baseline on this task."
         )
+    if max_examples is not None and max_examples < 1:
+        raise InputError(f"max_examples must be positive, but is {max_examples}.")
     generator = torch.Generator().manual_seed(seed)
     ids = list(baseline.example_ids)
     if max_examples is not None and max_examples < len(ids):
@@ -252,6 +256,11 @@ def relevance(
             batches, f"Relevance ({name})", quiet=quiet, total=encoded.n_batches(batch_size)
         ):
             found[index] = score(batch).detach().float().cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise CircuitLensError(
+            f"{name} gave scores of {model.name} that are not finite: the activations overflow in "
+            f"{model.dtype}; load the model with dtype float32."
+        )
     settings = {"method": name, "positions": baseline.positions, "max_examples": max_examples}
     return HeadScores(
         per_example=found,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
         raise InputError(f"There is no file {path}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise InputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
@@ -85,10 +85,13 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, 
     """Read what :func:`write_tensors` wrote: the tensors and the ``meta`` object."""
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
-    with safe_open(str(path), framework="pt") as file:
-        header = file.metadata() or {}
-        _check_schema(path, header.get("schema"), schema)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            _check_schema(path, header.get("schema"), schema)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file ({error}).") from error
     return tensors, json.loads(header["meta"])
 
 

@@ -134,13 +134,14 @@ def test_a_group_stands_in_one_pool_whatever_the_language_and_the_rows_missing(
         splits: dict[str, list[Example]] = {"train": []}
         if own_splits:
             splits |= {"validation": [], "test": []}
-        for name, group, where in rows:
+        for number, (name, group, where) in enumerate(rows):
             if where in ("both", language):
                 group = group if grouped else name
                 split = "train"
                 if own_splits:
                     split = {"p": "test", "q": "validation"}.get(group[:1], "train")
-                text = f"{language} {name!r}"
+                # Texts differ, or repetitions of a held-out text would be dropped.
+                text = f"{language} {number}"
                 splits[split].append(example(name, text, group=group))
         found = split_pools(splits, seed=seed, share_a=share)
         # Nothing is lost and nothing is made up.
@@ -165,7 +166,7 @@ split_or_absent = st.sampled_from([None, "train", "validation", "test"])
 @quick
 @given(st.lists(st.tuples(split_or_absent, split_or_absent, st.integers(1, 3)), max_size=12))
 def test_to_leaves_out_what_stands_on_the_other_side_and_nothing_else(groups):
-    # Oracle: a group may be dropped only if one language trains on it and the other evaluates.
+    # Oracle: a group is dropped exactly if the languages have it in different splits.
     corpus: dict[str, dict[str, list[Example]]] = {
         language: {split: list(rows) for split, rows in ANCHORS.items()}
         for language in ("first", "second")
@@ -185,7 +186,7 @@ def test_to_leaves_out_what_stands_on_the_other_side_and_nothing_else(groups):
     here, there = places(first.pools), places(second.pools)
     for number, (one, two, _) in enumerate(groups):
         group = f"group {number}"
-        crossing = one and two and (one == "train") != (two == "train")
+        crossing = one and two and one != two
         assert (group in there) == bool(two and not crossing)
         if group in here and group in there:
             training = here[group] & {"pool_a", "pool_b"}
@@ -277,7 +278,12 @@ def test_training_rows_whose_text_is_held_out_are_dropped_and_no_others(rows):
         for n, (split, words, *_) in enumerate(rows)
         if split == "train" and plain(words) not in held_out
     }
-    assert {e.id for e in (*pools.pool_a, *pools.pool_b)} == expected
+    # Within the training pools a text stays on one side, with all its copies in pool A.
+    sides = [{plain(e.text.split()) for e in pool} for pool in (pools.pool_a, pools.pool_b)]
+    assert not sides[0] & sides[1]
+    kept = {e.id for e in (*pools.pool_a, *pools.pool_b)}
+    assert kept <= expected
+    assert {plain(rows[int(n)][1]) for n in expected} == sides[0] | sides[1]
     assert pools.test == tuple(splits["test"])
     assert pools.validation == tuple(splits["validation"])
 
@@ -745,10 +751,12 @@ def test_a_path_without_a_place_for_the_language_holds_one(tmp_path):
     ("name", "text", "message"),
     [
         ("data.txt", "text,label\n", "no data file of a known kind"),
-        ("data.csv", "", "could not be read"),
+        ("data.csv", "", "is empty"),
         ("data.jsonl", "{broken\n", "could not be read"),
         ("data.parquet", "no parquet", "could not be read"),
-        ("data.csv", "text,label\nfine,good\ntoo,many,cells\n", "could not be read"),
+        ("data.csv", "text,label\nfine,good\ntoo,many,cells\n", "more cells in line 3"),
+        ("data.csv", "text,label\ngood, row 0,a\n", "more cells in line 2"),
+        ("data.tsv", "text\tlabel\nalone\n", "fewer cells in line 2"),
         ("data.csv", "body,label\nfine,good\n", r"no column 'text'; its columns are \['body'"),
         ("data.csv", "text,label\n", "two labels or more"),
     ],
@@ -817,3 +825,66 @@ def test_a_tokenizer_given_at_load_time_checks_the_label_words(tmp_path):
     cl.load_task("toy", tokenizer=tokenizer())
     with pytest.raises(cl.InputError, match="must be one token"):
         cl.load_task("toy", labels={**WORDS, "neutral": " so so"}, tokenizer=tokenizer())
+
+
+# -- missing values, odd templates, chains of languages --------------------------------------
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), "  "])
+def test_a_missing_text_is_empty_and_not_the_word_for_it(missing):
+    rows = [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(60)]
+    with pytest.raises(cl.InputError, match="has an empty text"):
+        Task.from_records([*rows, {"text": missing, "label": "a"}])
+
+
+def test_a_missing_id_is_named():
+    rows = [{"text": f"t{n}", "label": "ab"[n % 2], "id": n} for n in range(60)]
+    with pytest.raises(cl.InputError, match="has no 'id' in row 61"):
+        Task.from_records([*rows, {"text": "t", "label": "a", "id": None}], id="id")
+
+
+def test_a_template_that_leaves_no_room_for_the_text_is_refused():
+    words = {"neg": " negative", "pos": " positive"}
+    examples = [Example("1", {"text": "bada " * 20}, "neg")]
+    for context in (3, 4, 5):
+        with pytest.raises(cl.InputError, match="shorten the template"):
+            encode(
+                examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=96, context=context
+            )
+    with pytest.raises(cl.InputError, match="max_text_tokens must be positive"):
+        encode(examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=0)
+
+
+def test_a_field_used_twice_counts_twice():
+    words = {"neg": " negative", "pos": " positive"}
+    examples = [Example("1", {"text": "bada " * 30}, "neg")]
+    template = "{text} {text} ->"
+    found = encode(examples, toy_tokenizer(), template, words, max_text_tokens=96, context=40)
+    assert len(found.tokens[0]) <= 40
+    assert found.n_truncated == 1
+
+
+@pytest.mark.parametrize("template", ["{text} {oops ->", "{text} } ->", "{text} {} ->"])
+def test_templates_that_cannot_be_filled_are_refused(template):
+    with pytest.raises(cl.InputError, match="prompt template"):
+        Task.from_records([{"text": "a", "label": "b"}], template=template)
+
+
+def test_a_chain_of_languages_is_kept_apart_from_all_of_it():
+    corpus = {
+        "one": {**ANCHORS, "train": [*ANCHORS["train"], *numbered("moved", 3)]},
+        "two": ANCHORS,
+        "three": {**ANCHORS, "test": [*ANCHORS["test"], *numbered("moved", 3)]},
+    }
+    task = Task.from_source(Corpus(corpus), "one", name="n", template=TEMPLATE, labels=WORDS)
+    third = task.to("two").to("three")
+    assert not [name for name in content(third) if name.startswith("moved")]
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    for name in ("train.csv", "train.tsv"):
+        (tmp_path / name).write_text("text,label\na,b\n")
+    with pytest.raises(cl.InputError, match=r"two train files, train\.csv and train\.tsv"):
+        Task.from_file(tmp_path)
+    with pytest.raises(cl.InputError, match="two validation splits"):
+        Task.from_records({"train": [], "valid": [], "dev": []})

@@ -143,6 +143,7 @@ def _secant(model: HookedModel, layer: int) -> dict[str, Hook]:
     activation = _activation(model) if gated else None
 
     def replace(post: Tensor) -> Tensor:
+        linear: Tensor
         up = seen["up"]
         if activation is not None:
             gate = seen["gate"]

@@ -7,6 +7,7 @@ that is too long loses its end, never the end of the prompt: the question is ask
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,8 +28,24 @@ logger = logging.getLogger(__name__)
 
 
 def template_fields(template: str) -> list[str]:
-    """Names of the fields in a prompt template, in order."""
-    return [name for _, name, _, _ in Formatter().parse(template) if name]
+    """Names of the fields in a prompt template, in order, as often as they occur.
+
+    Raises:
+        InputError: if the template cannot be parsed, or a field has no name.
+    """
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(
+            f"The prompt template {template!r} cannot be read ({error}); write {{{{ and }}}} for "
+            "braces that are no field."
+        ) from error
+    if not all(name.isidentifier() for name in names):
+        raise InputError(
+            f"The prompt template {template!r} has a field without a proper name: name the text "
+            "in the braces, such as {text}."
+        )
+    return names
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,8 @@ def encode(
     tokens_of = label_tokens(tokenizer, template, words)
     prefix = _prefix(tokenizer)
     fields = template_fields(template)
+    if max_text_tokens < 1:
+        raise InputError(f"max_text_tokens must be positive, but is {max_text_tokens}.")
     if context is not None:
         bare = len(prefix) + len(_ids(tokenizer, template.format(**dict.fromkeys(fields, "x"))))
         if bare >= context:
@@ -183,18 +202,23 @@ def encode(
             )
         # Two tokens to spare: joining text and template can shift a token boundary.
         max_text_tokens = min(max_text_tokens, context - bare - 2)
+        if max_text_tokens < 1:
+            raise InputError(
+                f"The prompt template takes {bare} tokens of the model's context of {context}, "
+                "which leaves none for the text: shorten the template."
+            )
     rows: list[tuple[int, ...]] = []
     truncated = 0
     for example in examples:
         texts = {name: example.fields[name] for name in fields}
         lengths = {name: len(_ids(tokenizer, text)) for name, text in texts.items()}
-        limits = _share_out(lengths, max_text_tokens)
+        limits = _share_out(lengths, Counter(fields), max_text_tokens)
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
         rows.append(tuple(prefix + _ids(tokenizer, template.format(**texts))))
     if truncated:
-        _report_truncation(truncated, len(examples), max_text_tokens)
+        _report_truncation(truncated, len(examples), max_text_tokens, examples[0].id)
     index = {label: i for i, label in enumerate(words)}
     pad = tokenizer.pad_token_id
     return Encoded(
@@ -210,18 +234,15 @@ def encode(
 
 
 @lru_cache(maxsize=256)
-def _report_truncation(truncated: int, total: int, limit: int) -> None:
-    # Cached, so that a pool that every stage encodes again is reported once.
+def _report_truncation(truncated: int, total: int, limit: int, first: str) -> None:
+    # Cached, so that a pool that every stage encodes again is reported once; the first id tells
+    # one pool from another.
     logger.info("%d of %d texts were cut to %d tokens.", truncated, total, limit)
 
 
-def _share_out(lengths: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Lower the largest lengths first until their sum is at most ``limit``."""
+def _share_out(lengths: Mapping[str, int], uses: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Lower the largest length until all, as often as they are used, fit into ``limit``."""
     limits = dict(lengths)
-    while sum(limits.values()) > limit:
-        largest = max(limits, key=lambda name: limits[name])
-        others = [n for name, n in limits.items() if name != largest]
-        excess = sum(limits.values()) - limit
-        step = min(excess, limits[largest] - max(others, default=0) or 1)
-        limits[largest] -= max(1, step)
+    while sum(uses[name] * n for name, n in limits.items()) > limit:
+        limits[max(limits, key=lambda name: limits[name])] -= 1
     return limits

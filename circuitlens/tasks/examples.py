@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,20 +60,24 @@ class Pools:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
 
-    def without(
-        self, *, training: Iterable[Example] = (), evaluation: Iterable[Example] = ()
-    ) -> Pools:
-        """Leave out what another language's pools hold under the same group.
+    def apart_from(self, other: Pools) -> Pools:
+        """Leave out what stands on another side in ``other``, usually another language.
 
-        Args:
-            training: groups that may not stand in our evaluation splits.
-            evaluation: groups that may not stand in our training pools.
+        No group stays that is for training here and for evaluation there, or the other way
+        round, or for validation in one and for test in the other.
         """
-        trained = {e.group for e in training}
-        evaluated = {e.group for e in evaluation}
+        training = {e.group for e in (*other.pool_a, *other.pool_b)}
+        validation = {e.group for e in other.validation}
+        test = {e.group for e in other.test}
+
+        def keep(pool: tuple[Example, ...], elsewhere: set[str]) -> tuple[Example, ...]:
+            return tuple(e for e in pool if e.group not in elsewhere)
+
         kept = Pools(
-            *(tuple(e for e in p if e.group not in evaluated) for p in (self.pool_a, self.pool_b)),
-            *(tuple(e for e in p if e.group not in trained) for p in (self.validation, self.test)),
+            pool_a=keep(self.pool_a, validation | test),
+            pool_b=keep(self.pool_b, validation | test),
+            validation=keep(self.validation, training | test),
+            test=keep(self.test, training | validation),
         )
         if dropped := self.size - kept.size:
             logger.warning(
@@ -102,7 +106,7 @@ def split_pools(
 
     Args:
         splits: examples by ``train``, ``validation``, ``test``. A missing split is made by id:
-            20 % of what is there become the test split, a further 10 % the validation split.
+            20 % of what is there become the test split, 10 % of the rest the validation split.
         seed: changes which ids go where.
         share_a: the share of the training examples that pool A gets; the rest is pool B.
 
@@ -125,20 +129,37 @@ def split_pools(
             taken = {e.id for e in chosen}
             have[name] = chosen
             train = tuple(e for e in train if e.id not in taken)
-    held_out = {_normal(e) for name in ("validation", "test") for e in have[name]}
-    clean = tuple(e for e in train if _normal(e) not in held_out)
-    if len(clean) < len(train):
-        logger.warning(
-            "%d training examples were left out: the same text stands in validation or test.",
-            len(train) - len(clean),
-        )
-    in_a = {e.group: _unit_hash(seed, e.group) < share_a for e in clean}
-    return Pools(
-        pool_a=tuple(e for e in clean if in_a[e.group]),
-        pool_b=tuple(e for e in clean if not in_a[e.group]),
-        validation=have["validation"],
-        test=have["test"],
+    test_groups = {e.group for e in have["test"]}
+    have["validation"] = _leave_out(
+        have["validation"],
+        lambda e: e.group in test_groups,
+        "validation examples were left out: their group stands in test",
     )
+    held_out = (*have["validation"], *have["test"])
+    groups, texts = {e.group for e in held_out}, {_normal(e) for e in held_out}
+    train = _leave_out(
+        train,
+        lambda e: e.group in groups or _normal(e) in texts,
+        "training examples were left out: the same text or group stands in validation or test",
+    )
+    in_a = {e.group: _unit_hash(seed, e.group) < share_a for e in train}
+    pool_a = tuple(e for e in train if in_a[e.group])
+    seen_texts = {_normal(e) for e in pool_a}
+    pool_b = _leave_out(
+        tuple(e for e in train if not in_a[e.group]),
+        lambda e: _normal(e) in seen_texts,
+        "pool-B examples were left out: the same text stands in pool A",
+    )
+    return Pools(pool_a, pool_b, have["validation"], have["test"])
+
+
+def _leave_out(
+    examples: tuple[Example, ...], unwanted: Callable[[Example], bool], why: str
+) -> tuple[Example, ...]:
+    kept = tuple(e for e in examples if not unwanted(e))
+    if len(kept) < len(examples):
+        logger.warning("%d %s.", len(examples) - len(kept), why)
+    return kept
 
 
 def _normal(example: Example) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ __all__ = [
     "RecordSource",
     "dataset_records",
     "read_rows",
-    "read_table",
     "to_examples",
 ]
 
@@ -29,48 +28,66 @@ _SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
-def read_table(
+def read_rows(
     path: Path, *, quoting: bool = True, columns: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Read a CSV, TSV, JSONL or Parquet file; CSV and TSV cells stay strings.
+) -> list[dict[str, Any]]:
+    """Read a CSV, TSV, JSONL or Parquet file as one dictionary a row.
 
     Args:
-        path: the file; its suffix tells the format.
+        path: the file; its suffix tells the format. Cells of CSV and TSV stay strings.
         quoting: whether a TSV or CSV file quotes cells.
         columns: names for a file without a header line.
 
     Raises:
-        InputError: if the file is missing, of another kind, or cannot be parsed.
+        InputError: if the file is missing, of another kind, or cannot be parsed; for a line of
+            CSV or TSV with more or fewer cells than the header, the line is named.
     """
     if not path.is_file():
         raise InputError(f"There is no data file {path}.")
     suffix = path.suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            return pd.read_csv(
-                path,
-                sep="," if suffix == ".csv" else "\t",
-                dtype=str,
-                keep_default_na=False,
-                quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-                names=None if columns is None else list(columns),
-                header="infer" if columns is None else None,
-            )
+            return _read_delimited(path, "," if suffix == ".csv" else "\t", quoting, columns)
         if suffix in (".jsonl", ".ndjson"):
-            return pd.read_json(path, lines=True, dtype=False)
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-    except (ValueError, UnicodeDecodeError, OSError) as error:
+            frame = pd.read_json(path, lines=True, dtype=False)
+        elif suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            known = ", ".join(_SUFFIXES)
+            raise InputError(f"{path} is no data file of a known kind: give one of {known}.")
+    except InputError:
+        raise
+    except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"The data file {path} could not be read ({error}).") from error
-    raise InputError(f"{path} is no data file of a known kind: give one of {', '.join(_SUFFIXES)}.")
+    return cast(list[dict[str, Any]], frame.to_dict("records"))
 
 
-def read_rows(path: Path, **options: Any) -> list[dict[str, Any]]:
-    """Read a table as one dictionary a row; see :func:`read_table`."""
-    return cast(list[dict[str, Any]], read_table(path, **options).to_dict("records"))
+def _read_delimited(
+    path: Path, separator: str, quoting: bool, columns: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    # The csv module and not pandas, which takes surplus cells for an index and shifts the rest.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(
+            file,
+            fieldnames=columns,
+            delimiter=separator,
+            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
+        )
+        if reader.fieldnames is None:
+            raise InputError(f"The data file {path} is empty.")
+        rows: list[dict[str, Any]] = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path} has {'more' if None in row else 'fewer'} cells in line "
+                    f"{reader.line_num} than its header: put quotes round texts that hold "
+                    f"{separator!r}."
+                )
+            rows.append(dict(row))
+    return rows
 
 
 def to_examples(
@@ -97,13 +114,20 @@ def to_examples(
                 raise InputError(f"{where} has no column {column!r}; its columns are {list(row)}.")
         examples.append(
             Example(
-                id=str(row[id]) if id else f"{split}:{number}",
-                fields={name: str(row[name]).strip() for name in fields},
-                label=str(row[label]).strip(),
-                group=str(row[group]) if group else "",
+                id=_cell(row[id]) if id else f"{split}:{number}",
+                fields={name: _cell(row[name]) for name in fields},
+                label=_cell(row[label]),
+                group=_cell(row[group]) if group else "",
             )
         )
+        if not examples[-1].id:
+            raise InputError(f"{where} has no {id!r} in row {number + 1}: every row needs one.")
     return examples
+
+
+def _cell(value: Any) -> str:
+    """Text of a cell; what is missing (None, NaN) is empty, not the word for it."""
+    return "" if value is None or value != value else str(value).strip()
 
 
 @dataclass(frozen=True)
@@ -129,6 +153,8 @@ class RecordSource:
                     f"{self.where} has a split {name!r}; known are {sorted(_SPLIT_NAMES)}."
                 )
             where = self.where if len(named) == 1 else f"{self.where}/{name}"
+            if _SPLIT_NAMES[name] in splits:
+                raise InputError(f"{self.where} has two {_SPLIT_NAMES[name]} splits ({name}).")
             splits[_SPLIT_NAMES[name]] = to_examples(
                 rows,
                 fields=self.fields,
@@ -190,11 +216,19 @@ class FileSource:
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
         """Read the file, or the files of the folder."""
-        path = Path(self.path.format(language=language)).expanduser()
+        path = Path(self.path.replace("{language}", language)).expanduser()
         files = {"train": path}
         if path.is_dir():
             found = [f for f in sorted(path.iterdir()) if f.suffix.lower() in _SUFFIXES]
-            files = {_SPLIT_NAMES[f.stem]: f for f in found if f.stem in _SPLIT_NAMES}
+            files = {}
+            for file in (f for f in found if f.stem in _SPLIT_NAMES):
+                name = _SPLIT_NAMES[file.stem]
+                if name in files:
+                    raise InputError(
+                        f"The folder {path} has two {name} files, {files[name].name} and "
+                        f"{file.name}: remove one."
+                    )
+                files[name] = file
             if "train" not in files:
                 raise InputError(
                     f"The folder {path} has no train file (train, valid and test as "

@@ -14,7 +14,7 @@ from typing import Any
 
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.files import dataset_records, read_rows, read_table, to_examples
+from circuitlens.tasks.files import dataset_records, read_rows, to_examples
 from circuitlens.tasks.task import Source, Task
 
 __all__ = ["AmericasNLI", "NusaX", "SmSA", "Xnli", "load_task"]
@@ -131,9 +131,8 @@ class NusaX:
         path = Path(self.folder or "") / "known_issues.tsv"
         if not path.is_file():
             return set()
-        rows = read_table(path, quoting=False)
-        rows = rows[rows["language"] == language]
-        return set(zip(rows["split"], rows["id"], strict=True))
+        rows = read_rows(path, quoting=False)
+        return {(row["split"], row["id"]) for row in rows if row["language"] == language}
 
 
 # -- SmSA ----------------------------------------------------------------------------------
@@ -292,7 +291,14 @@ _XNLI_LANGUAGES = [
 
 @dataclass(frozen=True)
 class Xnli:
-    """XNLI (Conneau et al., EMNLP 2018) from the hub, one configuration a language."""
+    """XNLI (Conneau et al., EMNLP 2018), one configuration a language.
+
+    Attributes:
+        folder: ``<language>/{train,validation,test}*.parquet`` as on the hub; ``None`` reads
+            ``facebook/xnli`` from there.
+    """
+
+    folder: Path | None = None
 
     @property
     def languages(self) -> Sequence[str]:
@@ -305,12 +311,21 @@ class Xnli:
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
         """Read the three splits."""
-        hub = _from_hub("facebook/xnli", language)
+        if self.folder is None:
+            hub = _from_hub("facebook/xnli", language)
+        else:
+            hub = _parquet_folder(self.folder / language)
         splits: dict[str, Sequence[Example]] = {}
         for name, rows in dataset_records(hub, "label").items():
-            # Three rows in a row share a premise; the row number is the same in all languages.
+            # Rows are the same in all languages. Those of one premise belong together; the number
+            # of the first of them names the premise whatever the language.
+            first: dict[str, int] = {}
             numbered: Iterable[dict[str, Any]] = (
-                {**row, "id": f"{name}:{n}", "premise_id": f"{name}:{n // 3}"}
+                {
+                    **row,
+                    "id": f"{name}:{n}",
+                    "premise_id": f"{name}:{first.setdefault(row['premise'], n)}",
+                }
                 for n, row in enumerate(rows)
             )
             splits[name] = to_examples(
@@ -323,6 +338,20 @@ class Xnli:
                 where=f"XNLI {language} {name}",
             )
         return splits
+
+
+def _parquet_folder(folder: Path) -> Any:
+    """Open a folder of ``<split>*.parquet`` files as the hub lays them out."""
+    import datasets
+
+    names = ("train", "validation", "test")
+    files = {
+        name: sorted(map(str, _folder(folder, holds="parquet files").glob(f"{name}*.parquet")))
+        for name in names
+    }
+    if missing := [name for name in names if not files[name]]:
+        raise InputError(f"The data folder {folder} has no {missing[0]}*.parquet file.")
+    return datasets.load_dataset("parquet", data_files=files)
 
 
 # -- the registry --------------------------------------------------------------------------
@@ -339,6 +368,9 @@ _INFERENCE = {
 
 def _toy(data: str | Path | None) -> Source:
     from circuitlens.tasks.toy import ToyLanguages
+
+    if data is not None:
+        raise InputError("The toy task makes its own data: leave data (--data) out.")
 
     return ToyLanguages()
 
@@ -361,7 +393,7 @@ def _known() -> dict[str, tuple[Callable[[str | Path | None], Source], dict[str,
             _INFERENCE,
             "quy",
         ),
-        "xnli": (lambda d: Xnli(), _INFERENCE, "en"),
+        "xnli": (lambda d: Xnli(None if d is None else Path(d)), _INFERENCE, "en"),
         "toy": (_toy, TOY_PROMPT, "source"),
     }
 
@@ -385,7 +417,9 @@ def load_task(
     """
     known = _known()
     if name not in known:
-        if Path(name).suffix:
+        if Path(name).suffix or Path(name).is_dir():
+            if data is not None:
+                raise InputError(f"{name} is a data file itself: leave data (--data) out.")
             return Task.from_file(name, language=language or "unnamed", **options)
         raise InputError(
             f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data "

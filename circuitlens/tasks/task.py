@@ -214,7 +214,7 @@ class Task:
         words = options.pop("labels", None) or {
             value: f" {value}" for value in source.labels(language)
         }
-        name = options.pop("name", None) or Path(path).stem.format(language=language)
+        name = options.pop("name", None) or Path(str(path).replace("{language}", "")).stem
         return cls.from_source(
             source, language, name=name, template=template, labels=words, **options
         )
@@ -260,10 +260,11 @@ class Task:
             share_a=self.share_a,
             max_text_tokens=self.max_text_tokens,
         )
-        mine = self.pools
-        pools = other.pools.without(
-            training=(*mine.pool_a, *mine.pool_b), evaluation=(*mine.validation, *mine.test)
-        )
+        pools = other.pools
+        ancestor: Task | None = self
+        while ancestor is not None:
+            pools = pools.apart_from(ancestor.pools)
+            ancestor = ancestor.origin
         return replace(other, pools=pools, origin=self)
 
     # -- using tasks -----------------------------------------------------------------------
