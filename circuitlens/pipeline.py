@@ -215,9 +215,11 @@ class RunFolder:
             self._start, self.task, seed=self.settings.seed, quiet=self.quiet, **options
         )
         temporary = self.path / ".proxy"
-        shutil.rmtree(temporary, ignore_errors=True)
-        trained.save(temporary)
-        temporary.rename(proxy)
+        try:
+            trained.save(temporary)
+            temporary.rename(proxy)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         # From the folder, so that an interrupted run and a whole one go on with the same model.
         return load(proxy, device=self.settings.device)
 

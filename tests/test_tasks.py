@@ -441,15 +441,6 @@ def test_batches_hold_every_example_once_and_agree_with_it(texts, size):
     assert widths == sorted(widths)
 
 
-def test_a_subset_keeps_ids_tokens_and_gold_together():
-    encoded = encode_texts("bada", "bidi gu", "zevo zevo gu")
-    part = encoded.subset([2, 0])
-    assert part.ids == ("2", "0")
-    assert part.tokens == (encoded.tokens[2], encoded.tokens[0])
-    assert part.gold == (0, 0)
-    assert len(part) == 2
-
-
 def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
     """One token a word, no <s> and no padding token."""
     vocabulary = {word: n for n, word in enumerate(("<unk>", *words))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from string import Formatter
 
@@ -72,15 +72,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def subset(self, indices: Sequence[int]) -> Encoded:
-        """Return the examples at ``indices``."""
-        return replace(
-            self,
-            ids=tuple(self.ids[i] for i in indices),
-            tokens=tuple(self.tokens[i] for i in indices),
-            gold=tuple(self.gold[i] for i in indices),
-        )
 
     def batch(self, indices: Sequence[int], device: torch.device | None = None) -> Batch:
         """Pad the examples at ``indices`` on the left and stack them."""
@@ -173,6 +164,7 @@ def encode(
     *,
     max_text_tokens: int,
     context: int | None = None,
+    where: str = "examples",
 ) -> Encoded:
     """Encode examples as prompts.
 
@@ -184,6 +176,7 @@ def encode(
         max_text_tokens: limit for the texts of one example together. The longest text of an
             example is cut first.
         context: most tokens that the model takes; lowers the limit where needed.
+        where: what to call the examples in the log.
 
     Raises:
         InputError: for label words that are not one token, or a template longer than the context.
@@ -218,7 +211,7 @@ def encode(
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
         rows.append(tuple(prefix + _ids(tokenizer, template.format(**texts))))
     if truncated:
-        _report_truncation(truncated, len(examples), max_text_tokens, examples[0].id)
+        _report_truncation(where, truncated, len(examples), max_text_tokens)
     index = {label: i for i, label in enumerate(words)}
     pad = tokenizer.pad_token_id
     return Encoded(
@@ -234,10 +227,9 @@ def encode(
 
 
 @lru_cache(maxsize=256)
-def _report_truncation(truncated: int, total: int, limit: int, first: str) -> None:
-    # Cached, so that a pool that every stage encodes again is reported once; the first id tells
-    # one pool from another.
-    logger.info("%d of %d texts were cut to %d tokens.", truncated, total, limit)
+def _report_truncation(where: str, truncated: int, total: int, limit: int) -> None:
+    # Cached, so that a pool that every stage encodes again is reported once.
+    logger.info("%s: %d of %d texts were cut to %d tokens.", where, truncated, total, limit)
 
 
 def _share_out(lengths: Mapping[str, int], uses: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -292,6 +292,7 @@ class Task:
             self.labels,
             max_text_tokens=self.max_text_tokens,
             context=context,
+            where=f"{self.name}/{self.language}",
         )
 
     def fingerprint(self) -> str:
