@@ -2,7 +2,7 @@ from . import tasks, view
 from .adapt import TransferResult, finetune, transfer
 from .baseline import MeanBaseline, label_balanced_mean
 from .batch import Batch
-from .cdt import RULES, RuleSet
+from .cdt import RULES, RuleSet, decompose
 from .circuit import Circuit
 from .curve import FaithfulnessCurve, faithfulness
 from .errors import (
@@ -40,6 +40,7 @@ __all__ = [
     "TransferResult",
     "UnsupportedModelError",
     "WeightSlice",
+    "decompose",
     "evaluate",
     "faithfulness",
     "finetune",

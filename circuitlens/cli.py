@@ -151,8 +151,8 @@ def run(
     ] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of that.")] = None,
     method: Annotated[
-        str, typer.Option(help="Scorer: cdt, cdt-linear, attribution, ablation or random.")
-    ] = "cdt",
+        str, typer.Option(help="Scorer: cdt-linear, cdt, attribution, ablation or random.")
+    ] = "cdt-linear",
     size: Annotated[
         str, typer.Option(help="Heads in the circuit: a number (8) or a share (0.25).")
     ] = "0.25",

@@ -62,7 +62,7 @@ class RunSettings:
     finetune_rate: float | None = None
     finetune_epochs: int | None = None
     positions: Positions = "all"
-    method: str = "cdt"
+    method: str = "cdt-linear"
     size: float | int = 0.25
     max_examples: int | None = None
     n_random: int = 10

@@ -206,7 +206,7 @@ def relevance(
     task: Task,
     baseline: MeanBaseline,
     *,
-    method: str | RuleSet = "cdt",
+    method: str | RuleSet = "cdt-linear",
     max_examples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -219,7 +219,8 @@ def relevance(
         task: the task that the baseline was taken on.
         baseline: means of the heads; scores are taken on its (correctly answered) examples, at
             its positions.
-        method: one of :data:`METHODS`, or a rule set of your own.
+        method: one of :data:`METHODS`, or a rule set of your own. The default found circuits at
+            least as faithful as ``cdt`` on the models we measured, at a tenth of its cost.
         max_examples: use a random subset of this size.
         batch_size: examples per forward pass; the scores do not depend on it.
         seed: for the subset, the ``random`` method and bootstrap intervals.

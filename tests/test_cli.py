@@ -149,7 +149,10 @@ def test_ctrl_c_leaves_whole_files_only(proxy_folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "circuitlens.cli", *map(str, base(proxy_folder, out))]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 120
     while not (out / "scores.safetensors").exists() and time.monotonic() < deadline:
@@ -169,10 +172,6 @@ def write_csv(path, rows):
     return path
 
 
-def plain_rows(n=60):
-    return [(f"po {w} ja", la) for w in ("ra", "no", "ti") for la in ("a", "b")][:n]
-
-
 def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
     nusax = ["--task", "nusax", "--data", shared / "data" / "nusax"]
     tiny("qwen2", torch.float32).save_pretrained(tmp_path / "no_tokenizer")
@@ -183,7 +182,12 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
     toy.toy_tokenizer().save_pretrained(tmp_path / "mamba")
     no_column = tmp_path / "columns.csv"
     no_column.write_text("sentence,label\na,b\n")
-    rows = [(f"po {a}{b} ja", la) for a in "bdfgh" for b in "aeiou" for la in ("x", "y")] * 4
+    rows = [
+        (f"po {a}{b} ja {c}a", "xy"[n % 2])
+        for a in "bdfgh"
+        for b in "aeiou"
+        for n, c in enumerate("bdfghjkl")
+    ]
     empty = write_csv(tmp_path / "empty.csv", [*rows, ("", "x")])
     lonely = write_csv(tmp_path / "lonely.csv", [*rows, ("po", "z")])
     (tmp_path / "used").mkdir()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from circuitlens.tasks import toy
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -14,6 +16,8 @@ def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
+    # Enough to learn the toy language; the last epochs only polish.
+    monkeypatch.setitem(toy.TOY_FINETUNE, "epochs", 10)
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)

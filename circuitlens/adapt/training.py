@@ -52,7 +52,7 @@ class TrainingOptions:
     batch_size: int = 16
     weight_decay: float = 0.0
     warmup: float = 0.1
-    patience: int = 3
+    patience: int = 10
     max_grad_norm: float = 1.0
     seed: int = 0
 

@@ -200,7 +200,7 @@ def transfer(
     epochs: int = 10,
     batch_size: int = 16,
     weight_decay: float = 0.0,
-    patience: int = 3,
+    patience: int = 10,
     seed: int = 0,
     quiet: bool = False,
 ) -> TransferResult:

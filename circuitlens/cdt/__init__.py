@@ -3,17 +3,23 @@
 It speaks hooks, not architectures. A rule set says what stays as in the clean run; relevance by
 *difference* patches a source and runs the network with those parts frozen; relevance by *gradient*
 linearises that network and gets every source from one backward pass.
+
+The published rules freeze nothing and need an architecture they know; they stand apart, in
+:func:`decompose`.
 """
 
 from circuitlens.cdt.difference import relevance_by_difference
 from circuitlens.cdt.gradient import relevance_by_gradient
+from circuitlens.cdt.hsu2024 import Decomposition, decompose
 from circuitlens.cdt.operating_point import OperatingPoint
 from circuitlens.cdt.rules import RULES, RuleSet
 
 __all__ = [
     "RULES",
+    "Decomposition",
     "OperatingPoint",
     "RuleSet",
+    "decompose",
     "relevance_by_difference",
     "relevance_by_gradient",
 ]
