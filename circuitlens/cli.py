@@ -151,7 +151,8 @@ def run(
     ] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of that.")] = None,
     method: Annotated[
-        str, typer.Option(help="Scorer: cdt-linear, cdt, attribution, ablation or random.")
+        str,
+        typer.Option(help="Scorer: cdt-linear, cdt, cdt-live, attribution, ablation or random."),
     ] = "cdt-linear",
     size: Annotated[
         str, typer.Option(help="Heads in the circuit: a number (8) or a share (0.25).")

@@ -38,6 +38,7 @@ _SCHEMA = "circuitlens.scores/1"
 METHODS: dict[str, str] = {
     "cdt": "patterns and norm scales frozen, activations by difference",
     "cdt-linear": "patterns and norm scales frozen, activations by secant, one backward pass",
+    "cdt-live": "patterns frozen, norm scales live, activations by difference",
     "attribution": "gradient × deviation from the mean, nothing frozen",
     "ablation": "exact mean ablation, one head at a time",
     "random": "random numbers, as a control",

@@ -306,3 +306,24 @@ def test_wrong_options_are_explained_without_traceback(cli):
     assert code == 2
     assert "No such option: --nonsense" in out + err
     assert "Traceback" not in out + err
+
+
+def test_the_whole_line_on_files_of_ones_own(cli, proxy_folder, tmp_path, toy_task):
+    for language in ("source", "near"):
+        task = toy_task if language == "source" else toy_task.to(language)
+        lines = ["key,sentence,feeling"]
+        for pool, size in (("pool_a", 150), ("pool_b", 100), ("test", 100)):
+            lines += [f"{e.id},{e.text},{e.label}" for e in task[pool][:size]]
+        (tmp_path / f"{language}.csv").write_text("\n".join(lines) + "\n")
+    words = [f"--label={name}= {name}" for name in toy_task.labels]
+    code, out, err = cli(
+        "run", "--model", proxy_folder, "--task", tmp_path / "{language}.csv",
+        "--source", "source", "--target", "near", "--template", "{sentence} ->", *words,
+        "--column", "label=feeling", "--column", "id=key", "--strategy", "norms",
+        "--out", tmp_path / "out", "-q", *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "norms" in out
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["settings"]["labels"]["positive"] == " positive"
+    assert record["baseline"]["accuracy"] > 0.8

@@ -45,9 +45,9 @@ def test_ablation_scores_are_margin_lost(toy_proxy, toy_task, toy_baseline):
 
 
 def test_scores_of_a_rule_set_of_ones_own(toy_proxy, toy_task, toy_baseline):
-    rules = cl.RuleSet("cdt-live", True, False, "difference")
+    rules = cl.RuleSet("mine", False, True, "difference")
     scores = cl.relevance(toy_proxy, toy_task, toy_baseline, method=rules, max_examples=10)
-    assert scores.method == "cdt-live"
+    assert scores.method == "mine"
     named = cl.relevance(toy_proxy, toy_task, toy_baseline, method="cdt", max_examples=10)
     assert not torch.allclose(scores.per_example, named.per_example)
 

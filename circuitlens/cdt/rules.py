@@ -32,12 +32,13 @@ class RuleSet:
 
 
 # `ablation` freezes nothing: the difference is then exact mean ablation. `attribution` is its
-# first-order version. The others are the design's CD-T variants.
+# first-order version. The others vary what CD-T holds.
 RULES: dict[str, RuleSet] = {
     rules.name: rules
     for rules in (
         RuleSet("cdt", True, True, "difference"),
         RuleSet("cdt-linear", True, True, "secant"),
+        RuleSet("cdt-live", True, False, "difference"),
         RuleSet("attribution", False, False, "gradient"),
         RuleSet("ablation", False, False, "difference"),
     )

@@ -417,7 +417,7 @@ def load_task(
     """
     known = _known()
     if name not in known:
-        if Path(name).suffix or Path(name).is_dir():
+        if Path(name).suffix or "{language}" in name or Path(name).is_dir():
             if data is not None:
                 raise InputError(f"{name} is a data file itself: leave data (--data) out.")
             return Task.from_file(name, language=language or "unnamed", **options)
