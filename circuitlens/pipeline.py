@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -290,7 +290,7 @@ class RunFolder:
         task = self.task.to(target)
         path = self._transfer_path(task.language, strategy)
         if (path / "result.json").is_file():
-            return TransferResult.load(path, self.model)
+            return self._load_transfer(path)
         result = transfer(
             self.model,
             self.circuit,
@@ -303,12 +303,23 @@ class RunFolder:
             quiet=self.quiet,
         )
         result.save(path)
+        # The weights are in the folder; keeping an adapted model for each strategy would fill
+        # the memory.
+        return replace(result, model=None)
+
+    def _load_transfer(self, path: Path) -> TransferResult:
+        result = TransferResult.load(path)
+        if result.provenance.model_fingerprint != self.baseline.provenance.model_fingerprint:
+            raise InputError(
+                f"{path} was trained from other weights than the baseline of this run was taken "
+                "from: remove that folder, or begin a new run."
+            )
         return result
 
     def transfers(self) -> list[TransferResult]:
         """All finished transfers of the folder, the run's own targets first."""
         found = sorted((self.path / "transfers").glob("*/*/result.json"))
-        results = [TransferResult.load(path.parent, self.model) for path in found]
+        results = [self._load_transfer(path.parent) for path in found]
         source = self.task.source
         own = [source.resolve(name) if source else name for name in self.settings.targets]
         strategies = list(STRATEGIES)

@@ -170,6 +170,11 @@ def test_a_transfer_reports_gain_and_retention_and_reloads(
     assert size < 4.5 * result.n_trainable + 20_000
     with pytest.raises(cl.InputError, match="other weights"):
         cl.TransferResult.load(tmp_path / "r", result.model)
+    numbers = cl.TransferResult.load(tmp_path / "r")
+    assert numbers == result
+    assert numbers.model is None
+    with pytest.raises(cl.InputError, match="loaded without its model"):
+        numbers.save(tmp_path / "again")
 
 
 def test_a_task_without_origin_has_no_retention(toy_proxy, toy_scores):

@@ -57,7 +57,7 @@ class TransferResult:
         history: validation after each epoch, at the chosen rate.
         seconds: training time, all rates together.
         provenance: of the model before the transfer.
-        model: the adapted model.
+        model: the adapted model; ``None`` if only the numbers were loaded.
     """
 
     strategy: str
@@ -74,7 +74,7 @@ class TransferResult:
     history: tuple[dict[str, float], ...]
     seconds: float
     provenance: Provenance
-    model: HookedModel = field(repr=False, compare=False)
+    model: HookedModel | None = field(default=None, repr=False, compare=False)
 
     @property
     def target_gain(self) -> float:
@@ -127,7 +127,16 @@ class TransferResult:
         return pd.DataFrame([row])
 
     def save(self, folder: str | Path) -> None:
-        """Write ``result.json`` and ``weights.safetensors`` (the trained entries only)."""
+        """Write ``result.json`` and ``weights.safetensors`` (the trained entries only).
+
+        Raises:
+            InputError: if the result was loaded without its model.
+        """
+        if self.model is None:
+            raise InputError(
+                "This result was loaded without its model, so it has no weights to save: "
+                "give TransferResult.load the model that the transfer began from."
+            )
         folder = Path(folder)
         masks = trainable_masks(self.model, self.strategy, self.heads)
         parameters = dict(self.model.hf.named_parameters())
@@ -138,30 +147,30 @@ class TransferResult:
         write_json(folder / "result.json", _SCHEMA, self.to_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, model: HookedModel) -> TransferResult:
+    def load(cls, folder: str | Path, model: HookedModel | None = None) -> TransferResult:
         """Read what :meth:`save` wrote.
 
         Args:
             folder: the folder.
-            model: the model that the transfer began from; it is copied.
+            model: the model that the transfer began from, which is copied to adapt it; without
+                it only the numbers are loaded.
 
         Raises:
             InputError: if ``model`` has other weights than that one.
         """
         content = read_json(Path(folder) / "result.json", _SCHEMA)
-        entries, meta = read_tensors(Path(folder) / "weights.safetensors", _WEIGHTS_SCHEMA)
-        if model.fingerprint() != meta["base"]:
-            raise InputError(
-                f"{folder} was trained from other weights than those of {model.name}: load it "
-                "with the model that the transfer began from."
-            )
         heads = Circuit.from_dict(content["heads"]) if content["heads"] else None
-        adapted = model.clone()
-        masks = trainable_masks(adapted, content["strategy"], heads)
-        parameters = dict(adapted.hf.named_parameters())
-        with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name][mask] = entries[name].to(parameters[name])
+        adapted = None
+        if model is not None:
+            entries, meta = read_tensors(Path(folder) / "weights.safetensors", _WEIGHTS_SCHEMA)
+            if model.fingerprint() != meta["base"]:
+                raise InputError(
+                    f"{folder} was trained from other weights than those of {model.name}: load "
+                    "it with the model that the transfer began from."
+                )
+            adapted = model.clone()
+            masks = trainable_masks(adapted, content["strategy"], heads)
+            _set(adapted, {n: e.to(model.device) for n, e in entries.items()}, masks)
         evaluations = {
             name: Evaluation(**content[name]) if content[name] else None
             for name in ("source_before", "source_after")
