@@ -1,10 +1,13 @@
-"""The label-balanced mean of every head.
+"""The label-balanced mean of every head and every MLP.
 
 1. Run the pool-A examples and keep those that the model answers correctly.
-2. For every example average each head's output z over the chosen positions.
+2. For every example average each head's output z over the chosen positions (or keep positions
+   apart, counted from the decision).
 3. Average over the examples of each label, then over labels:
 
        μ_h = 1/|Y| Σ_y  1/|D_y| Σ_{x ∈ D_y} z_h(x)
+
+   and in the same way for the output of every MLP.
 
 Class directions cancel in the mean over labels, so μ_h holds what the head always says and no
 answer; no counterfactual prompts are needed (CT-SFT, arXiv 2601.08146).
@@ -16,15 +19,17 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitlens.batch import Positions, label_logits
+from circuitlens.batch import Batch, Positions
 from circuitlens.errors import CompetenceError, InputError
 from circuitlens.evaluation import near_chance
+from circuitlens.means import NodeMeans
 from circuitlens.model import Hook, HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
@@ -33,15 +38,23 @@ from circuitlens.tasks import Example, Task
 
 __all__ = ["MeanBaseline", "label_balanced_mean"]
 
-_SCHEMA = "circuitlens.baseline/1"
+_SCHEMA = "circuitlens.baseline/2"
+
+_TENSORS = ("mean", "mlp_mean", "by_position", "mlp_by_position")
+
+Pooling = Literal["pooled", "position"]
 
 
 @dataclass(frozen=True)
 class MeanBaseline:
-    """Mean output of every head over a task, and the examples it was taken on.
+    """Mean output of every head and MLP over a task, and the examples it was taken on.
 
     Attributes:
-        mean: μ, float32 at least.
+        mean: μ of every head, float32 at least.
+        mlp_mean: μ of every MLP.
+        by_position: heads' means of single positions, the decision last, if those were asked for;
+            where a label has no example as long as that, the mean over positions stands.
+        mlp_by_position: the same of MLPs.
         positions: ``"all"`` prompt positions but ``<s>``, or the ``"decision"`` position.
         example_ids: the correctly answered examples; discovery runs on these.
         n_per_label: how many there are for each label.
@@ -50,11 +63,27 @@ class MeanBaseline:
     """
 
     mean: Float[Tensor, "layer head d_head"]
+    mlp_mean: Float[Tensor, "layer d_model"]
     positions: Positions
     example_ids: tuple[str, ...]
     n_per_label: dict[str, int]
     accuracy: float
     provenance: Provenance
+    by_position: Float[Tensor, "pos layer head d_head"] | None = None
+    mlp_by_position: Float[Tensor, "pos layer d_model"] | None = None
+
+    @property
+    def pooling(self) -> Pooling:
+        """Whether means are taken over positions or for each by itself."""
+        return "pooled" if self.by_position is None else "position"
+
+    def means(self, device: torch.device | None = None) -> NodeMeans:
+        """Return the means as the engine takes them."""
+        heads, mlps = self.mean[:, None], self.mlp_mean[:, None]
+        if self.by_position is not None and self.mlp_by_position is not None:
+            heads = torch.cat([heads, self.by_position.transpose(0, 1)], dim=1)
+            mlps = torch.cat([mlps, self.mlp_by_position.transpose(0, 1)], dim=1)
+        return NodeMeans(heads.to(device), mlps.to(device))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -65,14 +94,16 @@ class MeanBaseline:
             "accuracy": self.accuracy,
             "provenance": self.provenance.to_dict(),
         }
-        write_tensors(Path(path), _SCHEMA, {"mean": self.mean}, meta)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        write_tensors(Path(path), _SCHEMA, kept, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> MeanBaseline:
         """Read what :meth:`save` wrote."""
         tensors, meta = read_tensors(Path(path), _SCHEMA)
         return cls(
-            mean=tensors["mean"],
+            **tensors,
             positions=meta["positions"],
             example_ids=tuple(meta["example_ids"]),
             n_per_label=meta["n_per_label"],
@@ -119,18 +150,21 @@ def label_balanced_mean(
     task: Task,
     *,
     positions: Positions = "all",
+    pooling: Pooling = "pooled",
     examples: Sequence[Example] | None = None,
     batch_size: int = 32,
     allow_chance: bool = False,
     quiet: bool = False,
 ) -> MeanBaseline:
-    """Take the label-balanced mean of every head's output (module docstring, equation).
+    """Take the label-balanced mean of every head's and MLP's output (equation: module docstring).
 
     Args:
         model: competent in the task.
         task: gives pool A.
         positions: average over ``"all"`` prompt positions but ``<s>`` (each example counts
             once, whatever its length), or take the ``"decision"`` position only.
+        pooling: one mean for all these positions, or one for each ``"position"``, counted from
+            the decision (of use where prompts are aligned there, as templates are).
         examples: use these instead of pool A.
         batch_size: examples per forward pass; the result does not depend on it.
         allow_chance: go on although the model does no better than chance.
@@ -140,34 +174,23 @@ def label_balanced_mean(
         CompetenceError: if the accuracy is near chance.
         InputError: if no example of a label is answered correctly; the label is named.
     """
+    if pooling == "position" and positions == "decision":
+        raise InputError(
+            "pooling='position' has nothing to tell apart at positions='decision': leave one out."
+        )
     examples = task["pool_a"] if examples is None else tuple(examples)
     encoded = task.encode(model, examples)
-    g = model.geometry
     labels = list(task.labels)
-    sums = torch.zeros(
-        len(labels), g.n_layers, g.n_heads, g.d_head, dtype=torch.float64, device=model.device
-    )
-    counts = torch.zeros(len(labels), dtype=torch.float64, device=model.device)
+    width = max(map(len, encoded.tokens)) if pooling == "position" else 0
+    sums = _Sums(model, len(labels), width)
     correct: list[int] = []
     batches = encoded.batches(batch_size, model.device)
     for index, batch in progress(
         batches, "Mean of every head", quiet=quiet, total=encoded.n_batches(batch_size)
     ):
-        mask = batch.mask(positions).double()
-        weights = mask / mask.sum(-1, keepdim=True)
-        means: dict[int, Tensor] = {}
-
-        def keep(layer: int, means: dict[int, Tensor] = means, weights: Tensor = weights) -> Hook:
-            def hook(z: Tensor) -> None:
-                means[layer] = torch.einsum("bphd,bp->bhd", z.double(), weights)
-
-            return hook
-
-        logits = model.logits(batch, {model.z_hook(n): keep(n) for n in range(g.n_layers)})
-        right = label_logits(logits, batch).argmax(1) == batch.gold
-        stacked = torch.stack([means[n] for n in range(g.n_layers)], dim=1)[right]
-        sums.index_add_(0, batch.gold[right], stacked)
-        counts += torch.bincount(batch.gold[right], minlength=len(labels))
+        labels_found, outputs = _node_outputs(model, batch)
+        right = labels_found.argmax(1) == batch.gold
+        sums.add(outputs, batch.mask(positions), batch.gold, right)
         correct += index[right.cpu()].tolist()
     chance, majority = near_chance(len(correct), encoded.gold)
     accuracy = len(correct) / len(encoded)
@@ -178,19 +201,28 @@ def label_balanced_mean(
             f"{majority:.1%}): train it with cl.finetune first, or pass allow_chance=True.",
             model,
         )
-    for label, count in zip(labels, counts.tolist(), strict=True):
+    counts = [int(count) for count in sums.examples.tolist()]
+    for label, count in zip(labels, counts, strict=True):
         if not count:
             raise InputError(
                 f"No example of the label {label!r} is answered correctly, so its mean is "
                 "unknown: train the model further or give more examples of it."
             )
-    mean = (sums / counts[:, None, None, None]).mean(0)
-    settings = {"positions": positions, "n_examples": len(encoded)}
+    g = model.geometry
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    pooled, by_position = (means.to(dtype).cpu() for means in sums.means())
+    # Heads and MLPs were laid side by side.
+    split = [g.n_heads * g.d_head, g.d_model]
+    heads, mlps = pooled.split(split, dim=-1)
+    heads_at, mlps_at = by_position.split(split, dim=-1)
+    each = pooling == "position"
+    settings = {"positions": positions, "pooling": pooling, "n_examples": len(encoded)}
     return MeanBaseline(
-        mean=mean.to(torch.promote_types(model.dtype, torch.float32)).cpu(),
+        mean=heads.unflatten(-1, (g.n_heads, g.d_head)),
+        mlp_mean=mlps,
         positions=positions,
         example_ids=tuple(encoded.ids[i] for i in sorted(correct)),
-        n_per_label={n: int(c) for n, c in zip(labels, counts.tolist(), strict=True)},
+        n_per_label=dict(zip(labels, counts, strict=True)),
         accuracy=accuracy,
         provenance=Provenance(
             model.name,
@@ -200,4 +232,70 @@ def label_balanced_mean(
             task.seed,
             settings,
         ),
+        by_position=heads_at.unflatten(-1, (g.n_heads, g.d_head)) if each else None,
+        mlp_by_position=mlps_at if each else None,
     )
+
+
+def _node_outputs(
+    model: HookedModel, batch: Batch
+) -> tuple[Float[Tensor, "batch label"], list[Float[Tensor, "batch pos node_outputs"]]]:
+    """Label logits, and for each layer the outputs of all heads and of the MLP side by side."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        def hook(output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    layers = range(model.geometry.n_layers)
+    names = [f(layer) for layer in layers for f in (model.z_hook, model.mlp_hook)]
+    logits = model.label_logits(batch, {name: keep(name) for name in names})
+    return logits, [
+        torch.cat([found[model.z_hook(n)].flatten(2), found[model.mlp_hook(n)]], dim=-1)
+        for n in layers
+    ]
+
+
+class _Sums:
+    """Running sums of node outputs, label by label, over positions and (if wanted) at each."""
+
+    def __init__(self, model: HookedModel, n_labels: int, width: int) -> None:
+        g = model.geometry
+        size = g.n_heads * g.d_head + g.d_model
+        options = {"dtype": torch.float64, "device": model.device}
+        self.pooled = torch.zeros(n_labels, g.n_layers, size, **options)  # type: ignore[call-overload]
+        self.examples = torch.zeros(n_labels, **options)  # type: ignore[call-overload]
+        self.at = torch.zeros(n_labels, width, g.n_layers, size, **options)  # type: ignore[call-overload]
+        self.reach = torch.zeros(n_labels, width, **options)  # type: ignore[call-overload]
+
+    def add(
+        self,
+        outputs: list[Float[Tensor, "batch pos node_outputs"]],
+        mask: Bool[Tensor, "batch pos"],
+        gold: Int[Tensor, " batch"],
+        right: Bool[Tensor, " batch"],
+    ) -> None:
+        """Count the examples that were answered right, at the positions of ``mask``."""
+        gold, chosen = gold[right], mask[right].double()
+        weights = chosen / chosen.sum(-1, keepdim=True)
+        self.examples.index_add_(0, gold, torch.ones_like(gold, dtype=torch.float64))
+        first = self.at.shape[1] - mask.shape[1]
+        if self.at.shape[1]:
+            self.reach[:, first:].index_add_(0, gold, chosen)
+        for layer, output in enumerate(outputs):
+            values = output[right].double()
+            mean = torch.einsum("bpn,bp->bn", values, weights)
+            self.pooled[:, layer].index_add_(0, gold, mean)
+            if self.at.shape[1]:
+                self.at[:, first:, layer].index_add_(0, gold, values * chosen[..., None])
+
+    def means(
+        self,
+    ) -> tuple[Float[Tensor, "layer node_outputs"], Float[Tensor, "pos layer node_outputs"]]:
+        """Label-balanced means over positions and at each; where none reaches, the former."""
+        pooled = (self.pooled / self.examples[:, None, None]).mean(0)
+        at = (self.at / self.reach[:, :, None, None]).mean(0)
+        reached = (self.reach > 0).all(0)[:, None, None]
+        return pooled, torch.where(reached, at, pooled)

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,9 +32,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from circuitlens.batch import Batch
+from circuitlens.batch import Batch, at_least_float32, label_logits
 from circuitlens.bridging import boot, first_line
 from circuitlens.errors import InputError, UnsupportedModelError
+from circuitlens.families import Family, family_of
 from circuitlens.geometry import HeadGeometry
 from circuitlens.progress import hush_transformers
 from circuitlens.storage import digest
@@ -107,6 +109,11 @@ class HookedModel:
         """Sizes of the heads and the weight slices that each one owns."""
         return self._hooked_view[1]
 
+    @cached_property
+    def family(self) -> Family:
+        """What this kind of model needs beyond the hooks that all share."""
+        return family_of(self.hf)
+
     def fingerprint(self) -> str:
         """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
         pieces = chain.from_iterable(self.hf.named_parameters())
@@ -130,15 +137,34 @@ class HookedModel:
         arguments = self.arguments(self.bridge.original_model, batch)
         tokens = arguments.pop("input_ids")
         with self.hooked(hooks or {}):
-            return cast(Tensor, self.bridge(tokens, **arguments))[:, -1]
+            return cast(Tensor, self.bridge(tokens, **arguments))[:, batch.decision]
+
+    def label_logits(
+        self, batch: Batch, hooks: Mapping[str, Hook] | None = None
+    ) -> Float[Tensor, "batch label"]:
+        """Logits of the label tokens at the decision position, in float32 at least.
+
+        As :meth:`logits`, but no other token of the vocabulary is computed.
+        """
+        unembed = self.bridge.unembed
+        head, tokens = unembed.original_component, batch.label_tokens
+        if not isinstance(head, torch.nn.Linear):
+            return label_logits(self.logits(batch, hooks), batch)
+        weight = head.weight[tokens]
+        bias = None if head.bias is None else head.bias[tokens]
+        unembed.__dict__["forward"] = lambda x, *_, **__: F.linear(x, weight, bias)
+        try:
+            return at_least_float32(self.logits(batch, hooks))
+        finally:
+            del unembed.__dict__["forward"]
 
     def hf_logits(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the decision position from the Hugging Face view."""
-        return cast(Tensor, self.hf(**self.arguments(self.hf, batch)).logits)[:, -1]
+        return cast(Tensor, self.hf(**self.arguments(self.hf, batch)).logits)[:, batch.decision]
 
     @staticmethod
     def arguments(hf: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of ``hf.forward`` for a batch; only the last logits are asked for."""
+        """Keyword arguments of ``hf.forward`` for a batch; only needed logits are asked for."""
         accepted = inspect.signature(hf.forward).parameters
         arguments: dict[str, Any] = {
             "input_ids": batch.input_ids,
@@ -149,7 +175,7 @@ class HookedModel:
             arguments["position_ids"] = batch.position_ids
         # Only the decision position is read; a vocabulary-sized row per token is pure memory.
         if "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = -batch.decision
         return arguments
 
     @contextmanager
@@ -243,6 +269,10 @@ class HookedModel:
     def z_hook(layer: int) -> str:
         """Canonical name of z, the heads' outputs before W_O (TransformerLens ``hook_z``)."""
         return f"blocks.{layer}.attn.o.hook_in"
+
+    def mlp_hook(self, layer: int) -> str:
+        """Canonical name of the hook at an MLP's output (TransformerLens ``hook_mlp_out``)."""
+        return self.family.mlp_output(layer)
 
     @torch.no_grad()
     def head_outputs(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_head"]:

@@ -76,11 +76,70 @@ def test_a_model_at_chance_is_refused(toy_task):
         cl.label_balanced_mean(toy.toy_model(), toy_task, examples=toy_task["pool_a"][:200])
 
 
+def test_means_by_position_are_counted_from_the_decision(tmp_path, toy_proxy, toy_task):
+    examples = toy_task["pool_a"][:60]
+    options = {"examples": examples, "allow_chance": True}
+    found = cl.label_balanced_mean(toy_proxy, toy_task, pooling="position", **options)
+    pooled = cl.label_balanced_mean(toy_proxy, toy_task, **options)
+    assert torch.equal(found.mean, pooled.mean)
+    found.save(tmp_path / "b.safetensors")
+    found = cl.MeanBaseline.load(tmp_path / "b.safetensors")
+    at_decision = cl.label_balanced_mean(toy_proxy, toy_task, positions="decision", **options)
+    torch.testing.assert_close(found.by_position[-1], at_decision.mean)
+    torch.testing.assert_close(found.mlp_by_position[-1], at_decision.mlp_mean)
+
+    encoded = toy_task.encode(toy_proxy, examples)
+    back = 6  # not all prompts are as long, but some of every label are
+    per_label: dict[int, list[torch.Tensor]] = {}
+    for i in range(len(encoded)):
+        batch = encoded.batch([i])
+        with torch.no_grad():
+            if int(toy_proxy.label_logits(batch).argmax()) != encoded.gold[i]:
+                continue
+            if batch.mask("all").sum() >= back:
+                z = toy_proxy.head_outputs(batch)[:, 0, -back]
+                per_label.setdefault(encoded.gold[i], []).append(z)
+    expected = torch.stack([torch.stack(zs).mean(0) for zs in per_label.values()]).mean(0)
+    torch.testing.assert_close(found.by_position[-back], expected, rtol=1e-4, atol=1e-5)
+    # <s> is no position of the mean, so the pooled one stands where the longest prompts begin.
+    torch.testing.assert_close(found.by_position[0], found.mean)
+    means = found.means()
+    like = torch.zeros(1, len(found.by_position) + 3, 8, 8)
+    wide = means.of_heads(0, like)
+    assert torch.equal(wide[:3], found.mean[0].expand(3, -1, -1))
+    assert torch.equal(wide[3:], found.by_position[:, 0])
+    with pytest.raises(cl.InputError, match="nothing to tell apart"):
+        cl.label_balanced_mean(
+            toy_proxy, toy_task, positions="decision", pooling="position", **options
+        )
+
+
+def test_the_mean_of_mlps_is_that_of_their_outputs(toy_proxy, toy_task):
+    found = cl.label_balanced_mean(toy_proxy, toy_task, examples=toy_task["pool_a"][:40])
+    encoded = toy_task.encode(toy_proxy, toy_task["pool_a"][:40])
+    per_label: dict[int, list[torch.Tensor]] = {}
+    outputs: list[torch.Tensor] = []
+    handle = toy_proxy.hf.model.layers[1].mlp.register_forward_hook(
+        lambda _m, _i, output: outputs.append(output[0, 1:].mean(0))
+    )
+    for i in range(len(encoded)):
+        batch = encoded.batch([i])
+        with torch.no_grad():
+            answer = toy_proxy.hf_logits(batch)[0, batch.label_tokens].argmax()
+        if int(answer) == encoded.gold[i]:
+            per_label.setdefault(encoded.gold[i], []).append(outputs[-1])
+    handle.remove()
+    expected = torch.stack([torch.stack(ms).mean(0) for ms in per_label.values()]).mean(0)
+    torch.testing.assert_close(found.mlp_mean[1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_saving_and_loading(tmp_path, toy_proxy, toy_baseline):
     toy_baseline.save(tmp_path / "b.safetensors")
     again = cl.MeanBaseline.load(tmp_path / "b.safetensors")
     assert torch.equal(again.mean, toy_baseline.mean)
-    assert replace(again, mean=toy_baseline.mean) == toy_baseline
+    assert torch.equal(again.mlp_mean, toy_baseline.mlp_mean)
+    same = {"mean": toy_baseline.mean, "mlp_mean": toy_baseline.mlp_mean}
+    assert replace(again, **same) == toy_baseline
     again.check_model(toy_proxy)
     assert "264" in again._repr_html_() or "correct" in again._repr_html_()
     assert len(again.to_frame()) == len(toy_proxy.geometry)
