@@ -1,56 +1,26 @@
 """What the scorers cost, in units of plain Hugging Face passes over the same batch.
 
-Every figure is a ratio of medians: the scorer and its rival are timed in turns in one process, on
-one thread, with random weights.
+Random weights, one thread; every figure is a ratio to a rival that is timed in turns with it.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import circuitlens as cl
-from circuitlens.batch import Batch
+from benchmarks.timing import ratio
+from circuitlens.batch import Batch, task_margin
 from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradient
-
-REPEATS = 5
-
-
-def _ratio(ours: Callable[[], Any], rival: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of both, timed in turns after one warm-up each, and their ratio."""
-    times: dict[str, list[float]] = {"ours": [], "rival": []}
-    for number in range(REPEATS + 1):
-        for name, function in (("ours", ours), ("rival", rival)):
-            start = time.perf_counter()
-            function()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "ratio": round(medians["ours"] / medians["rival"], 3),
-        "ours_s": round(medians["ours"], 4),
-        "rival_s": round(medians["rival"], 4),
-    }
+from circuitlens.means import NodeMeans
 
 
-def _batch(vocabulary: int, rows: int, length: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, vocabulary, (rows, length), generator=generator)
-    return Batch(ids, torch.ones_like(ids), torch.zeros(rows).long(), torch.tensor([1, 2, 3]))
-
-
-def _means(model: cl.HookedModel) -> torch.Tensor:
-    g = model.geometry
-    return torch.zeros(g.n_layers, g.n_heads, g.d_head)
-
-
-def linear_against_forward_backward() -> dict[str, Any]:
-    """All heads by cdt-linear, against HF forward + backward to the input embeddings."""
+def small_qwen() -> cl.HookedModel:
     config = Qwen2Config(
         vocab_size=4000,
         hidden_size=256,
@@ -60,52 +30,123 @@ def linear_against_forward_backward() -> dict[str, Any]:
         num_key_value_heads=4,
     )
     torch.manual_seed(0)
-    model = cl.load(Qwen2ForCausalLM(config))
-    batch, mean = _batch(4000, 16, 64), _means(model)
-    embed = model.hf.get_input_embeddings()
+    return cl.load(Qwen2ForCausalLM(config))
 
-    def rival() -> None:
-        model.hf.requires_grad_(False)
-        inputs = embed(batch.input_ids).requires_grad_(True)
-        logits = model.hf(inputs_embeds=inputs, logits_to_keep=1).logits[:, -1]
-        margin = logits[:, 1] - logits[:, [2, 3]].mean(1)
-        torch.autograd.grad(margin.sum(), inputs)
-        model.hf.requires_grad_(True)
 
-    measured = _ratio(lambda: relevance_by_gradient(model, batch, mean, RULES["cdt-linear"]), rival)
+def batch_of(vocabulary: int, rows: int, length: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (rows, length), generator=generator)
+    return Batch(ids, torch.ones_like(ids), torch.zeros(rows).long(), torch.tensor([1, 2, 3]))
+
+
+def zero_means(model: cl.HookedModel) -> NodeMeans:
+    g = model.geometry
+    heads = torch.zeros(g.n_layers, g.n_heads, g.d_head)
+    return NodeMeans.pooled(heads, torch.zeros(g.n_layers, g.d_model))
+
+
+def forward_backward(model: cl.HookedModel, batch: Batch) -> None:
+    """Hugging Face forward and backward of the task margin to the input embeddings."""
+    model.hf.requires_grad_(False)
+    inputs = model.hf.get_input_embeddings()(batch.input_ids).requires_grad_(True)
+    logits = model.hf(inputs_embeds=inputs, logits_to_keep=1).logits[:, -1]
+    torch.autograd.grad(task_margin(logits, batch).sum(), inputs)
+    model.hf.requires_grad_(True)
+
+
+def linear(model: cl.HookedModel, batch: Batch) -> None:
+    relevance_by_gradient(model, batch, zero_means(model), RULES["cdt-linear"], mlps=True)
+
+
+def linear_against_forward_backward() -> dict[str, Any]:
+    model, batch = small_qwen(), batch_of(4000, 16, 64)
     return {
-        "benchmark": "cdt-linear, all heads",
+        "benchmark": "cdt-linear, all heads and MLPs",
         "rival": "HF forward + backward to the inputs, same batch",
         "model": "random Qwen2, 8 layers, 8 heads, d 256; 16 × 64 tokens",
-        **measured,
+        "target": 1.25,
+        **ratio(lambda: linear(model, batch), lambda: forward_backward(model, batch)),
     }
 
 
-def difference_against_forward(positions: str) -> dict[str, Any]:
-    """All 144 heads of a GPT-2-small-sized model by cdt, in HF forwards of the same input."""
+def difference_against_forward(positions: str, target: float) -> dict[str, Any]:
     torch.manual_seed(0)
     model = cl.load(GPT2LMHeadModel(GPT2Config()))
-    batch, mean = _batch(50_000, 1, 32), _means(model)
+    batch, means = batch_of(50_000, 1, 32), zero_means(model)
+
+    def ours() -> None:
+        relevance_by_difference(model, batch, means, RULES["cdt"], positions=positions)  # type: ignore[arg-type]
 
     def rival() -> None:
         with torch.no_grad():
             model.hf(batch.input_ids, logits_to_keep=1)
 
-    measured = _ratio(
-        lambda: relevance_by_difference(
-            model,
-            batch,
-            mean,
-            RULES["cdt"],
-            positions=positions,  # type: ignore[arg-type]
-        ),
-        rival,
-    )
     return {
-        "benchmark": f"cdt, all heads, positions={positions}",
+        "benchmark": f"cdt, all 144 heads, positions={positions}",
         "rival": "one HF forward of the same input",
         "model": "random GPT-2 small; 1 × 32 tokens",
-        **measured,
+        "target": target,
+        **ratio(ours, rival),
+    }
+
+
+def ablation_against_full_forwards() -> dict[str, Any]:
+    model, batch = small_qwen(), batch_of(4000, 16, 64)
+    means = zero_means(model)
+
+    def rival() -> None:
+        """One full forward for each head, with a hook that puts its mean in."""
+        for head in model.geometry:
+
+            def put(z: torch.Tensor, head: cl.Head = head) -> torch.Tensor:
+                z = z.clone()
+                z[:, :, head.index] = means.heads[head.layer, 0, head.index]
+                return z
+
+            with torch.no_grad():
+                model.logits(batch, {model.z_hook(head.layer): put})
+
+    return {
+        "benchmark": "ablation, all 64 heads, prefix reused",
+        "rival": "one full hooked forward per head",
+        "model": "random Qwen2, 8 layers, 8 heads, d 256; 16 × 64 tokens",
+        "target": 0.6,
+        **ratio(lambda: relevance_by_difference(model, batch, means, RULES["ablation"]), rival),
+    }
+
+
+_MEMORY = """
+import resource, sys, torch
+from benchmarks import relevance as r
+torch.set_num_threads(1)
+model = r.small_qwen()
+model.bridge
+run = {"ours": r.linear, "rival": r.forward_backward}[sys.argv[1]]
+run(model, r.batch_of(4000, 1, 4))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(model, r.batch_of(4000, 64, 128))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def memory_against_forward_backward() -> dict[str, Any]:
+    """Each side in a process of its own, because peak memory never falls."""
+    mib = {
+        side: float(
+            subprocess.run(
+                [sys.executable, "-c", _MEMORY, side], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for side in ("ours", "rival")
+    }
+    return {
+        "benchmark": "peak memory of cdt-linear, all heads and MLPs",
+        "rival": "HF forward + backward to the inputs, same batch",
+        "model": "random Qwen2, 8 layers, 8 heads, d 256; 64 × 128 tokens",
+        "target": 1.5,
+        "ratio": round(mib["ours"] / mib["rival"], 3),
+        "ours_mib": round(mib["ours"]),
+        "rival_mib": round(mib["rival"]),
     }
 
 
@@ -113,5 +154,7 @@ def run() -> Iterator[dict[str, Any]]:
     """Run the benchmarks one by one, on one thread."""
     torch.set_num_threads(1)
     yield linear_against_forward_backward()
-    yield difference_against_forward("all")
-    yield difference_against_forward("decision")
+    yield memory_against_forward_backward()
+    yield ablation_against_full_forwards()
+    yield difference_against_forward("decision", 8)
+    yield difference_against_forward("all", 60)

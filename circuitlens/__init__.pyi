@@ -4,7 +4,9 @@ from .baseline import MeanBaseline, label_balanced_mean
 from .batch import Batch
 from .cdt import RULES, RuleSet, decompose
 from .circuit import Circuit
-from .curve import FaithfulnessCurve, faithfulness
+from .comparison import ScorerComparison, compare_scorers
+from .curve import FaithfulnessCurve
+from .discovery import discover
 from .errors import (
     CircuitLensError,
     CompetenceError,
@@ -13,14 +15,20 @@ from .errors import (
 )
 from .evaluation import Evaluation, evaluate
 from .geometry import Head, HeadGeometry, WeightSlice
+from .marginal import Minimality, minimality
+from .measuring import faithfulness
 from .model import HookedModel, load
-from .scores import METHODS, HeadScores, relevance
+from .nodes import MLP
+from .scorers import METHODS
+from .scores import HeadScores, Stability
+from .scoring import relevance
 from .tasks import Example, Task, load_task
 
 __version__: str
 
 __all__ = [
     "METHODS",
+    "MLP",
     "RULES",
     "Batch",
     "Circuit",
@@ -35,18 +43,24 @@ __all__ = [
     "HookedModel",
     "InputError",
     "MeanBaseline",
+    "Minimality",
     "RuleSet",
+    "ScorerComparison",
+    "Stability",
     "Task",
     "TransferResult",
     "UnsupportedModelError",
     "WeightSlice",
+    "compare_scorers",
     "decompose",
+    "discover",
     "evaluate",
     "faithfulness",
     "finetune",
     "label_balanced_mean",
     "load",
     "load_task",
+    "minimality",
     "relevance",
     "tasks",
     "transfer",

@@ -82,6 +82,15 @@ class Batch:
             label_tokens=self.label_tokens.to(device),
         )
 
+    def take(self, rows: Int[Tensor, " row"]) -> Batch:
+        """Return the rows of these indices, in this order; one may come several times."""
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            gold=self.gold[rows],
+        )
+
     def repeat(self, times: int) -> Batch:
         """Return the rows ``times`` times over: row r of copy c is at ``c * len(self) + r``."""
         return replace(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.errors import UnsupportedModelError
+from circuitlens.families import Family, tested_types
 from circuitlens.geometry import HeadGeometry, Projection
 
 __all__ = ["boot", "first_line"]
@@ -30,15 +31,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def boot(
-    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Any, HeadGeometry]:
-    """Build the ``TransformerBridge`` of a model, and the geometry of its heads.
+def boot(family: Family, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, HeadGeometry]:
+    """Build the ``TransformerBridge`` of the model of ``family``, and the geometry of its heads.
 
     Raises:
         UnsupportedModelError: if the model has no heads that can be hooked or told apart.
     """
-    bridge = _build(hf)
+    hf = family.hf
+    bridge = _build(hf, family)
     cfg = bridge.cfg
     geometry = HeadGeometry(
         hf,
@@ -60,7 +60,7 @@ def boot(
     return bridge, geometry
 
 
-def _build(hf: PreTrainedModel) -> Any:
+def _build(hf: PreTrainedModel, family: Family) -> Any:
     # Deferred: this import takes seconds, and not every command needs a model.
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -71,13 +71,13 @@ def _build(hf: PreTrainedModel) -> Any:
     # The bridge reads the pad token from configurations that transformers 5 leaves without one.
     if getattr(structure.config, "pad_token_id", None) is None:
         structure.config.pad_token_id = structure.config.eos_token_id
-    architectures = structure.config.architectures or [type(hf).__name__]
     try:
         bridge = build_bridge_from_module(
             structure,
-            architectures[0],
+            family.architecture,
             hf_config=structure.config,
             model_name=str(hf.config.name_or_path) or type(hf).__name__,
+            post_adapter_hook=family.adapt,
         )
         bridge.eval()
         for needed in ("blocks.0.attn.hook_pattern", "blocks.0.attn.o.hook_in"):
@@ -86,8 +86,8 @@ def _build(hf: PreTrainedModel) -> Any:
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(hf).__name__} has no attention heads that TransformerLens can hook "
-            f"({first_line(error)}); circuitlens needs a model with softmax attention in every "
-            "layer, such as Llama, Qwen, Mistral, Gemma, Phi-3, GPT-2 or GPT-NeoX."
+            f"({first_line(error)}): circuitlens needs a model with softmax attention in every "
+            f"layer, and is tested on the types {tested_types()}."
         ) from error
     return bridge
 
@@ -132,31 +132,40 @@ def _share_fused_projections(bridge: Any, hf: PreTrainedModel, geometry: HeadGeo
 
 
 @torch.no_grad()
-def _pattern_edits_count(bridge: Any) -> bool:
-    """Whether an edit of ``hook_pattern`` reaches the heads' outputs.
+def _probe_patterns(bridge: Any) -> tuple[bool, bool]:
+    """Whether attention patterns are exact in float64, and whether edits of them reach z.
 
-    Some families (OPT, BERT) leave attention to Hugging Face's code, and the hook only sees the
-    pattern after it was used.
+    Some families (OPT, BERT) leave attention to Hugging Face's code, and ``hook_pattern`` only
+    sees the pattern after it was used.
     """
-    seen: list[Tensor] = []
+    sums: list[Tensor] = []
+    z: list[Tensor] = []
+
+    def erase(pattern: Tensor, hook: object) -> Tensor:
+        sums.append(pattern.sum(-1))
+        return torch.zeros_like(pattern)
+
     hooks = [
-        ("blocks.0.attn.hook_pattern", lambda pattern, hook: torch.zeros_like(pattern)),
-        ("blocks.0.attn.o.hook_in", lambda z, hook: seen.append(z)),
+        ("blocks.0.attn.hook_pattern", erase),
+        ("blocks.0.attn.o.hook_in", lambda value, hook: z.append(value)),
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="A hook on .* returned a modified tensor")
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device)
+        tokens = torch.arange(6, device=bridge.cfg.device)[None]
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-    return not bool(seen[0].any())
+    return bool((sums[0] - 1).abs().max() < 1e-12), not bool(z[0].any())
 
 
 def _softmax_in_float64(bridge: Any) -> None:
     """Let a float64 model have float64 attention patterns.
 
-    The bridge takes softmax in float32. That costs the precision one asked for, and the masks'
+    Many bridges take softmax in float32. That costs the precision one asked for, and the masks'
     float64 minimum becomes −∞ there, so queries in the padding, which see nothing, become NaN.
     """
-    if not _pattern_edits_count(bridge):
+    exact, editable = _probe_patterns(bridge)
+    if exact:
+        return
+    if not editable:
         raise UnsupportedModelError(
             f"{bridge.cfg.architecture} takes its softmax in float32 where no hook reaches it, "
             "which gives NaN for padded prompts in float64: load it in float32."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from circuitlens.storage import read_json, write_json
 
 __all__ = ["Circuit"]
 
-_SCHEMA = "circuitlens.circuit/1"
+_SCHEMA = "circuitlens.circuit/2"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Circuit:
         n_layers, n_heads: size of the model's head grid.
         selection: how the heads were chosen, such as ``cdt: top 8``.
         provenance: where the scores come from, if from scores.
+        levels: level of every head, 1 for those that move the task margin itself, if the circuit
+            was found level by level (:func:`circuitlens.discover`).
+        edges: score of pairs (source head, target head) from the same search.
     """
 
     heads: tuple[Head, ...]
@@ -38,6 +41,8 @@ class Circuit:
     n_heads: int
     selection: str = "by hand"
     provenance: Provenance | None = field(default=None, compare=False)
+    levels: Mapping[Head, int] = field(default_factory=dict, compare=False)
+    edges: Mapping[tuple[Head, Head], float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
@@ -115,6 +120,8 @@ class Circuit:
             "n_heads": self.n_heads,
             "selection": self.selection,
             "provenance": self.provenance.to_dict() if self.provenance else None,
+            "levels": {str(head): level for head, level in self.levels.items()},
+            "edges": [[str(s), str(t), score] for (s, t), score in self.edges.items()],
         }
 
     @classmethod
@@ -127,6 +134,8 @@ class Circuit:
             n_heads=content["n_heads"],
             selection=content["selection"],
             provenance=Provenance.from_dict(origin) if origin else None,
+            levels={Head.parse(name): level for name, level in content["levels"].items()},
+            edges={(Head.parse(s), Head.parse(t)): e for s, t, e in content["edges"]},
         )
 
     def save(self, path: str | Path) -> None:
@@ -142,9 +151,18 @@ class Circuit:
             raise InputError(f"{path} lacks the entry {error}, so it is no circuit.") from error
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head."""
+        """Return one row a head, with its level if there are levels."""
         rows = [{"head": str(h), "layer": h.layer, "index": h.index} for h in self.heads]
-        return pd.DataFrame(rows, columns=["head", "layer", "index"])
+        frame = pd.DataFrame(rows, columns=["head", "layer", "index"])
+        if self.levels:
+            frame["level"] = [self.levels[head] for head in self.heads]
+        return frame
+
+    def edge_frame(self) -> pd.DataFrame:
+        """Return one row an edge, the strongest first."""
+        rows = [(str(s), str(t), score) for (s, t), score in self.edges.items()]
+        frame = pd.DataFrame(rows, columns=["source", "target", "score"])
+        return frame.sort_values("score", ascending=False, ignore_index=True)
 
     def _repr_html_(self) -> str:
         names = ", ".join(map(str, self.heads)) or "no heads"

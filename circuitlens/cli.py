@@ -163,7 +163,10 @@ def run(
     max_examples: Annotated[
         int | None, typer.Option(help="Most examples for discovery; default: all correct ones.")
     ] = None,
-    n_random: Annotated[int, typer.Option(help="Random circuits for each size.")] = 10,
+    n_random: Annotated[
+        int,
+        typer.Option(help="Random circuits for each size, and as many matched layer by layer."),
+    ] = 30,
     strategy: Annotated[
         list[str] | None,
         typer.Option(help="circuit, near-zero, random, norms, full. Repeat; default: all."),
@@ -272,6 +275,7 @@ def faithfulness(
     if redo:
         (folder / "faithfulness.safetensors").unlink(missing_ok=True)
     columns = ["heads", "faithfulness", "accuracy", "random_faithfulness", "random_accuracy"]
+    columns += ["layer_matched_faithfulness", "completeness"]
     table = run.curve.to_frame()[columns]
     _out.print(table.to_string(index=False, float_format="{:.3f}".format))
     run.write_record(finished=False)

@@ -6,49 +6,57 @@ of the baseline. With m the mean task margin,
     f(C) = (m(C) − m(∅)) / (m(all) − m(∅))
 
 is the share of the margin, beyond what the heads' means give, that the circuit alone brings.
-Measured on examples that discovery did not see, for circuits of growing size, beside circuits of
-the same size drawn at random.
+Measured on examples that discovery did not see, for circuits of growing size, beside
+
+* random circuits of the same size, drawn from all heads, and drawn with as many heads in every
+  layer as the circuit has there;
+* the model without the circuit: its heads are ablated and all others kept. The f that is left is
+  what the other heads can do without it, so a complete circuit leaves little (the completeness
+  of Wang et al. 2023, arXiv 2211.00593, with all of the circuit taken away).
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Float
+from scipy.integrate import trapezoid
 
-from circuitlens.baseline import MeanBaseline
-from circuitlens.batch import Batch, label_logits, task_margin
+from circuitlens.bootstrap import percentiles, resampled_means
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
-from circuitlens.model import Hook, HookedModel
-from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
-from circuitlens.scores import HeadScores
 from circuitlens.storage import read_tensors, write_tensors
-from circuitlens.tasks import Example, Task
 
-__all__ = ["FaithfulnessCurve", "ablated_logits", "default_sizes", "faithfulness"]
+__all__ = ["FaithfulnessCurve", "normalised"]
 
-_SCHEMA = "circuitlens.faithfulness/1"
-_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+_SCHEMA = "circuitlens.faithfulness/2"
+
+_METRICS = ("margin", "accuracy", "probability")
+_KINDS = ("", "random_", "layer_matched_", "without_")
 
 
 @dataclass(frozen=True)
 class FaithfulnessCurve:
     """Task performance of circuits of growing size.
 
+    Each is measured by the task margin in logits, by accuracy, and by the probability of the
+    right label, which is the softmax over the label tokens only; means over examples.
+
     Attributes:
         sizes: numbers of heads kept, from none to all.
-        margin, accuracy: of the top heads, for each size.
-        random_margin, random_accuracy: of random circuits of the same sizes.
+        margin, accuracy, probability: of the top heads, for each size.
+        random_margin, random_accuracy, random_probability: of random circuits of the same sizes.
+        layer_matched_margin, layer_matched_accuracy, layer_matched_probability: of random circuits
+            with as many heads in every layer as the top heads have there.
+        without_margin, without_accuracy, without_probability: of the model without the top heads.
+        example_margin: margins of the top heads on each example.
         n_heads: heads of the whole model.
         method: the scorer whose ranking was followed.
         example_ids: the examples, none of which discovery saw.
@@ -58,25 +66,37 @@ class FaithfulnessCurve:
     sizes: tuple[int, ...]
     margin: Float[np.ndarray, " size"]
     accuracy: Float[np.ndarray, " size"]
+    probability: Float[np.ndarray, " size"]
     random_margin: Float[np.ndarray, "draw size"]
     random_accuracy: Float[np.ndarray, "draw size"]
+    random_probability: Float[np.ndarray, "draw size"]
+    layer_matched_margin: Float[np.ndarray, "draw size"]
+    layer_matched_accuracy: Float[np.ndarray, "draw size"]
+    layer_matched_probability: Float[np.ndarray, "draw size"]
+    without_margin: Float[np.ndarray, " size"]
+    without_accuracy: Float[np.ndarray, " size"]
+    without_probability: Float[np.ndarray, " size"]
+    example_margin: Float[np.ndarray, "size example"]
     n_heads: int
     method: str
     example_ids: tuple[str, ...]
     provenance: Provenance
 
-    def _normalise(self, margin: np.ndarray) -> np.ndarray:
-        empty, full = self.margin[0], self.margin[-1]
-        if abs(full - empty) < 1e-6:
-            raise InputError(
-                "Ablating all heads leaves the margin as it is, so faithfulness is undefined: "
-                "the heads do not carry this task."
-            )
-        return np.asarray((margin - empty) / (full - empty))
+    @property
+    def shares(self) -> Float[np.ndarray, " size"]:
+        """Shares of all heads that were kept, from 0 to 1."""
+        return np.array(self.sizes) / self.n_heads
+
+    def _normalise(self, values: np.ndarray) -> np.ndarray:
+        return normalised(values, self.margin[0], self.margin[-1])
 
     @property
     def faithfulness(self) -> Float[np.ndarray, " size"]:
-        """Normalised margin f of the top heads, 0 for no heads and 1 for all."""
+        """Normalised margin f of the top heads, 0 for no heads and 1 for all.
+
+        Raises:
+            InputError: if ablating all heads changes nothing, so that f is undefined.
+        """
         return self._normalise(self.margin)
 
     @property
@@ -84,40 +104,127 @@ class FaithfulnessCurve:
         """Normalised margin f of the random circuits."""
         return self._normalise(self.random_margin)
 
+    @property
+    def layer_matched_faithfulness(self) -> Float[np.ndarray, "draw size"]:
+        """Normalised margin f of the random circuits that are matched layer by layer."""
+        return self._normalise(self.layer_matched_margin)
+
+    @property
+    def completeness(self) -> Float[np.ndarray, " size"]:
+        """Normalised margin f of the model without the top heads; low if they are complete."""
+        return self._normalise(self.without_margin)
+
+    # -- summaries -------------------------------------------------------------------------
+
+    @cached_property
+    def _resampled(self) -> Float[np.ndarray, "draw size"]:
+        drawn = resampled_means(self.example_margin, self.provenance.seed)
+        return np.asarray((drawn - drawn[:, :1]) / (drawn[:, -1:] - drawn[:, :1]))
+
+    def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound size"]:
+        """Percentile bootstrap interval of f over examples (1,000 draws).
+
+        A draw of examples is the same for the circuit and for the two margins that normalise f,
+        so the ends, 0 and 1 by definition, have no width.
+
+        Raises:
+            InputError: if ``level`` is not between 0 and 1.
+        """
+        return percentiles(self._resampled, level)
+
+    def area(self, metric: str = "faithfulness", scale: str = "linear") -> float:
+        """Average of the curve of the top heads over circuit sizes, by the trapezoid rule.
+
+        Args:
+            metric: ``"faithfulness"``, ``"accuracy"`` or ``"probability"``.
+            scale: ``"linear"`` integrates over the actual share of heads from 0 (no heads) to 1.
+                ``"log"`` integrates over log10 of the share, from the smallest circuit that has
+                heads to 1, and divides by the length of that range; small circuits weigh more.
+
+        Raises:
+            InputError: for another metric or scale.
+        """
+        if metric not in (known := ("faithfulness", "accuracy", "probability")):
+            raise InputError(f"There is no metric {metric!r}; known are {', '.join(known)}.")
+        if scale not in ("linear", "log"):
+            raise InputError(f"The scale is 'linear' or 'log', but is {scale!r}.")
+        y = getattr(self, metric)
+        if scale == "linear":
+            return float(trapezoid(y, self.shares))
+        x, y = np.log10(self.shares[1:]), y[1:]
+        # With all heads as the only circuit the range has no length, and its one value is left.
+        return float(trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
+
+    @property
+    def cpr(self) -> float:
+        """Circuit performance ratio: the integral of f over the share of heads; high is good.
+
+        MIB-style (Mueller et al. 2025, arXiv 2504.13151), with mean ablation of heads instead of
+        the benchmark's counterfactual patching of edges, so not comparable with its leaderboard.
+        (Here the integral begins at no heads, there at the smallest circuit.)
+        """
+        return self.area()
+
+    @property
+    def cmd(self) -> float:
+        """Circuit–model distance: the integral of |1 − f| over the share of heads; low is good.
+
+        MIB-style (Mueller et al. 2025, arXiv 2504.13151), with mean ablation of heads instead of
+        the benchmark's counterfactual patching of edges, so not comparable with its leaderboard.
+        (Here the integral begins at no heads, there at the smallest circuit.)
+        """
+        return float(trapezoid(np.abs(1 - self.faithfulness), self.shares))
+
     def at(self, size: int) -> dict[str, float]:
-        """Return f, accuracy and the random circuits' means at one of the sizes."""
+        """Return all columns of :meth:`to_frame` but ``heads`` at one of the sizes.
+
+        Raises:
+            InputError: if the curve does not have that size.
+        """
         if size not in self.sizes:
             raise InputError(f"The curve has no size {size}; it has {list(self.sizes)}.")
-        i = self.sizes.index(size)
-        return {
-            "faithfulness": float(self.faithfulness[i]),
-            "accuracy": float(self.accuracy[i]),
-            "random_faithfulness": float(self.random_faithfulness[:, i].mean()),
-            "random_accuracy": float(self.random_accuracy[:, i].mean()),
-        }
+        row = self.to_frame().drop(columns="heads").iloc[self.sizes.index(size)]
+        return {str(name): float(value) for name, value in row.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a size; random circuits as mean, least and largest value."""
-        rf, ra = self.random_faithfulness, self.random_accuracy
-        return pd.DataFrame(
-            {
-                "heads": self.sizes,
-                "share": np.array(self.sizes) / self.n_heads,
-                "margin": self.margin,
-                "faithfulness": self.faithfulness,
-                "accuracy": self.accuracy,
-                "random_faithfulness": rf.mean(0),
-                "random_faithfulness_min": rf.min(0),
-                "random_faithfulness_max": rf.max(0),
-                "random_accuracy": ra.mean(0),
-                "random_accuracy_min": ra.min(0),
-                "random_accuracy_max": ra.max(0),
-            }
-        )
+        """Return one row a size.
+
+        Columns: ``heads`` and ``share``; ``margin``, ``faithfulness`` with its 95 % interval
+        (``_low``, ``_high``), ``accuracy`` and ``probability`` of the top heads; the last three
+        of random circuits as mean, least and largest value (``random_…``, ``_min``, ``_max``) and
+        of layer-matched ones as mean (``layer_matched_…``); of the model without the top heads
+        ``completeness``, ``without_accuracy`` and ``without_probability``. Without random
+        circuits their columns are NaN.
+        """
+        low, high = self.interval()
+        columns: dict[str, Any] = {
+            "heads": self.sizes,
+            "share": self.shares,
+            "margin": self.margin,
+            "faithfulness": self.faithfulness,
+            "faithfulness_low": low,
+            "faithfulness_high": high,
+            "accuracy": self.accuracy,
+            "probability": self.probability,
+        }
+        for metric in ("faithfulness", "accuracy", "probability"):
+            draws = _or_nan(getattr(self, f"random_{metric}"))
+            columns[f"random_{metric}"] = draws.mean(0)
+            columns[f"random_{metric}_min"] = draws.min(0)
+            columns[f"random_{metric}_max"] = draws.max(0)
+        for metric in ("faithfulness", "accuracy", "probability"):
+            draws = _or_nan(getattr(self, f"layer_matched_{metric}"))
+            columns[f"layer_matched_{metric}"] = draws.mean(0)
+        columns["completeness"] = self.completeness
+        columns["without_accuracy"] = self.without_accuracy
+        columns["without_probability"] = self.without_probability
+        return pd.DataFrame(columns)
+
+    # -- files -----------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        names = ("margin", "accuracy", "random_margin", "random_accuracy")
+        names = [kind + metric for kind in _KINDS for metric in _METRICS] + ["example_margin"]
         meta: dict[str, Any] = {
             "sizes": list(self.sizes),
             "n_heads": self.n_heads,
@@ -142,132 +249,30 @@ class FaithfulnessCurve:
         )
 
     def _repr_html_(self) -> str:
-        table = self.to_frame().to_html(index=False, float_format="{:.3f}".format)
-        return f"<p><b>FaithfulnessCurve</b> of {html.escape(self.method)}</p>{table}"
-
-
-def default_sizes(n_heads: int) -> list[int]:
-    """Circuit sizes of the default curve: about a dozen, from none to all heads."""
-    return sorted({round(share * n_heads) for share in _SHARES})
-
-
-def ablated_logits(
-    model: HookedModel,
-    batch: Batch,
-    keep: Bool[Tensor, "layer head"],
-    baseline: MeanBaseline,
-) -> Float[Tensor, "batch d_vocab"]:
-    """Logits at the decision position with every head outside ``keep`` at its mean."""
-    where = batch.mask(baseline.positions)[:, :, None]
-    hooks: dict[str, Hook] = {}
-    for layer in range(model.geometry.n_layers):
-        if bool(keep[layer].all()):
-            continue
-        away = where & ~keep[layer].to(model.device)
-        mean = baseline.mean[layer].to(model.device)
-
-        def ablate(z: Tensor, away: Tensor = away, mean: Tensor = mean) -> Tensor:
-            return torch.where(away[..., None], mean.to(z), z)
-
-        hooks[model.z_hook(layer)] = ablate
-    return model.logits(batch, hooks)
-
-
-@torch.no_grad()
-def faithfulness(
-    model: HookedModel,
-    task: Task,
-    scores: HeadScores,
-    baseline: MeanBaseline,
-    *,
-    sizes: Sequence[int] | None = None,
-    n_random: int = 10,
-    examples: Sequence[Example] | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
-    quiet: bool = False,
-) -> FaithfulnessCurve:
-    """Measure circuits of growing size, all other heads mean-ablated.
-
-    Args:
-        model: the model that was scored.
-        task: gives the held-out examples (pool B and validation of the source language).
-        scores: their ranking is followed, the most supporting head first.
-        baseline: the means that replace the ablated heads.
-        sizes: numbers of heads to keep; no head and all heads are always included.
-        n_random: random circuits for each size.
-        examples: use these instead of the held-out ones.
-        batch_size: examples per forward pass.
-        seed: for the random circuits.
-        quiet: no progress bar.
-
-    Raises:
-        InputError: if an example was used for discovery, or the baseline is of another model.
-    """
-    baseline.check_model(model)
-    g = model.geometry
-    total = len(g)
-    wanted = sorted({0, total, *(default_sizes(total) if sizes is None else sizes)})
-    if wanted[0] < 0 or wanted[-1] > total:
-        raise InputError(f"Circuit sizes must lie between 0 and {total}, but are {wanted}.")
-    examples = task.held_out if examples is None else tuple(examples)
-    _refuse_seen(examples, {*scores.example_ids, *baseline.example_ids})
-    encoded = task.encode(model, examples)
-    generator = torch.Generator().manual_seed(seed)
-    rankings = [scores.ranking()]
-    heads = list(g)
-    for _ in range(n_random):
-        order = torch.randperm(total, generator=generator)
-        rankings.append([heads[i] for i in order])
-
-    # No heads and all heads are the same circuit whatever the ranking.
-    jobs = [(0, size) for size in wanted]
-    jobs += [(r, size) for r in range(1, n_random + 1) for size in wanted[1:-1]]
-    margin = np.empty((n_random + 1, len(wanted)))
-    accuracy = np.empty_like(margin)
-    for r, size in progress(jobs, "Faithfulness", quiet=quiet, total=len(jobs)):
-        keep = _grid(rankings[r][:size], g.n_layers, g.n_heads)
-        column = wanted.index(size)
-        margins, right = 0.0, 0
-        for _, batch in encoded.batches(batch_size, model.device):
-            logits = ablated_logits(model, batch, keep, baseline)
-            margins += float(task_margin(logits, batch).double().sum())
-            right += int((label_logits(logits, batch).argmax(1) == batch.gold).sum())
-        margin[r, column] = margins / len(encoded)
-        accuracy[r, column] = right / len(encoded)
-    for values in (margin, accuracy):
-        values[1:, [0, -1]] = values[0, [0, -1]]
-    settings = {"n_random": n_random, "positions": baseline.positions, "scores": scores.method}
-    return FaithfulnessCurve(
-        sizes=tuple(wanted),
-        margin=margin[0],
-        accuracy=accuracy[0],
-        random_margin=margin[1:],
-        random_accuracy=accuracy[1:],
-        n_heads=total,
-        method=scores.method,
-        example_ids=encoded.ids,
-        provenance=Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            f"{task.name}/{task.language}",
-            task.fingerprint(),
-            seed,
-            settings,
-        ),
-    )
-
-
-def _refuse_seen(examples: Sequence[Example], seen: Collection[str]) -> None:
-    if both := [e.id for e in examples if e.id in seen]:
-        raise InputError(
-            f"Example {both[0]!r} was used for discovery, so faithfulness measured on it would "
-            "be too good: use other examples."
+        shown = ["heads", "share", "faithfulness", "faithfulness_low", "faithfulness_high"]
+        shown += ["accuracy", "probability", "random_faithfulness", "layer_matched_faithfulness"]
+        table = self.to_frame()[[*shown, "completeness"]]
+        return (
+            f"<p><b>FaithfulnessCurve</b> of {html.escape(self.method)} on "
+            f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, "
+            f"{len(self.random_margin)} random circuits of each kind and size; CPR {self.cpr:.3f}, "
+            f"CMD {self.cmd:.3f}</p>{table.to_html(index=False, float_format='{:.3f}'.format)}"
         )
 
 
-def _grid(heads: Sequence[Head], n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:
-    grid = torch.zeros(n_layers, n_heads, dtype=torch.bool)
-    for head in heads:
-        grid[head.layer, head.index] = True
-    return grid
+def normalised(values: np.ndarray, empty: float, full: float) -> np.ndarray:
+    """Scale margins so that the model without any head has 0 and the whole model 1.
+
+    Raises:
+        InputError: if the two margins are the same.
+    """
+    if abs(full - empty) < 1e-6:
+        raise InputError(
+            "Ablating all heads leaves the margin as it is, so faithfulness is undefined: "
+            "the heads do not carry this task."
+        )
+    return np.asarray((values - empty) / (full - empty))
+
+
+def _or_nan(draws: Float[np.ndarray, "draw size"]) -> Float[np.ndarray, "row size"]:
+    return draws if len(draws) else np.full((1, draws.shape[1]), np.nan)

@@ -3,10 +3,12 @@
 A head reads the residual stream through its rows of W_Q, W_K and W_V and writes to it through
 its columns of W_O. Checkpoints store these in a few layouts:
 
-* separate ``q_proj``/``k_proj``/``v_proj``/``o_proj`` (Llama, Mistral, Qwen, Gemma, OPT, …);
+* separate ``q_proj``/``k_proj``/``v_proj``/``o_proj`` (Llama, Mistral, Qwen, Gemma, OPT, …; BERT
+  under other names);
 * fused and concatenated, all queries, then all keys, then all values (Phi-3; GPT-2 with the
   transposed ``Conv1D``);
-* fused and interleaved, query, key and value of head 0, then of head 1, … (GPT-NeoX, BLOOM).
+* fused and interleaved by key/value head: its queries, its key, its value, then those of the next
+  (Falcon; GPT-NeoX and BLOOM, where every head is a group of its own).
 
 One :class:`WeightSlice` describes any of them as a range on one axis of one named parameter.
 """
@@ -14,7 +16,7 @@ One :class:`WeightSlice` describes any of them as a range on one axis of one nam
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +34,10 @@ Projection = Literal["q", "k", "v", "o"]
 _HEAD_NAME = re.compile(r"a(\d+)\.h(\d+)")
 # Norms of queries and keys belong to attention patterns, not to the residual stream.
 _QK_NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm"}
+# Names of projections within attention modules; those with a dot are BERT's.
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("self.query", "self.key", "self.value"))
+_JOINT = ("c_attn", "qkv_proj", "query_key_value")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
 
 
 @dataclass(frozen=True, order=True)
@@ -74,12 +80,11 @@ class WeightSlice:
 
 @dataclass(frozen=True)
 class _Projection:
-    """A projection's place in a fused or separate weight: head i starts at offset + i·stride."""
+    """A projection's place in a fused or separate weight: where each of its heads starts."""
 
     module: str
     transposed: bool
-    offset: int
-    stride: int
+    starts: tuple[int, ...]
 
 
 class HeadGeometry:
@@ -142,7 +147,7 @@ class HeadGeometry:
         found: list[WeightSlice] = []
         for kind, place in self._projections[head.layer].items():
             index = self.kv_index(head) if kind in ("k", "v") else head.index
-            start = place.offset + index * place.stride
+            start = place.starts[index]
             # Linear weights are (out, in): q, k, v own output rows and o owns input columns.
             # Conv1D weights are (in, out), which swaps the axes.
             dim = (1 if kind == "o" else 0) ^ int(place.transposed)
@@ -155,9 +160,8 @@ class HeadGeometry:
     def rows(self, layer: int, kind: Projection) -> tuple[str, Tensor]:
         """The module that holds a projection, and its output rows, head after head."""
         place = self._projections[layer][kind]
-        count = self.n_kv_heads if kind in ("k", "v") else self.n_heads
-        starts = place.offset + place.stride * torch.arange(count)
-        return place.module, (starts[:, None] + torch.arange(self.d_head)).flatten()
+        rows = torch.tensor(place.starts)[:, None] + torch.arange(self.d_head)
+        return place.module, rows.flatten()
 
     def output_weight(self, hf: PreTrainedModel, head: Head) -> Tensor:
         """W_O of one head, shape ``d_head d_model`` (a view of the model's weight)."""
@@ -168,47 +172,57 @@ class HeadGeometry:
     def _locate(self, hf: PreTrainedModel, name: str) -> dict[Projection, _Projection]:
         """Find the projections of the attention module ``name``."""
         attention = hf.get_submodule(name)
-        parts = {child for child, _ in attention.named_children()}
-        d, q_width, kv_width = (
-            self.d_head,
-            self.n_heads * self.d_head,
-            self.n_kv_heads * self.d_head,
-        )
-        output = next((p for p in ("o_proj", "out_proj", "c_proj", "dense") if p in parts), None)
-        table: dict[Projection, tuple[str, int, int]]
-        if output is None:
-            table = {}
-        elif {"q_proj", "k_proj", "v_proj"} <= parts:
-            table = {"q": ("q_proj", 0, d), "k": ("k_proj", 0, d), "v": ("v_proj", 0, d)}
-        elif fused := parts & {"c_attn", "qkv_proj"}:
-            joint = fused.pop()
-            table = {
-                "q": (joint, 0, d),
-                "k": (joint, q_width, d),
-                "v": (joint, q_width + kv_width, d),
-            }
-        elif "query_key_value" in parts and self.n_kv_heads == self.n_heads:
-            joint = "query_key_value"
-            table = {"q": (joint, 0, 3 * d), "k": (joint, d, 3 * d), "v": (joint, 2 * d, 3 * d)}
-        else:
-            table = {}
-        if not table or output is None:
+        layout = self._layout({path for path, _ in attention.named_modules()})
+        if layout is None:
+            parts = sorted(child for child, _ in attention.named_children())
             raise UnsupportedModelError(
-                f"The attention module {name} of {type(hf).__name__} has the parts "
-                f"{sorted(parts)}, a weight layout in which circuitlens cannot tell the heads "
-                "apart; supported are separate q/k/v/o, GPT-2's, Phi-3's and GPT-NeoX's layouts."
+                f"The attention module {name} of {type(hf).__name__} has the parts {parts}, a "
+                "weight layout in which circuitlens cannot tell the heads apart; supported are "
+                "separate q/k/v/o, and the fused layouts of GPT-2, Phi-3, GPT-NeoX and Falcon."
             )
         places: dict[Projection, _Projection] = {}
-        for kind, (part, offset, stride) in {**table, "o": (output, 0, d)}.items():
+        for kind, (part, starts) in layout.items():
             module = attention.get_submodule(part)
             if not isinstance(module, nn.Linear | Conv1D):
                 raise UnsupportedModelError(
                     f"{name}.{part} is a {type(module).__name__}, not a plain linear map, so its "
                     "rows do not belong to single heads (merge adapters or dequantise first)."
                 )
-            places[kind] = _Projection(f"{name}.{part}", isinstance(module, Conv1D), offset, stride)
+            places[kind] = _Projection(
+                f"{name}.{part}", isinstance(module, Conv1D), tuple(s * self.d_head for s in starts)
+            )
+        q_width, kv_width = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         self._check_widths(places, q_width, kv_width)
         return places
+
+    def _layout(self, parts: Container[str]) -> dict[Projection, tuple[str, Iterable[int]]] | None:
+        """Module of each projection and where its heads start in it, in heads."""
+        q, kv = range(self.n_heads), range(self.n_kv_heads)
+        output = next((name for name in _OUTPUTS if name in parts), None)
+        if output is None:
+            return None
+        for wq, wk, wv in _SEPARATE:
+            if wq in parts and wk in parts and wv in parts:
+                return {"q": (wq, q), "k": (wk, kv), "v": (wv, kv), "o": (output, q)}
+        joint = next((name for name in _JOINT if name in parts), None)
+        if joint is None:
+            return None
+        if joint != "query_key_value":
+            keys, values = self.n_heads, self.n_heads + self.n_kv_heads
+            return {
+                "q": (joint, q),
+                "k": (joint, [keys + i for i in kv]),
+                "v": (joint, [values + i for i in kv]),
+                "o": (output, q),
+            }
+        # Each key/value head is preceded by the queries that use it.
+        group = self.n_heads // self.n_kv_heads
+        return {
+            "q": (joint, [i + 2 * (i // group) for i in q]),
+            "k": (joint, [i * (group + 2) + group for i in kv]),
+            "v": (joint, [i * (group + 2) + group + 1 for i in kv]),
+            "o": (output, q),
+        }
 
     def _check_widths(
         self, places: dict[Projection, _Projection], q_width: int, kv_width: int

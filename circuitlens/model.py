@@ -13,7 +13,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -24,20 +24,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.batch import Batch, at_least_float32, label_logits
-from circuitlens.bridging import boot, first_line
+from circuitlens.bridging import boot
 from circuitlens.errors import InputError, UnsupportedModelError
-from circuitlens.families import Family, family_of
+from circuitlens.families import Family, family_of, is_tested
 from circuitlens.geometry import HeadGeometry
+from circuitlens.loading import load_tokenizer, load_weights
 from circuitlens.progress import hush_transformers
+from circuitlens.selfcheck import check_hooks
 from circuitlens.storage import digest
 
 __all__ = ["HookedModel", "load"]
@@ -45,10 +41,11 @@ __all__ = ["HookedModel", "load"]
 logger = logging.getLogger(__name__)
 
 Hook = Callable[[Tensor], Tensor | None]
+Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
 
 class HookedModel:
-    """A causal language model with a Hugging Face view and a hooked view of the same weights.
+    """A language model with a Hugging Face view and a hooked view of the same weights.
 
     Make one with :func:`load`.
 
@@ -97,7 +94,7 @@ class HookedModel:
 
     @cached_property
     def _hooked_view(self) -> tuple[Any, HeadGeometry]:
-        return boot(self.hf, self._tokenizer)
+        return boot(self.family, self._tokenizer)
 
     @property
     def bridge(self) -> Any:
@@ -134,10 +131,10 @@ class HookedModel:
         Raises:
             UnsupportedModelError: if a hook did not fire, which would make any result wrong.
         """
-        arguments = self.arguments(self.bridge.original_model, batch)
+        arguments = self._arguments(batch)
         tokens = arguments.pop("input_ids")
-        with self.hooked(hooks or {}):
-            return cast(Tensor, self.bridge(tokens, **arguments))[:, batch.decision]
+        with self.hooked(hooks or {}), self._only_decision(self.bridge.unembed, batch):
+            return cast(Tensor, self.bridge(tokens, **arguments))[:, 0]
 
     def label_logits(
         self, batch: Batch, hooks: Mapping[str, Hook] | None = None
@@ -152,31 +149,61 @@ class HookedModel:
             return label_logits(self.logits(batch, hooks), batch)
         weight = head.weight[tokens]
         bias = None if head.bias is None else head.bias[tokens]
-        unembed.__dict__["forward"] = lambda x, *_, **__: F.linear(x, weight, bias)
+
+        def restricted(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return cast(Tensor, unembed.hook_out(F.linear(unembed.hook_in(x), weight, bias)))
+
+        unembed.__dict__["forward"] = restricted
         try:
             return at_least_float32(self.logits(batch, hooks))
         finally:
             del unembed.__dict__["forward"]
 
-    def hf_logits(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
-        """Logits at the decision position from the Hugging Face view."""
-        return cast(Tensor, self.hf(**self.arguments(self.hf, batch)).logits)[:, batch.decision]
+    def hf_logits(
+        self, batch: Batch, model: torch.nn.Module | None = None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the decision position from the Hugging Face view.
 
-    @staticmethod
-    def arguments(hf: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of ``hf.forward`` for a batch; only needed logits are asked for."""
-        accepted = inspect.signature(hf.forward).parameters
+        Args:
+            batch: the prompts.
+            model: the Hugging Face model as a training framework has wrapped it.
+        """
+        with self._only_decision(self.hf.get_output_embeddings(), batch):
+            return cast(Tensor, (model or self.hf)(**self._arguments(batch)).logits)[:, 0]
+
+    @cached_property
+    def _accepted(self) -> Collection[str]:
+        return inspect.signature(self.hf.forward).parameters
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of ``hf.forward`` for a batch."""
         arguments: dict[str, Any] = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
         }
         # Models without learned or rotary positions (BLOOM's ALiBi) derive them from the mask.
-        if "position_ids" in accepted:
-            arguments["position_ids"] = batch.position_ids
+        if "position_ids" in self._accepted:
+            arguments["position_ids"] = batch.position_ids + self.family.first_position
         # Only the decision position is read; a vocabulary-sized row per token is pure memory.
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in self._accepted:
             arguments["logits_to_keep"] = -batch.decision
         return arguments
+
+    @contextmanager
+    def _only_decision(self, head: torch.nn.Module, batch: Batch) -> Iterator[None]:
+        """Let the unembedding see nothing but the decision position, if it cannot be asked to."""
+        if "logits_to_keep" in self._accepted:
+            yield
+            return
+
+        def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            return inputs[0][:, batch.decision][:, None]
+
+        handle = head.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -210,9 +237,15 @@ class HookedModel:
 
     @contextmanager
     def starting_at(
-        self, layer: int, residual: Float[Tensor, "batch pos d_model"]
+        self,
+        layer: int,
+        residual: Float[Tensor, "batch pos d_model"],
+        z: Float[Tensor, "batch pos head d_head"] | None = None,
     ) -> Iterator[None]:
         """Let forward passes in this block begin at ``layer``, which is given ``residual``.
+
+        With ``z`` (where :attr:`takes_z`) the heads of that layer are not computed either: these
+        are their outputs, to which the hook of z is applied as ever.
 
         The blocks below pass their input through uncomputed. (TransformerLens' own
         ``start_at_layer`` replaces the residual stream too, but still computes them.)
@@ -224,30 +257,49 @@ class HookedModel:
 
         # Read before the blocks are replaced: finding out runs the model.
         _ = self._blocks_return_tuples
+        attention = self.bridge.blocks[layer].attn
+
+        def write(*_: Any, **__: Any) -> Any:
+            assert z is not None
+            assert self._attention_returns is not None
+            return (attention.o(z.flatten(2)), *[None] * (self._attention_returns - 1))
+
+        replaced = below if z is None else [*below, attention]
+        _ = z is not None and self._attention_returns
         try:
             for block in below:
                 block.__dict__["forward"] = skip
+            if z is not None:
+                attention.__dict__["forward"] = write
             yield
         finally:
-            for block in below:
-                del block.__dict__["forward"]
+            for module in replaced:
+                del module.__dict__["forward"]
 
     @cached_property
-    def pattern_before_z(self) -> bool:
-        """Whether the pattern's hook fires before that of z, which is made of it.
+    def takes_z(self) -> bool:
+        """Whether :meth:`starting_at` can take z: attention returns just what W_O makes of it."""
+        return self._attention_returns is not None
 
-        Where attention is Hugging Face's own code (OPT) it fires after.
-        """
-        order: list[str] = []
-        names = ("blocks.0.attn.hook_pattern", self.z_hook(0))
-
-        def note(name: str) -> Hook:
-            return lambda _: order.append(name)
-
-        with torch.no_grad():
-            nothing = self.unlabelled(torch.zeros(1, 1, dtype=torch.long))
-            self.logits(nothing, {name: note(name) for name in names})
-        return order[0] == names[0]
+    @cached_property
+    def _attention_returns(self) -> int | None:
+        """Length of the tuple that attention returns, if its first item is W_O's output."""
+        found: list[Any] = []
+        attention = self.bridge.blocks[0].attn
+        handles = [
+            attention.o.register_forward_hook(lambda _m, _i, output: found.append(output)),
+            attention.register_forward_hook(lambda _m, _i, output: found.append(output)),
+        ]
+        try:
+            with torch.no_grad():
+                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        written, returned = found[0], found[1]
+        if isinstance(returned, tuple) and torch.equal(returned[0], written):
+            return len(returned)
+        return None
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -329,7 +381,9 @@ def load(
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> HookedModel:
-    """Load a causal language model for circuit work.
+    """Load a language model for circuit work.
+
+    Encoders such as BERT come with their masked-language-model head.
 
     Args:
         model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
@@ -342,60 +396,18 @@ def load(
 
     Raises:
         InputError: if nothing can be loaded from there, or no tokenizer is found.
-        UnsupportedModelError: if the model has no attention heads that can be hooked.
+        UnsupportedModelError: if the model has no attention heads that can be hooked, or is of a
+            type that the tests do not cover and fails the self-check.
     """
     if isinstance(model, PreTrainedModel):
         hooked = HookedModel(model, tokenizer)
     else:
-        hf = _load_weights(str(model), dtype, revision)
-        hooked = HookedModel(hf, tokenizer or _load_tokenizer(str(model), revision), str(model))
+        hf = load_weights(str(model), dtype, revision)
+        hooked = HookedModel(hf, tokenizer or load_tokenizer(str(model), revision), str(model))
     if device is not None:
         hooked.hf.to(torch.device(device))
     logger.info("Loaded %r.", hooked)  # building the geometry checks that heads can be hooked
     _ = hooked.geometry
+    if not is_tested(hooked.hf.config):
+        check_hooks(hooked)
     return hooked
-
-
-def _load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> PreTrainedModel:
-    folder = Path(name)
-    looks_local = folder.exists() or name.startswith((".", "/", "~"))
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise InputError(
-            f"The model folder {name} {what}: give a folder written by save_pretrained, "
-            "or a hub name such as Qwen/Qwen2.5-0.5B."
-        )
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
-            "network, or download it elsewhere and give the local folder."
-        ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(
-            f"{name} is a {config.model_type} model, for which Hugging Face has no causal "
-            "language model; circuitlens works on causal language models."
-        )
-    hush_transformers()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The weights of {name} could not be loaded ({first_line(error)})."
-        ) from error
-    return cast(PreTrainedModel, model)
-
-
-def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError):
-        tokenizer = None
-    # A folder without tokenizer files does not fail: it yields a tokenizer that knows nothing.
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise InputError(
-            f"No tokenizer was found in {name}: save one there (tokenizer.save_pretrained), or "
-            "load the model yourself and pass cl.load(model, tokenizer=…)."
-        )
-    return cast(PreTrainedTokenizerBase, tokenizer)

@@ -28,11 +28,14 @@ from circuitlens.adapt.transfer import DEFAULT_RATES
 from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.batch import Positions
 from circuitlens.circuit import Circuit
-from circuitlens.curve import FaithfulnessCurve, default_sizes, faithfulness
+from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
+from circuitlens.measuring import default_sizes, faithfulness
 from circuitlens.model import HookedModel, load
 from circuitlens.provenance import library_versions
-from circuitlens.scores import METHODS, HeadScores, relevance
+from circuitlens.scorers import METHODS
+from circuitlens.scores import HeadScores
+from circuitlens.scoring import relevance
 from circuitlens.storage import read_json, write_json
 from circuitlens.tasks import Task, load_task
 from circuitlens.tasks.toy import TOY_FINETUNE, toy_model
@@ -65,7 +68,7 @@ class RunSettings:
     method: str = "cdt-linear"
     size: float | int = 0.25
     max_examples: int | None = None
-    n_random: int = 10
+    n_random: int = 30
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     learning_rates: tuple[float, ...] = DEFAULT_RATES
     epochs: int = 10
@@ -76,6 +79,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
+        if self.n_random < 1:
+            raise InputError(f"n_random must be positive, but is {self.n_random}.")
         for strategy in self.strategies:
             if strategy not in STRATEGIES:
                 raise InputError(
@@ -393,10 +398,13 @@ class RunFolder:
         logger.info("Discovery: %r", self.circuit)
         at = self.curve.at(len(self.circuit))
         logger.info(
-            "Faithfulness: the circuit alone keeps f = %.2f (random circuits %.2f) and accuracy "
-            "%.3f (whole model %.3f).",
+            "Faithfulness: the circuit alone keeps f = %.2f (95 %% interval %.2f to %.2f; random "
+            "circuits %.2f, layer-matched %.2f) and accuracy %.3f (whole model %.3f).",
             at["faithfulness"],
+            at["faithfulness_low"],
+            at["faithfulness_high"],
             at["random_faithfulness"],
+            at["layer_matched_faithfulness"],
             at["accuracy"],
             self.curve.accuracy[-1],
         )

@@ -1,48 +1,54 @@
-"""Relevance of every head, by a named method.
+"""HeadScores: the relevance of every head on every example.
 
 Relevance is signed: positive means that the head's deviation from its mean supports the right
-label. The unit is logits of task margin. Every method scores the same examples against the same
-baseline, so that rankings can be compared.
+label. The unit is logits of task margin.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.stats import false_discovery_control, spearmanr, ttest_1samp
 from torch import Tensor
 
-from circuitlens.baseline import MeanBaseline
-from circuitlens.batch import Batch, Positions
-from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
+from circuitlens.batch import Positions
+from circuitlens.bootstrap import percentiles, resampled_means
 from circuitlens.circuit import Circuit
-from circuitlens.errors import CircuitLensError, InputError
+from circuitlens.errors import InputError
 from circuitlens.geometry import Head
-from circuitlens.model import HookedModel
-from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
-from circuitlens.tasks import Example, Task
 
-__all__ = ["METHODS", "HeadScores", "relevance"]
+__all__ = ["HeadScores", "Stability"]
 
-_SCHEMA = "circuitlens.scores/1"
+_SCHEMA = "circuitlens.scores/2"
 
-METHODS: dict[str, str] = {
-    "cdt": "patterns and norm scales frozen, activations by difference",
-    "cdt-linear": "patterns and norm scales frozen, activations by secant, one backward pass",
-    "cdt-live": "patterns frozen, norm scales live, activations by difference",
-    "attribution": "gradient × deviation from the mean, nothing frozen",
-    "ablation": "exact mean ablation, one head at a time",
-    "random": "random numbers, as a control",
-}
+
+@dataclass(frozen=True)
+class Stability:
+    """Rank agreement of the scores of two halves of the examples.
+
+    Attributes:
+        spearman: mean over random halves.
+        low, high: 2.5 % and 97.5 % quantiles over halves.
+        reliability: of the scores on all examples, by the Spearman-Brown formula 2r/(1 + r).
+        n_splits: how many times the examples were halved.
+    """
+
+    spearman: float
+    low: float
+    high: float
+    reliability: float
+    n_splits: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class HeadScores:
         positions: where heads deviated from their means.
         example_ids: the examples, in order.
         provenance: where it comes from.
+        mlps: relevance of every MLP, if it was asked for.
+        by_position: relevance of every head at every single position, if it was asked for. The
+            last index is the decision position; shorter prompts have zeros on the left.
     """
 
     per_example: Float[Tensor, "example layer head"]
@@ -62,6 +71,8 @@ class HeadScores:
     positions: Positions
     example_ids: tuple[str, ...]
     provenance: Provenance
+    mlps: Float[Tensor, "example layer"] | None = None
+    by_position: Float[Tensor, "example pos layer head"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "layer head"]:
@@ -78,23 +89,84 @@ class HeadScores:
         """Number of heads a layer."""
         return int(self.per_example.shape[2])
 
+    # -- statistics ------------------------------------------------------------------------
+
     @cached_property
     def _resampled(self) -> Float[np.ndarray, "draw layer head"]:
-        rng = np.random.default_rng(self.provenance.seed)
-        values = self.per_example.double().numpy()
-        n = len(values)
-        # Weights instead of index lists: one matrix product makes all draws.
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=1000) / n
-        drawn: np.ndarray = np.einsum("de,elh->dlh", weights, values)
-        return drawn
+        return _draws(self.per_example, self.provenance.seed)
 
     def interval(self, level: float = 0.95) -> Float[Tensor, "bound layer head"]:
         """Percentile bootstrap interval of the mean over examples (1,000 draws)."""
-        if not 0 < level < 1:
-            raise InputError(f"The level of an interval lies between 0 and 1, but is {level}.")
-        tail = (1 - level) / 2
-        bounds = np.quantile(self._resampled, [tail, 1 - tail], axis=0)
-        return torch.from_numpy(bounds)
+        return _bounds(self._resampled, level)
+
+    def mlp_interval(self, level: float = 0.95) -> Float[Tensor, "bound layer"]:
+        """As :meth:`interval`, of MLPs.
+
+        Raises:
+            InputError: if MLPs were not scored.
+        """
+        return _bounds(_draws(self._scored_mlps, self.provenance.seed), level)
+
+    @property
+    def mlp_mean(self) -> Float[Tensor, " layer"]:
+        """Mean relevance of every MLP over examples.
+
+        Raises:
+            InputError: if MLPs were not scored.
+        """
+        return self._scored_mlps.double().mean(0)
+
+    @property
+    def _scored_mlps(self) -> Float[Tensor, "example layer"]:
+        if self.mlps is None:
+            raise InputError("These scores are of heads only: call cl.relevance with mlps=True.")
+        return self.mlps
+
+    def stability(self, n_splits: int = 200) -> Stability:
+        """Rank agreement (Spearman) of the scores of two halves of the discovery set.
+
+        Args:
+            n_splits: how many times the examples are halved at random.
+
+        Raises:
+            InputError: if there are fewer than four examples.
+        """
+        values = self.per_example.double().flatten(1).numpy()
+        if len(values) < 4:
+            raise InputError(
+                f"Stability compares halves of the examples, but there are only {len(values)}: "
+                "score four at least."
+            )
+        rng = np.random.default_rng(self.provenance.seed)
+        half = len(values) // 2
+        found = []
+        for _ in range(n_splits):
+            order = rng.permutation(len(values))
+            first, second = values[order[:half]].mean(0), values[order[half:]].mean(0)
+            found.append(float(spearmanr(first, second).statistic))
+        low, high = np.quantile(found, [0.025, 0.975])
+        r = float(np.mean(found))
+        return Stability(r, float(low), float(high), 2 * r / (1 + r), n_splits)
+
+    def significant(self, level: float = 0.95, control: Literal["each", "fdr"] = "each") -> Circuit:
+        """Heads that support the task beyond chance.
+
+        Args:
+            level: confidence.
+            control: ``"each"`` takes every head by itself: its bootstrap interval lies above 0.
+                ``"fdr"`` takes all together: among the heads returned no more than a share of
+                1 − level is expected to be there by chance (t-tests over examples, two-sided;
+                Benjamini-Hochberg).
+        """
+        if control == "fdr":
+            p = ttest_1samp(self.per_example.double().flatten(1).numpy(), 0, axis=0).pvalue
+            # A head without any effect has no variance, and a p-value that is not a number.
+            rejected = false_discovery_control(np.nan_to_num(p, nan=1.0)) <= 1 - level
+            chosen = torch.from_numpy(rejected) & (self.mean.flatten() > 0)
+        else:
+            chosen = self.interval(level)[0].flatten() > 0
+        heads = self._heads(chosen.nonzero()[:, 0])
+        return self._circuit(heads, f"relevance above 0 at level {level:g} ({control})")
 
     # -- rankings and circuits -------------------------------------------------------------
 
@@ -163,7 +235,9 @@ class HeadScores:
             "example_ids": list(self.example_ids),
             "provenance": self.provenance.to_dict(),
         }
-        write_tensors(Path(path), _SCHEMA, {"per_example": self.per_example}, meta)
+        tensors = {"per_example": self.per_example, "mlps": self.mlps, "at": self.by_position}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        write_tensors(Path(path), _SCHEMA, kept, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
@@ -175,6 +249,8 @@ class HeadScores:
             positions=meta["positions"],
             example_ids=tuple(meta["example_ids"]),
             provenance=Provenance.from_dict(meta["provenance"]),
+            mlps=tensors.get("mlps"),
+            by_position=tensors.get("at"),
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -196,99 +272,36 @@ class HeadScores:
             ]
         )
 
+    def mlp_frame(self) -> pd.DataFrame:
+        """Return one row an MLP, the most supporting one first, with 95 % intervals.
+
+        Raises:
+            InputError: if MLPs were not scored.
+        """
+        low, high = self.mlp_interval()
+        frame = pd.DataFrame(
+            {
+                "mlp": [f"m{layer}" for layer in range(self.n_layers)],
+                "layer": range(self.n_layers),
+                "relevance": self.mlp_mean.numpy(),
+                "low": low.numpy(),
+                "high": high.numpy(),
+            }
+        )
+        return frame.sort_values("relevance", ascending=False, ignore_index=True)
+
     def _repr_html_(self) -> str:
         title = html.escape(f"{self.method} on {self.provenance.task}")
         table = self.to_frame().head(10).to_html(index=False, float_format="{:.4f}".format)
         return f"<p><b>HeadScores</b> {title}, {len(self.example_ids)} examples</p>{table}"
 
 
-def relevance(
-    model: HookedModel,
-    task: Task,
-    baseline: MeanBaseline,
-    *,
-    method: str | RuleSet = "cdt-linear",
-    max_examples: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    quiet: bool = False,
-) -> HeadScores:
-    """Score every head of a model on a task.
-
-    Args:
-        model: competent in the task.
-        task: the task that the baseline was taken on.
-        baseline: means of the heads; scores are taken on its (correctly answered) examples, at
-            its positions.
-        method: one of :data:`METHODS`, or a rule set of your own. The default found circuits at
-            least as faithful as ``cdt`` on the models we measured, at a tenth of its cost.
-        max_examples: use a random subset of this size.
-        batch_size: examples per forward pass; the scores do not depend on it.
-        seed: for the subset, the ``random`` method and bootstrap intervals.
-        quiet: no progress bar.
-
-    Raises:
-        InputError: for an unknown method, or a baseline of another model or task.
-    """
-    score = _scorer(model, baseline, method)
-    baseline.check_model(model)
-    by_id = {example.id: example for pool in ("pool_a",) for example in task[pool]}
-    if unknown := [i for i in baseline.example_ids if i not in by_id]:
-        raise InputError(
-            f"The baseline was taken on example {unknown[0]!r}, which is not in pool A of "
-            f"{task.name}/{task.language}: take the baseline on this task."
-        )
-    if max_examples is not None and max_examples < 1:
-        raise InputError(f"max_examples must be positive, but is {max_examples}.")
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(baseline.example_ids)
-    if max_examples is not None and max_examples < len(ids):
-        chosen = torch.randperm(len(ids), generator=generator)[:max_examples].sort().values
-        ids = [ids[i] for i in chosen]
-    examples: list[Example] = [by_id[i] for i in ids]
-    encoded = task.encode(model, examples)
-    name = method if isinstance(method, str) else method.name
-    g = model.geometry
-    found = torch.empty(len(ids), g.n_layers, g.n_heads, dtype=torch.float32)
-    if score is None:
-        found[:] = torch.randn(g.n_layers, g.n_heads, generator=generator)
-    else:
-        batches = encoded.batches(batch_size, model.device)
-        for index, batch in progress(
-            batches, f"Relevance ({name})", quiet=quiet, total=encoded.n_batches(batch_size)
-        ):
-            found[index] = score(batch).detach().float().cpu()
-    if not bool(torch.isfinite(found).all()):
-        raise CircuitLensError(
-            f"{name} gave scores of {model.name} that are not finite: the activations overflow in "
-            f"{model.dtype}; load the model with dtype float32."
-        )
-    settings = {"method": name, "positions": baseline.positions, "max_examples": max_examples}
-    return HeadScores(
-        per_example=found,
-        method=name,
-        positions=baseline.positions,
-        example_ids=tuple(ids),
-        provenance=Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            f"{task.name}/{task.language}",
-            task.fingerprint(),
-            seed,
-            settings,
-        ),
-    )
+def _draws(values: Float[Tensor, "example *node"], seed: int) -> np.ndarray:
+    """Means over examples drawn with replacement, ``draw *node``."""
+    drawn = resampled_means(values.double().flatten(1).T.numpy(), seed)
+    return drawn.reshape(-1, *values.shape[1:])
 
 
-def _scorer(
-    model: HookedModel, baseline: MeanBaseline, method: str | RuleSet
-) -> Callable[[Batch], Float[Tensor, "batch layer head"]] | None:
-    """Find the function that scores a batch; ``None`` for random scores."""
-    if isinstance(method, str) and method not in METHODS:
-        raise InputError(f"There is no method {method!r}; known are {', '.join(METHODS)}.")
-    if method == "random":
-        return None
-    rules = RULES[method] if isinstance(method, str) else method
-    mean = baseline.mean.to(model.device)
-    engine = relevance_by_difference if rules.activation == "difference" else relevance_by_gradient
-    return lambda batch: engine(model, batch, mean, rules, positions=baseline.positions)
+def _bounds(drawn: np.ndarray, level: float) -> Tensor:
+    bounds = percentiles(drawn.reshape(len(drawn), -1), level)
+    return torch.from_numpy(bounds.reshape(2, *drawn.shape[1:]))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For processes that tests start; tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Two threads that wait for each other on busy cores are slower than one.
 torch.set_num_threads(1)
 
@@ -27,6 +30,13 @@ _SMALL = {
     "max_position_embeddings": 64,
 }
 _GROUPED = {**_SMALL, "num_key_value_heads": 2}
+
+
+def _falcon(**options: object) -> hf.FalconConfig:
+    sizes = {**_SMALL, "ffn_hidden_size": 48}
+    del sizes["intermediate_size"]
+    return hf.FalconConfig(**sizes, **options)
+
 
 # One for every weight layout and for what makes a family special.
 CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
@@ -49,8 +59,33 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     ),
     "bloom": lambda: hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4),
     "olmo2": lambda: hf.Olmo2Config(**_SMALL),
+    # A window of four tokens in all layers but one.
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **_GROUPED,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "falcon_new": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon_mq": lambda: _falcon(multi_query=True),
+    "falcon_rw": lambda: _falcon(multi_query=False, alibi=True, parallel_attn=False, bias=True),
+    "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    # The middle layer has a plain MLP.
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **_GROUPED,
+        head_dim=12,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "bert": lambda: hf.BertConfig(**_SMALL),
+    "roberta": lambda: hf.RobertaConfig(**_SMALL),
+    "xlm_roberta": lambda: hf.XLMRobertaConfig(**_SMALL),
 }
 ALL = list(CONFIGS)
+MASKED = {"bert", "roberta", "xlm_roberta"}
 # Hugging Face takes their softmax in float32, which makes NaN of float64 masks in the padding.
 FLOAT32_ONLY = {"opt", "gemma2", "bloom"}
 
@@ -60,7 +95,10 @@ def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrain
     dtype = dtype or (torch.float32 if name in FLOAT32_ONLY else torch.float64)
     torch.manual_seed(seed)
     config = CONFIGS[name]()
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    # The default implementation of experts knows no float64.
+    options = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
+    model = auto.from_config(config, **options).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -68,6 +106,14 @@ def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrain
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.5 / parameter.shape[-1] ** 0.5)
     return model.eval()
+
+
+@cache
+def loaded(name: str, dtype: torch.dtype | None = None):
+    """A loaded tiny model that all tests share: for reading only."""
+    import circuitlens as cl
+
+    return cl.load(tiny(name, dtype))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALL, tiny
+from conftest import ALL, MASKED, loaded, tiny
 from test_model import batch_of
 
 import circuitlens as cl
@@ -44,31 +44,35 @@ def test_columns_of_o_are_those_of_the_head(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_rows_of_q_k_v_move_their_heads_only(name):
-    batch = batch_of(cl.load(tiny(name)), 8, 8)
+    model = cl.load(tiny(name))
+    batch = batch_of(model, 8, 8)
+    before_pattern, before_z = patterns(model, batch), model.head_outputs(batch)[1]
     head = Head(1, 2)
+    g = model.geometry
+    group = g.n_heads // g.n_kv_heads
     for kind in "qkv":
-        model = cl.load(tiny(name))
-        before_pattern, before_z = patterns(model, batch), model.head_outputs(batch)[1]
         with torch.no_grad():
-            for piece in pieces(model, head, kind):
+            weights = [(piece, piece.clone()) for piece in pieces(model, head, kind)]
+            for piece, _ in weights:
                 piece.add_(torch.randn_like(piece))
-        g = model.geometry
-        group = g.n_heads // g.n_kv_heads
+            after_pattern, after_z = patterns(model, batch), model.head_outputs(batch)[1]
+            for piece, old in weights:
+                piece.copy_(old)
         own = [head.index] if kind == "q" else list(range(g.n_heads))
         if kind != "q":
             own = [h for h in own if h // group == head.index // group]
-        moved = (model.head_outputs(batch)[1] - before_z).abs().amax((0, 1, 3)) > 1e-6
+        moved = (after_z - before_z).abs().amax((0, 1, 3)) > 1e-6
         # A norm over the whole of q or k (OLMo 2) lets every head feel a change of one.
         if name == "olmo2" and kind in "qk":
             continue
         assert moved.nonzero()[:, 0].tolist() == own, kind
-        shifted = (patterns(model, batch) - before_pattern).abs().amax((0, 2, 3)) > 1e-6
+        shifted = (after_pattern - before_pattern).abs().amax((0, 2, 3)) > 1e-6
         assert shifted.nonzero()[:, 0].tolist() == ([] if kind == "v" else own), kind
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_slices_cover_the_projections_once(name):
-    model = cl.load(tiny(name))
+    model = loaded(name)
     g = model.geometry
     every = [s for h in g for s in g.slices(h)]
     masks = selection_masks(model.hf, every, [])
@@ -98,6 +102,9 @@ def test_norms_are_those_of_the_residual_stream(name):
     assert not [n for n in names if "q_norm" in n or "k_norm" in n]
     # The final norm and at least one norm a layer.
     assert len({n.rsplit(".", 1)[0] for n in names}) >= 4
+    if name in MASKED:
+        # Two norms a layer, and those of the embedding and of the head.
+        assert len(names) == 2 * (2 * 3 + 2)
 
 
 def test_heads_the_model_does_not_have_are_refused():

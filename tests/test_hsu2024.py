@@ -334,9 +334,9 @@ def test_sets_together_and_in_chunks_equal_one_prompt_and_set_at_a_time(model, t
             close(
                 type(found)(
                     found.relevant[mine],
-                    found.irrelevant[mine],
+                    found.total[mine],
                     found.target_relevant[mine],
-                    found.target_irrelevant[mine],
+                    found.target_total[mine],
                 ),
                 alone,
             )
@@ -420,7 +420,7 @@ SOURCE = [[(cl.Head(0, 0), 0)]]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rules": "cdt"}, "'cdt' are unknown to decompose, which knows 'hsu2024'"),
+        ({"rules": "magic"}, "no rules 'magic'; known are 'hsu2024' and the rule sets cdt"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"sources": [[(cl.Head(2, 0), 0)]]}, "no head a2.h0: it has 2 layers of 2 heads"),
         ({"sources": [[(cl.Head(0, -1), 0)]]}, "no head a0.h-1"),

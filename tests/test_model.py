@@ -3,11 +3,12 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import ALL, tiny
+from conftest import ALL, FLOAT32_ONLY, loaded, tiny
 from transformers import (
     AutoModelForCausalLM,
     MambaConfig,
@@ -31,20 +32,47 @@ def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
         ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
         mask[row, width - length :] = 1
     gold = torch.arange(len(lengths)) % 3
-    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]))
+    n_suffix = 0 if model.family.causal else 1
+    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_suffix=n_suffix)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_both_views_agree_and_padding_changes_nothing(name):
-    model = cl.load(tiny(name))
+    model = loaded(name)
     batch = batch_of(model, 9, 6)
     with torch.no_grad():
         hooked, native = model.logits(batch), model.hf_logits(batch)
-        alone = model.logits(model.unlabelled(batch.input_ids[1:, 3:]))
+        alone = [
+            model.logits(replace(model.unlabelled(tokens[None]), n_suffix=batch.n_suffix))
+            for tokens in (batch.input_ids[0], batch.input_ids[1, 3:])
+        ]
     # Some families take norms or softmax in float32 whatever the dtype.
-    tolerance = 2e-5 if name in ("gemma2", "bloom", "opt") else 1e-9
+    tolerance = 2e-5 if name in FLOAT32_ONLY else 1e-9
     torch.testing.assert_close(hooked, native, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(hooked[1:], alone, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hooked, torch.cat(alone), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_label_logits_are_those_of_the_whole_vocabulary(name):
+    model = loaded(name)
+    batch = batch_of(model, 7, 5)
+    with torch.no_grad():
+        labels, every = model.label_logits(batch), model.logits(batch)
+    torch.testing.assert_close(labels, every[:, batch.label_tokens], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_the_decision_position_is_unembedded(name):
+    model = loaded(name)
+    batch = batch_of(model, 7, 5)
+    seen = []
+    see = lambda _module, _inputs, output: seen.append(tuple(output.shape))  # noqa: E731
+    handle = model.hf.get_output_embeddings().register_forward_hook(see)
+    with torch.no_grad():
+        model.hf_logits(batch)
+        model.logits(batch, {"unembed.hook_out": lambda x: seen.append(tuple(x.shape))})
+    handle.remove()
+    assert seen == [(2, 1, 97)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -60,7 +88,7 @@ def test_every_float_dtype_agrees_with_hugging_face(dtype):
 
 @pytest.mark.parametrize("name", ALL)
 def test_head_contributions_sum_to_the_attention_output(name):
-    model = cl.load(tiny(name))
+    model = loaded(name)
     batch = batch_of(model, 7, 7)
     seen = {}
     layers = range(model.geometry.n_layers)
@@ -79,19 +107,14 @@ def test_head_contributions_sum_to_the_attention_output(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_starting_at_a_layer_gives_the_same_logits(name):
-    model = cl.load(tiny(name))
+    model = loaded(name)
     batch = batch_of(model, 8, 5)
     for layer in (0, 1, 2):
         seen = []
         with torch.no_grad():
             full = model.logits(batch, {f"blocks.{layer}.hook_in": seen.append})
             # Other tokens: nothing below the layer may matter any more.
-            other = Batch(
-                torch.full_like(batch.input_ids, 3),
-                batch.attention_mask,
-                batch.gold,
-                batch.label_tokens,
-            )
+            other = replace(batch, input_ids=torch.full_like(batch.input_ids, 3))
             with model.starting_at(layer, seen[0]):
                 again = model.logits(other if layer else batch)
             after = model.logits(batch)
@@ -101,7 +124,7 @@ def test_starting_at_a_layer_gives_the_same_logits(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_views_share_every_tensor(name):
-    model = cl.load(tiny(name))
+    model = loaded(name)
     mine = {p.untyped_storage().data_ptr() for p in model.hf.parameters()}
     parts = torch.nn.Module.named_parameters(model.bridge)
     strangers = [n for n, p in parts if p.untyped_storage().data_ptr() not in mine]

@@ -99,6 +99,7 @@ class _LabelTokenTrainer(Trainer):
         self, hooked: HookedModel, data: Encoded, validation: Encoded, **kwargs: Any
     ) -> None:
         self._hooked = hooked
+        self._data = data
         self._validation = validation
 
         def collate(indices: Sequence[int]) -> dict[str, Any]:
@@ -123,10 +124,14 @@ class _LabelTokenTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         batch = Batch(
-            inputs["input_ids"], inputs["attention_mask"], inputs["gold"], inputs["label_tokens"][0]
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["gold"],
+            inputs["label_tokens"][0],
+            self._data.n_prefix,
+            self._data.n_suffix,
         )
-        arguments = HookedModel.arguments(self._hooked.hf, batch)
-        logits = model(**arguments).logits[:, -1]
+        logits = self._hooked.hf_logits(batch, model)
         return torch.nn.functional.cross_entropy(logits.float(), batch.label_tokens[batch.gold])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

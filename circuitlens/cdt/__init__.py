@@ -8,18 +8,28 @@ The published rules freeze nothing and need an architecture they know; they stan
 :func:`decompose`.
 """
 
-from circuitlens.cdt.difference import relevance_by_difference
-from circuitlens.cdt.gradient import relevance_by_gradient
-from circuitlens.cdt.hsu2024 import Decomposition, decompose
+from circuitlens.cdt.decompose import decompose
+from circuitlens.cdt.decomposition import Decomposition
+from circuitlens.cdt.difference import FrozenNetwork, Source, relevance_by_difference
+from circuitlens.cdt.gradient import LinearisedRun, Path, project, relevance_by_gradient
 from circuitlens.cdt.operating_point import OperatingPoint
+from circuitlens.cdt.path import relevance_along_path
+from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RULES, RuleSet
 
 __all__ = [
     "RULES",
     "Decomposition",
+    "FrozenNetwork",
+    "LinearisedRun",
     "OperatingPoint",
+    "Path",
+    "Relevances",
     "RuleSet",
+    "Source",
     "decompose",
+    "project",
+    "relevance_along_path",
     "relevance_by_difference",
     "relevance_by_gradient",
 ]

@@ -1,190 +1,206 @@
-"""Relevance by gradient: one forward and one backward pass for every head at every position.
+"""Relevance by gradient: one forward and one backward pass for every node at every position.
 
 1. Forward with frozen parts held as constants, so that no gradient passes through them. For the
-   ``secant`` the activations are replaced by maps with the same value and another slope:
+   ``secant`` the activations are replaced by maps with the same value and another slope
+   (:mod:`circuitlens.cdt.secant`).
+2. Backward from the task margin to the output of every head (z) and every MLP.
+3. Relevance of a node at a position is ⟨output − μ, ∂margin/∂output⟩: β is linear in the source,
+   so this *is* its β at the margin.
 
-       gated    act(g)·u  →  ½ (act(g)/g · u)·g  +  ½ act(g)·u      (brackets constant, each in
-       ungated  act(t)    →  (act(t)/t)·t                            turn linear in g, u or t)
-
-2. Backward from the task margin to the output z of every head.
-3. Relevance of a head at a position is ⟨z − μ, ∂margin/∂z⟩: β is linear in the source, so this
-   *is* its β at the margin.
-
-The secant coefficients are those of Relevance Patching (RelP, arXiv 2508.21258); gradient with
-nothing frozen is attribution patching.
+By ``total`` paths β passes through later heads and MLPs. By ``direct`` paths later nodes are held
+at their clean values: their outputs are constants too. If MLPs are nodes only the residual stream
+and the norms are left; if not, MLPs are passed. Direct relevances of all nodes add up to what the
+margin of the linearised network loses when every node is at its mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.activations import ACT2FN
 
-from circuitlens.batch import Batch, Positions, task_margin
-from circuitlens.cdt.operating_point import (
-    OperatingPoint,
-    apply_pattern,
-    frozen_scales,
-    pattern_hook,
-    then,
-)
+from circuitlens.batch import Batch, Positions, at_least_float32, margin
+from circuitlens.cdt.hooks import then
+from circuitlens.cdt.operating_point import frozen_routing, frozen_scales
+from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
-from circuitlens.errors import UnsupportedModelError
+from circuitlens.cdt.secant import activation_sites, capped_labels, secant, site_hooks
+from circuitlens.families import ActivationSite
+from circuitlens.means import NodeMeans
 from circuitlens.model import Hook, HookedModel
 
-__all__ = ["relevance_by_gradient"]
+__all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
+
+Path = Literal["total", "direct"]
 
 
+class LinearisedRun:
+    """A clean forward pass whose graph is that of the linearised network.
+
+    Attributes:
+        labels: label logits, with a graph.
+        z: output of the heads of each layer, with a graph.
+        leaves: where the gradients of the nodes' outputs arrive, by hook name.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        batch: Batch,
+        rules: RuleSet,
+        *,
+        mlps: bool = False,
+        hold: Bool[Tensor, "batch pos"] | None = None,
+        move: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Run the batch.
+
+        Args:
+            model: the model.
+            batch: prompts.
+            rules: what is frozen; the activation must go by ``gradient`` or ``secant``.
+            mlps: MLPs are nodes too.
+            hold: positions at which nodes pass nothing on, for direct paths.
+            move: changes the output of a node (by hook name) before it goes on.
+        """
+        self.model = model
+        self.leaves: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.live: dict[str, Tensor] = {}
+        layers = range(model.geometry.n_layers)
+        nodes = [model.z_hook(layer) for layer in layers]
+        nodes += [model.mlp_hook(layer) for layer in layers if mlps]
+
+        def tap(name: str) -> Hook:
+            def hook(output: Tensor) -> Tensor:
+                self.live[name] = output
+                self.outputs[name] = output.detach()
+                # A zero that is added has the gradient of the output itself. With the weights'
+                # gradients off, the graph begins at the first of them and holds nothing for the
+                # weights.
+                leaf = torch.zeros_like(self.outputs[name], requires_grad=True)
+                self.leaves[name] = leaf
+                if move is not None:
+                    output = move(name, output)
+                if hold is not None:
+                    where = hold.reshape(*hold.shape, *[1] * (output.ndim - 2))
+                    output = torch.where(where, output.detach(), output)
+                return output + leaf
+
+            return hook
+
+        constants = [
+            *frozen_scales(model, rules),
+            *frozen_routing(model, rules),
+            *_frozen_patterns(model, rules),
+        ]
+        hooks: dict[str, Hook] = dict.fromkeys(constants, torch.Tensor.detach)
+        if rules.activation == "secant":
+            for site in activation_sites(model):
+                hooks |= _secant_slope(model, site)
+        for name in nodes:
+            then(hooks, name, tap(name))
+        with torch.enable_grad(), _weights_without_gradient(model):
+            if rules.activation == "secant":
+                self.labels, _ = capped_labels(model, batch, hooks, model.label_logits)
+            else:
+                self.labels = model.label_logits(batch, hooks)
+
+    def gradients(self, objective: Float[Tensor, ""], *, keep: bool = False) -> dict[str, Tensor]:
+        """Gradients of a scalar at the nodes' outputs, by hook name (0 where it has none)."""
+        found = torch.autograd.grad(
+            objective,
+            list(self.leaves.values()),
+            retain_graph=keep,
+            allow_unused=True,
+        )
+        return {
+            name: torch.zeros_like(self.leaves[name]) if gradient is None else gradient
+            for name, gradient in zip(self.leaves, found, strict=True)
+        }
+
+
+@torch.enable_grad()
 def relevance_by_gradient(
     model: HookedModel,
     batch: Batch,
-    mean: Float[Tensor, "layer head d_head"],
+    means: NodeMeans,
     rules: RuleSet,
     *,
     positions: Positions = "all",
-) -> Float[Tensor, "batch layer head"]:
-    """How far β of each head moves the task margin in the linearised network, in logits.
+    mlps: bool = False,
+    by_position: bool = False,
+    path: Path = "total",
+) -> Relevances:
+    """How far β of each node moves the task margin in the linearised network, in logits.
 
     Args:
         model: the model.
         batch: prompts.
-        mean: the baseline μ.
+        means: the baseline μ.
         rules: what is frozen; the activation must go by ``gradient`` or ``secant``.
-        positions: where heads deviate from their means; relevance is summed over them.
+        positions: where nodes deviate from their means; relevance is summed over them.
+        mlps: MLPs are nodes too.
+        by_position: return the relevance of every head at every single position too.
+        path: ``"total"`` or ``"direct"`` (module docstring).
     """
-    by_position = relevance_by_position(model, batch, mean, rules)
-    return torch.einsum("blph,bp->blh", by_position, batch.mask(positions).to(by_position))
+    where = batch.mask(positions)
+    hold = where if path == "direct" else None
+    run = LinearisedRun(model, batch, rules, mlps=mlps, hold=hold)
+    gradients = run.gradients(margin(run.labels, batch.gold).sum())
+    return project(model, run.outputs, gradients, means, where, mlps, by_position)
 
 
-def relevance_by_position(
+def project(
     model: HookedModel,
-    batch: Batch,
-    mean: Float[Tensor, "layer head d_head"],
-    rules: RuleSet,
-) -> Float[Tensor, "batch layer pos head"]:
-    """Relevance of every head at every position (padding included, where it is 0 or unread)."""
-    layers = range(model.geometry.n_layers)
-    z: dict[int, Tensor] = {}
-    leaves: dict[int, Tensor] = {}
-
-    def tap(layer: int) -> Hook:
-        def hook(activation: Tensor) -> Tensor:
-            z[layer] = activation.detach()
-            # A zero that is added has the gradient of z itself. With the weights' gradients
-            # off, the graph begins at the first of them and holds nothing for the weights.
-            leaves[layer] = torch.zeros_like(z[layer], requires_grad=True)
-            return activation + leaves[layer]
-
-        return hook
-
-    hooks: dict[str, Hook] = {}
-    if rules.freeze_scales:
-        hooks |= dict.fromkeys(frozen_scales(model), torch.Tensor.detach)
-    if rules.freeze_patterns:
-        hooks |= _freeze_patterns(model, batch, rules)
-    for layer in layers:
-        then(hooks, model.z_hook(layer), tap(layer))
-    if rules.activation == "secant":
-        for layer in layers:
-            hooks |= _secant(model, layer)
-    with torch.enable_grad(), _weights_without_gradient(model):
-        margin = task_margin(model.logits(batch, hooks), batch)
-        gradients = torch.autograd.grad(margin.sum(), [leaves[layer] for layer in layers])
-    return torch.stack(
-        [
-            # bf16 models: the products are summed in float32, as all statistics are.
-            ((z[layer] - mean[layer].to(z[layer])).to(margin) * gradients[layer].to(margin)).sum(-1)
-            for layer in layers
-        ],
-        dim=1,
-    )
-
-
-def _freeze_patterns(model: HookedModel, batch: Batch, rules: RuleSet) -> dict[str, Hook]:
-    """Hooks that make attention patterns constants of the clean run, which this run is."""
-    hooks: dict[str, Hook] = {}
-    if not model.pattern_before_z:
-        # The present run's pattern comes too late to be used, so it takes a run of its own.
-        return OperatingPoint.capture(model, batch, rules).pattern_hooks()
+    outputs: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    means: NodeMeans,
+    where: Bool[Tensor, "batch pos"],
+    mlps: bool,
+    by_position: bool,
+) -> Relevances:
+    """Project the nodes' deviations from their means on gradients, and sum over positions."""
+    at, of_mlps = [], []
     for layer in range(model.geometry.n_layers):
-        patterns: list[Tensor] = []
-
-        def see(pattern: Tensor, patterns: list[Tensor] = patterns) -> None:
-            patterns[:] = [pattern.detach()]
-
-        hooks[pattern_hook(layer)] = see
-        hooks |= apply_pattern(layer, patterns.pop)
-    return hooks
-
-
-def _secant(model: HookedModel, layer: int) -> dict[str, Hook]:
-    """Hooks that give the activation of one MLP its secant slope and keep its value."""
-    mlp = f"blocks.{layer}.mlp"
-    names = model.bridge.hook_dict
-    if f"{mlp}.in.hook_out" not in names or f"{mlp}.out.hook_in" not in names:
-        raise UnsupportedModelError(
-            f"{type(model.hf).__name__} has no hooks round the activation of {mlp}, so "
-            "cdt-linear does not know its secant: use method='cdt' or 'ablation'."
-        )
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str) -> Hook:
-        def hook(value: Tensor) -> None:
-            seen[name] = value
-
-        return hook
-
-    gated = f"{mlp}.gate.hook_out" in names
-    activation = _activation(model) if gated else None
-
-    def replace(post: Tensor) -> Tensor:
-        linear: Tensor
-        up = seen["up"]
-        if activation is not None:
-            gate = seen["gate"]
-            t, u = gate.detach(), up.detach()
-            act = activation(t)
-            _check_value(model, mlp, act * u, post.detach())
-            linear = 0.5 * (_ratio(act, t) * u) * gate + 0.5 * act * up
-        else:
-            linear = _ratio(post.detach(), up.detach()) * up
-        return post.detach() + (linear - linear.detach())
-
-    hooks = {f"{mlp}.in.hook_out": see("up"), f"{mlp}.out.hook_in": replace}
-    return {f"{mlp}.gate.hook_out": see("gate"), **hooks} if gated else hooks
-
-
-def _ratio(value: Tensor, argument: Tensor) -> Tensor:
-    """act(t)/t; at t = 0, where a smooth activation has slope ½, that slope."""
-    safe = torch.where(argument == 0, torch.ones_like(argument), argument)
-    return torch.where(argument == 0, torch.full_like(value, 0.5), value / safe)
-
-
-def _activation(model: HookedModel) -> torch.nn.Module:
-    config = model.hf.config.get_text_config()
-    for key in ("hidden_activation", "hidden_act", "activation_function"):
-        name = getattr(config, key, None)
-        if name in ACT2FN:
-            return cast(torch.nn.Module, ACT2FN[name])
-    raise UnsupportedModelError(
-        f"The configuration of {model.name} names no activation function that we know."
+        z, slope = outputs[model.z_hook(layer)], gradients[model.z_hook(layer)]
+        # bf16 models: the products are summed in float32, as all statistics are.
+        deviation = at_least_float32(z - means.of_heads(layer, z))
+        at.append((deviation * at_least_float32(slope)).sum(-1) * where[..., None])
+        if mlps:
+            out, slope = outputs[model.mlp_hook(layer)], gradients[model.mlp_hook(layer)]
+            deviation = at_least_float32(out - means.of_mlp(layer, out))
+            of_mlps.append(((deviation * at_least_float32(slope)).sum(-1) * where).sum(-1))
+    heads = torch.stack(at, dim=2)
+    return Relevances(
+        heads.sum(1),
+        torch.stack(of_mlps, dim=1) if mlps else None,
+        heads if by_position else None,
     )
 
 
-def _check_value(model: HookedModel, mlp: str, linear: Tensor, post: Tensor) -> None:
-    """Make sure that the MLP really is what the secant assumes."""
-    tolerance = 64 * torch.finfo(post.dtype).eps
-    error = (linear - post).abs().max()
-    if error > tolerance * post.abs().max().clamp(min=1e-3):
-        raise UnsupportedModelError(
-            f"The activation of {mlp} in {type(model.hf).__name__} is not act(gate)·up with the "
-            f"configured activation (off by {float(error):.1e}): use method='cdt' or 'ablation'."
-        )
+def _frozen_patterns(model: HookedModel, rules: RuleSet) -> list[str]:
+    """Hooks at queries and keys: with these as constants, so are the patterns of this run."""
+    if not rules.freeze_patterns:
+        return []
+    layers = range(model.geometry.n_layers)
+    return [f"blocks.{layer}.attn.{part}.hook_out" for layer in layers for part in "qk"]
+
+
+def _secant_slope(model: HookedModel, site: ActivationSite) -> dict[str, Hook]:
+    """Hooks that give one activation its secant slope and keep its value."""
+
+    def at(post: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:
+        value = post.detach()
+        clean = None if gate is None else gate.detach()
+        linear = secant(model, site, value, up.detach(), clean)(up, gate)
+        return value + (linear - linear.detach())
+
+    return site_hooks(site, at)
 
 
 @contextmanager

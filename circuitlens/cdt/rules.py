@@ -15,7 +15,8 @@ class RuleSet:
     With total t, relevant part β and irrelevant part γ = t − β:
 
     * frozen *patterns* and *scales* (attention weights, norm denominators) are constants of the
-      clean run, so they pass β as linear maps;
+      clean run, so they pass β as linear maps; with the patterns a mixture of experts keeps its
+      routing (which experts a token goes to, and their weights);
     * activations go by ``difference``, β' = f(t) − f(t − β); by ``gradient``, β' = f'(t) β; or by
       ``secant``, β' = (f(t)/t) β. For a gated MLP f is act(gate) · up, and the secant gives half
       of the product to each factor.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
-__all__ = ["ActivationSite", "Family", "family_of"]
+__all__ = ["ActivationSite", "Family"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,36 @@ class ActivationSite:
 
 
 class Family:
-    """Where things are in the hooked view of a causal model with one MLP a layer."""
+    """Where things are in the hooked view of a causal model with one MLP a layer.
+
+    Attributes:
+        causal: whether tokens see only what stands before them; else it is a masked language
+            model, which answers in the place of its mask token.
+    """
 
     causal = True
 
+    def __init__(self, hf: PreTrainedModel) -> None:
+        self.hf = hf
+
+    @property
+    def architecture(self) -> str:
+        """Name under which TransformerLens knows this architecture."""
+        # Not what the configuration names: a checkpoint may have been saved with another head.
+        return type(self.hf).__name__
+
+    @property
+    def first_position(self) -> int:
+        """Position id of the first token."""
+        return 0
+
+    def adapt(self, adapter: Any) -> None:
+        """Change how TransformerLens is going to build the hooked view."""
+
     def mlp_output(self, layer: int) -> str:
         """Hook at the output of an MLP, before any norm behind it."""
-        return f"blocks.{layer}.mlp.hook_out"
+        # Not that of the whole module, which BERT has not, and which in BLOOM adds the residual.
+        return f"blocks.{layer}.mlp.out.hook_out"
 
     def routing(self, layer: int, hooks: Collection[str]) -> tuple[str, ...]:
         """Hooks at what sends tokens to experts: their choice and weights; none without experts."""
@@ -40,17 +64,12 @@ class Family:
 
     def activations(self, n_layers: int, hooks: Collection[str]) -> tuple[ActivationSite, ...]:
         """All activation functions on the residual stream's way to the logits, in order."""
-        sites = []
-        for mlp in (f"blocks.{layer}.mlp" for layer in range(n_layers)):
-            gate = f"{mlp}.gate.hook_out"
-            sites.append(
-                ActivationSite(
-                    f"{mlp}.out.hook_in", f"{mlp}.in.hook_out", gate if gate in hooks else None
-                )
-            )
-        return tuple(sites)
+        return tuple(self.activation(layer, hooks) for layer in range(n_layers))
 
-
-def family_of(hf: PreTrainedModel) -> Family:
-    """Return the family of a model."""
-    return Family()
+    def activation(self, layer: int, hooks: Collection[str]) -> ActivationSite:
+        """The activation function of a layer's MLP."""
+        mlp = f"blocks.{layer}.mlp"
+        gate = f"{mlp}.gate.hook_out"
+        return ActivationSite(
+            f"{mlp}.out.hook_in", f"{mlp}.in.hook_out", gate if gate in hooks else None
+        )

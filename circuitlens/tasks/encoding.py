@@ -1,7 +1,9 @@
 """From examples to token batches.
 
-A prompt is the template filled with the texts, behind ``<s>`` if the tokenizer has one. A text
-that is too long loses its end, never the end of the prompt: the question is asked in any case.
+A prompt is the template filled with the texts, behind ``<s>`` if the tokenizer has one. For a
+masked language model it stands behind ``[CLS]``, and ``[MASK]`` and ``[SEP]`` follow it: the answer
+belongs in the place of the mask. A text that is too long loses its end, never the end of the
+prompt: the question is asked in any case.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Encoded:
         gold: index of the right label of every example.
         label_tokens: the token of every label.
         pad_token: token for padding on the left.
-        n_prefix: 1 if prompts begin with ``<s>``, else 0.
+        n_prefix: 1 if prompts begin with ``<s>`` or ``[CLS]``, else 0.
+        n_suffix: tokens behind the decision position (1 for ``[SEP]``).
         n_truncated: how many texts lost their end.
     """
 
@@ -68,6 +71,7 @@ class Encoded:
     label_tokens: tuple[int, ...]
     pad_token: int
     n_prefix: int
+    n_suffix: int
     n_truncated: int
 
     def __len__(self) -> int:
@@ -83,7 +87,8 @@ class Encoded:
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         gold = torch.tensor([self.gold[i] for i in indices])
-        batch = Batch(ids, mask, gold, torch.tensor(self.label_tokens), self.n_prefix)
+        labels = torch.tensor(self.label_tokens)
+        batch = Batch(ids, mask, gold, labels, self.n_prefix, self.n_suffix)
         return batch if device is None else batch.to(device)
 
     def batches(
@@ -100,8 +105,21 @@ class Encoded:
         return -(-len(self) // batch_size)
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+def _frame(tokenizer: PreTrainedTokenizerBase, masked: bool) -> tuple[list[int], list[int]]:
+    """Return the tokens before a filled template and those behind it."""
+    if not masked:
+        return _some(tokenizer.bos_token_id), []
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            "The tokenizer of this masked language model has no mask token, in whose place the "
+            "answer belongs: set tokenizer.mask_token."
+        )
+    behind = [int(tokenizer.mask_token_id), *_some(tokenizer.sep_token_id)]
+    return _some(tokenizer.cls_token_id), behind
+
+
+def _some(token: int | None) -> list[int]:
+    return [] if token is None else [int(token)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -163,6 +181,7 @@ def encode(
     words: Mapping[str, str],
     *,
     max_text_tokens: int,
+    masked: bool = False,
     context: int | None = None,
     where: str = "examples",
 ) -> Encoded:
@@ -175,19 +194,22 @@ def encode(
         words: label word by label; their order numbers the labels.
         max_text_tokens: limit for the texts of one example together. The longest text of an
             example is cut first.
+        masked: encode for a masked language model, which answers in the place of its mask.
         context: most tokens that the model takes; lowers the limit where needed.
         where: what to call the examples in the log.
 
     Raises:
-        InputError: for label words that are not one token, or a template longer than the context.
+        InputError: for label words that are not one token, a template longer than the context, or
+            a missing mask token.
     """
     tokens_of = label_tokens(tokenizer, template, words)
-    prefix = _prefix(tokenizer)
+    before, behind = _frame(tokenizer, masked)
     fields = template_fields(template)
     if max_text_tokens < 1:
         raise InputError(f"max_text_tokens must be positive, but is {max_text_tokens}.")
     if context is not None:
-        bare = len(prefix) + len(_ids(tokenizer, template.format(**dict.fromkeys(fields, "x"))))
+        empty = _ids(tokenizer, template.format(**dict.fromkeys(fields, "x")))
+        bare = len(before) + len(empty) + len(behind)
         if bare >= context:
             raise InputError(
                 f"The prompt template takes {bare} tokens, but the model's context has {context}: "
@@ -209,7 +231,7 @@ def encode(
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
-        rows.append(tuple(prefix + _ids(tokenizer, template.format(**texts))))
+        rows.append(tuple(before + _ids(tokenizer, template.format(**texts)) + behind))
     if truncated:
         _report_truncation(where, truncated, len(examples), max_text_tokens)
     index = {label: i for i, label in enumerate(words)}
@@ -221,7 +243,8 @@ def encode(
         label_tokens=tuple(tokens_of[label] for label in words),
         # Padding is masked everywhere, so any token serves where a tokenizer names none.
         pad_token=int(pad) if pad is not None else 0,
-        n_prefix=len(prefix),
+        n_prefix=len(before),
+        n_suffix=max(0, len(behind) - 1),
         n_truncated=truncated,
     )
 

@@ -285,12 +285,16 @@ class Task:
     def encode(self, model: HookedModel, examples: Sequence[Example]) -> Encoded:
         """Encode examples for a model (see :mod:`circuitlens.tasks.encoding`)."""
         context = getattr(model.hf.config, "max_position_embeddings", None)
+        if context is not None:
+            # RoBERTa's first position ids belong to no token.
+            context -= model.family.first_position
         return encode(
             examples,
             model.tokenizer,
             self.template,
             self.labels,
             max_text_tokens=self.max_text_tokens,
+            masked=not model.family.causal,
             context=context,
             where=f"{self.name}/{self.language}",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -77,49 +79,61 @@ def faithfulness_curve(
     curves: FaithfulnessCurve | Sequence[FaithfulnessCurve],
     circuit: Circuit | None = None,
     title: str = "",
+    scale: str = "linear",
 ) -> go.Figure:
     """Draw margin and accuracy kept by circuits of growing size, beside random circuits.
+
+    Thin dotted lines are the model without those heads. The band spans the random circuits of the
+    first curve; for a single curve a dashed line is the median of the layer-matched ones.
 
     Args:
         curves: one, or several of the same model and examples under different methods.
         circuit: marks its size.
         title: of the figure.
+        scale: of the axis of heads; ``"log"`` spreads small circuits out and has no place for the
+            empty one.
+
+    Raises:
+        InputError: for another scale.
     """
+    if scale not in ("linear", "log"):
+        raise InputError(f"The scale is 'linear' or 'log', but is {scale!r}.")
     several = [curves] if isinstance(curves, FaithfulnessCurve) else list(curves)
+    first = several[0]
+    start = 1 if scale == "log" else 0
     fig = make_subplots(
         1, 2, subplot_titles=("share of the margin kept, f", "accuracy"), horizontal_spacing=0.12
     )
-    fig.update_layout(figure(title, height=380).layout)
+    fig.update_layout(figure(title, height=420).layout)
     # Left, where the mode bar does not come over them.
     for n, heading in enumerate(fig.layout.annotations, start=1):
         heading.update(x=0, xref=f"x{n if n > 1 else ''} domain", xanchor="left", font={"size": 13})
-    first = several[0]
-    for column, (band, field) in enumerate(
-        (("random_faithfulness", "faithfulness"), ("random_accuracy", "accuracy")), start=1
+    for column, (metric, without) in enumerate(
+        (("faithfulness", "completeness"), ("accuracy", "without_accuracy")), start=1
     ):
-        draws = getattr(first, band)
-        if len(draws):
-            _band(fig, first, draws, column)
+        place: dict[str, Any] = {"row": 1, "col": column, "showlegend": column == 1}
+        _band(fig, first, getattr(first, f"random_{metric}"), start, place | {"legendrank": 4})
+        if len(several) == 1:
+            draws = getattr(first, f"layer_matched_{metric}")
+            name = f"random, matched layer by layer, median of {len(draws)}"
+            style = {"color": "#777", "dash": "dash", "width": 1.5}
+            median = np.median(draws, axis=0)
+            _line(fig, first, median, start, name, style, place | {"legendrank": 3})
         for n, curve in enumerate(several):
-            fig.add_scatter(
-                x=curve.sizes,
-                y=getattr(curve, field),
-                mode="lines+markers",
-                name=f"top heads ({curve.method})",
-                legendgroup=curve.method,
-                showlegend=column == 1,
-                line={"color": PALETTE[n % len(PALETTE)], "width": 2.5},
-                hovertemplate="%{x} heads: %{y:.3f}<extra>" + curve.method + "</extra>",
-                row=1,
-                col=column,
-            )
+            colour = PALETTE[n % len(PALETTE)]
+            name, style = "the model without them", {"color": colour, "dash": "dot", "width": 1}
+            # Once in the legend: the colours are those of the thick lines.
+            once = {"showlegend": column == 1 and n == 0, "legendrank": 2}
+            _line(fig, curve, getattr(curve, without), start, name, style, place | once)
+            name, style = f"top heads ({curve.method})", {"color": colour, "width": 2.5}
+            line = place | {"mode": "lines+markers", "legendrank": 1}
+            _line(fig, curve, getattr(curve, metric), start, name, style, line)
         if circuit is not None:
-            fig.add_vline(
-                x=len(circuit), line={"color": INK, "dash": "dot", "width": 1}, row=1, col=column
-            )
+            style = {"color": INK, "width": 1}
+            fig.add_vline(x=len(circuit), line=style, row=1, col=column)
     if circuit is not None:
         fig.add_annotation(
-            x=len(circuit),
+            x=math.log10(max(1, len(circuit))) if scale == "log" else len(circuit),
             y=1.0,
             yref="y domain",
             xref="x",
@@ -129,38 +143,72 @@ def faithfulness_curve(
             xshift=4,
             font={"size": 11},
         )
-    fig.update_xaxes(title="heads kept", rangemode="tozero")
-    fig.update_layout(legend={"orientation": "h", "y": -0.22, "x": 0})
+    ticks = _spread(first.sizes[start:], scale)
+    fig.update_xaxes(
+        title=f"heads kept, of {first.n_heads}",
+        type=scale,
+        tickvals=ticks,
+        ticktext=[f"{n}<br>{_percent(n / first.n_heads)} %" for n in ticks],
+        tickangle=0,
+    )
+    below = {"yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
+    fig.update_layout(legend={"orientation": "h", **below}, margin={"b": 110})
     return fig
 
 
-def _band(fig: go.Figure, curve: FaithfulnessCurve, draws: np.ndarray, column: int) -> None:
-    sizes = list(curve.sizes)
+def _percent(share: float) -> str:
+    """Percents in as few digits as a tick has room for: 0.1, 0.5, 8.3, 21."""
+    percent = 100 * share
+    return f"{float(f'{percent:.2g}' if percent >= 1 else f'{percent:.1g}'):g}"
+
+
+def _spread(sizes: Sequence[int], scale: str) -> list[int]:
+    """Sizes that can be written below an axis without touching: the ends, then large ones first."""
+    place = np.log(sizes) if scale == "log" else np.array(sizes, dtype=float)
+    gap = 0.09 * (place[-1] - place[0])
+    chosen = [0, len(sizes) - 1]
+    for i in range(len(sizes) - 2, 0, -1):
+        if np.abs(place[chosen] - place[i]).min() >= gap:
+            chosen.append(i)
+    return sorted({sizes[i] for i in chosen})
+
+
+def _line(
+    fig: go.Figure,
+    curve: FaithfulnessCurve,
+    values: np.ndarray,
+    start: int,
+    name: str,
+    style: dict[str, Any],
+    place: dict[str, Any],
+) -> None:
+    fig.add_scatter(
+        x=curve.sizes[start:],
+        y=values[start:],
+        name=name,
+        legendgroup=name,
+        line=style,
+        customdata=100 * curve.shares[start:],
+        hovertemplate=f"%{{x}} heads (%{{customdata:.3g}} %): %{{y:.3f}}<extra>{name}</extra>",
+        **{"mode": "lines", **place},
+    )
+
+
+def _band(
+    fig: go.Figure, curve: FaithfulnessCurve, draws: np.ndarray, start: int, place: dict[str, Any]
+) -> None:
+    sizes = list(curve.sizes[start:])
     fig.add_scatter(
         x=sizes + sizes[::-1],
-        y=[*draws.max(0), *draws.min(0)[::-1]],
+        y=[*draws.max(0)[start:], *draws.min(0)[start:][::-1]],
         fill="toself",
         fillcolor=BAND,
         mode="lines",
         line={"width": 0},
         hoverinfo="skip",
-        name=f"random circuits ({len(draws)} draws, least to largest)",
+        name=f"random heads, least to largest of {len(draws)}",
         legendgroup="random",
-        showlegend=column == 1,
-        row=1,
-        col=column,
-    )
-    fig.add_scatter(
-        x=sizes,
-        y=draws.mean(0),
-        mode="lines",
-        line={"color": "#777", "dash": "dash", "width": 1.5},
-        name="random circuits, mean",
-        legendgroup="random",
-        showlegend=column == 1,
-        hovertemplate="%{x} random heads: %{y:.3f}<extra></extra>",
-        row=1,
-        col=column,
+        **place,
     )
 
 

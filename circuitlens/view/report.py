@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
-from circuitlens.scores import METHODS, HeadScores
+from circuitlens.scorers import METHODS
+from circuitlens.scores import HeadScores
 from circuitlens.storage import replacing
 from circuitlens.view.figures import faithfulness_curve, head_heatmap, transfer_tradeoff
 
@@ -75,7 +76,10 @@ def render_report(
     template = resources.files("circuitlens.view") / "templates" / "report.html.j2"
     figures = {"heatmap": _embed(head_heatmap(scores, circuit), "heads")}
     if curve is not None:
-        figures["faithfulness"] = _embed(faithfulness_curve(curve, circuit), "faithfulness-figure")
+        # In large models the small circuits, which matter, would all sit at the left edge.
+        scale = "log" if curve.n_heads > 100 else "linear"
+        fig = faithfulness_curve(curve, circuit, scale=scale)
+        figures["faithfulness"] = _embed(fig, "faithfulness-figure")
     if any(r.source_change is not None for r in results):
         figures["tradeoff"] = _embed(transfer_tradeoff(results), "tradeoff")
     total = scores.n_layers * scores.n_heads
