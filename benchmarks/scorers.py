@@ -2,73 +2,72 @@
 
     python -m benchmarks.scorers ../shared
 
-Prints a Markdown table for the shared checkpoint ``nusa-tiny-ind`` on NusaX Indonesian.
+Prints, as Markdown, the table of `cl.compare_scorers` for the shared checkpoint `nusa-tiny-ind` on
+NusaX Indonesian and for two models of the built-in toy language that are trained here.
 """
 
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-from scipy.stats import spearmanr
+import torch
 
 import circuitlens as cl
+from circuitlens.tasks import toy
 
-SIZES = [4, 8, 10, 16, 24]
-DRAWS = 500
-
-
-def _interval(scores: cl.HeadScores, exact: cl.HeadScores) -> tuple[float, float]:
-    """Bootstrap interval of the rank correlation over examples, both resampled alike."""
-    a, b = (s.per_example.double().numpy().reshape(len(s.example_ids), -1) for s in (scores, exact))
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS):
-        chosen = rng.integers(len(a), size=len(a))
-        drawn.append(spearmanr(a[chosen].mean(0), b[chosen].mean(0)).statistic)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+SIZES = [0.125, 0.25, 0.3125, 0.5, 0.75]
+COLUMNS = ["spearman", "overlap", "mlp_spearman", "area_f", "area_accuracy", "seconds"]
 
 
-def main(shared: Path) -> None:
-    model = cl.load(shared / "models" / "nusa-tiny-ind")
-    task = cl.load_task("nusax", "indonesian", data=shared / "data" / "nusax")
-    columns = ["positions", "scorer", "Spearman", "95 % interval", "seconds"]
-    columns += ["f, 8 heads", "f, 16", "mean f"]
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
-    for positions in ("all", "decision"):
-        baseline = cl.label_balanced_mean(model, task, positions=positions)
-        found: dict[str, cl.HeadScores] = {}
-        seconds: dict[str, float] = {}
-        for method in ("ablation", *(m for m in cl.METHODS if m not in ("ablation", "random"))):
-            start = time.perf_counter()
-            found[method] = cl.relevance(model, task, baseline, method=method)
-            seconds[method] = time.perf_counter() - start
-        for method, scores in found.items():
-            exact = found["ablation"]
-            rank = spearmanr(scores.mean.flatten(), exact.mean.flatten()).statistic
-            low, high = _interval(scores, exact)
-            curve = cl.faithfulness(model, task, scores, baseline, sizes=SIZES, n_random=10)
-            f = dict(zip(curve.sizes, curve.faithfulness, strict=True))
-            mean_f = np.mean([f[s] for s in SIZES])
-            interval = "" if method == "ablation" else f"{low:.2f} to {high:.2f}"
+def _models(shared: Path | None) -> Iterator[tuple[str, cl.HookedModel, cl.Task]]:
+    if shared is not None:
+        task = cl.load_task("nusax", "indonesian", data=shared / "data" / "nusax")
+        yield "nusa-tiny-ind", cl.load(shared / "models" / "nusa-tiny-ind"), task
+    task = cl.load_task("toy")
+    for seed, layers in ((0, 3), (1, 4)):
+        model = cl.finetune(
+            toy.toy_model(n_layers=layers, seed=seed), task, **{**toy.TOY_FINETUNE, "seed": seed}
+        )
+        yield f"toy, {layers} layers, seed {seed}", model, task
+
+
+def _row(row: object) -> str:
+    def cell(column: str) -> str:
+        value = getattr(row, column)
+        if value != value:
+            return "–"
+        if not column.endswith("spearman"):
+            return f"{value:.1f}" if column == "seconds" else f"{value:.2f}"
+        prefix = column.removesuffix("spearman")
+        low, high = getattr(row, f"{prefix}low"), getattr(row, f"{prefix}high")
+        return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+    return " | ".join(map(cell, COLUMNS))
+
+
+def main(shared: Path | None) -> None:
+    torch.set_num_threads(1)
+    header = ["model", "positions", "scorer", *COLUMNS]
+    print("| " + " | ".join(header) + " |")
+    print("|---" * len(header) + "|")
+    modes: tuple[Literal["all", "decision"], ...] = ("all", "decision")
+    for name, model, task in _models(shared):
+        for positions in modes:
+            baseline = cl.label_balanced_mean(model, task, positions=positions)
+            found = cl.compare_scorers(
+                model, task, baseline, sizes=SIZES, max_examples=120, quiet=True
+            )
+            for row in found.to_frame().itertuples():
+                print(f"| {name} | {positions} | {row.scorer} | {_row(row)} |", flush=True)
             print(
-                f"| {positions} | `{method}` | {rank:.2f} | {interval} | {seconds[method]:.1f} | "
-                f"{f[8]:.2f} | {f[16]:.2f} | {mean_f:.2f} |",
+                f"<!-- {name}, {positions}: {found.n_examples} examples scored, faithfulness on "
+                f"{found.n_held_out}, top {found.n_top} heads -->",
                 flush=True,
             )
-        # The same random circuits for every method, so any of the curves has them.
-        middle = curve.random_faithfulness[:, 1:-1].mean(0)
-        at = dict(zip(SIZES, middle, strict=True))
-        print(
-            f"| {positions} | random circuits (10) | – | – | – | {at[8]:.2f} | {at[16]:.2f} | "
-            f"{middle.mean():.2f} |",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -52,8 +52,9 @@ class MeanBaseline:
     Attributes:
         mean: μ of every head, float32 at least.
         mlp_mean: μ of every MLP.
-        by_position: heads' means of single positions, the decision last, if those were asked for;
-            where a label has no example as long as that, the mean over positions stands.
+        by_position: heads' means of single positions counted from the end of the prompt (the last
+            index is its last token), if those were asked for; where a label has no example as
+            long as that, the mean over positions stands.
         mlp_by_position: the same of MLPs.
         positions: ``"all"`` prompt positions but ``<s>``, or the ``"decision"`` position.
         example_ids: the correctly answered examples; discovery runs on these.

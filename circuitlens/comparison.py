@@ -10,7 +10,7 @@ import html
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -172,20 +172,27 @@ def compare_scorers(
     costs: dict[str, dict[str, float]] = {}
     for number, name in enumerate(names):
         method: str | RuleSet = own.get(name, name)
-        with PeakMemory(model.device) as memory:
-            start = time.perf_counter()
-            scores[name] = relevance(
+        by = scorer(method)
+
+        def score(with_mlps: bool, method: str | RuleSet = method) -> HeadScores:
+            return relevance(
                 model,
                 task,
                 baseline,
                 method=method,
-                mlps=mlps and scorer(method).mlps,
+                mlps=with_mlps,
                 max_examples=max_examples,
                 batch_size=batch_size,
                 seed=seed,
                 quiet=quiet,
             )
+
+        with PeakMemory(model.device) as memory:
+            start = time.perf_counter()
+            scores[name] = score(mlps and by.mlps and not by.joint)
             seconds = time.perf_counter() - start
+        if mlps and by.mlps and by.joint:
+            scores[name] = replace(scores[name], mlps=score(True).mlps)
         costs[name] = {"seconds": seconds, "peak_mib": memory.mib}
         curves[name] = faithfulness(
             model,

@@ -20,6 +20,8 @@ from circuitlens.tasks import Encoded, Example, Task
 
 __all__ = ["Evaluation", "evaluate", "near_chance", "predict", "summarise"]
 
+_BINS = 15
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -30,12 +32,16 @@ class Evaluation:
         accuracy: share of examples whose right label has the largest logit of all labels.
         macro_f1: F1 score, averaged over labels.
         margin: mean task margin, in logits.
+        calibration_error: expected calibration error of the label probabilities (softmax over
+            the label tokens): mean distance between confidence and accuracy over 15 bins of equal
+            width (Guo et al. 2017, arXiv 1706.04599). 0 is calibrated.
     """
 
     n: int
     accuracy: float
     macro_f1: float
     margin: float
+    calibration_error: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -87,7 +93,17 @@ def summarise(logits: Float[Tensor, "example label"], gold: Tensor) -> Evaluatio
         accuracy=float((predicted == gold).double().mean()),
         macro_f1=float(macro),
         margin=float(margin.double().mean()),
+        calibration_error=_calibration_error(logits, gold),
     )
+
+
+def _calibration_error(logits: Float[Tensor, "example label"], gold: Tensor) -> float:
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == gold).double()
+    # A confidence of 1 belongs to the last bin.
+    bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
+    gap = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, confidence - right)
+    return float(gap.abs().sum() / len(gold))
 
 
 def near_chance(n_correct: int, gold: Sequence[int]) -> tuple[bool, float]:

@@ -68,6 +68,7 @@ class Scorer:
         batch: scores the examples of a batch, or
         whole: ranks heads on all batches together (one score for all examples).
         mlps, by_position, direct: whether it can do what these requests ask.
+        joint: scoring MLPs too changes the scores of heads, because both are moved together.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Scorer:
     mlps: bool = False
     by_position: bool = False
     direct: bool = False
+    joint: bool = False
 
     def check(self, request: Request) -> None:
         """Refuse what this scorer cannot do.
@@ -232,6 +234,7 @@ SCORERS: dict[str, Scorer] = {
             batch=partial(_path, steps=1),
             mlps=True,
             by_position=True,
+            joint=True,
         ),
         Scorer(
             "integrated-gradients",
@@ -239,6 +242,7 @@ SCORERS: dict[str, Scorer] = {
             batch=_path,
             mlps=True,
             by_position=True,
+            joint=True,
         ),
         Scorer(
             "dla",

@@ -62,8 +62,9 @@ class HeadScores:
         example_ids: the examples, in order.
         provenance: where it comes from.
         mlps: relevance of every MLP, if it was asked for.
-        by_position: relevance of every head at every single position, if it was asked for. The
-            last index is the decision position; shorter prompts have zeros on the left.
+        by_position: relevance of every head at every single position, if it was asked for.
+            Positions are counted from the end of the prompt: the last index is its last token
+            (the decision, but for masked models). Shorter prompts have zeros on the left.
     """
 
     per_example: Float[Tensor, "example layer head"]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ALL, MASKED, loaded
 from hand_frozen import HandFrozen, put
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cdt import row
 from test_model import batch_of
 
@@ -131,7 +133,7 @@ def test_beta_and_gamma_add_up_to_the_activation_at_every_hook(name, rules):
         mlp_means=means.mlps.expand(-1, 6, -1),
         hooks="all",
     )
-    assert found.check() < 1e-4
+    assert found.check() < 1e-5
     assert len(found.activations) >= 4 * g.n_layers + 1
     # At a source γ is the mean; nothing is relevant below it, nor anywhere without a source.
     gamma = found.irrelevant_at(model.z_hook(0))[0, :, :, 1]
@@ -150,10 +152,24 @@ def test_check_notices_totals_that_are_not_the_models():
     found = cl.decompose(model, tokens, [[(cl.Head(0, 1), 2)]], means, "cdt", hooks="all")
     assert found.check(1e-5) < 1e-5
     spoilt = {**found.activations, model.mlp_hook(1): found.activations[model.mlp_hook(1)] * 1.01}
-    with pytest.raises(cl.CircuitLensError, match=r"at blocks\.1\.mlp\.out\.hook_out by 1\.0e-02"):
+    with pytest.raises(cl.CircuitLensError, match=r"at blocks\.1\.mlp\.out\.hook_out by \d"):
         replace(found, activations=spoilt).check()
     with pytest.raises(cl.InputError, match="was not kept"):
         found.irrelevant_at("blocks.0.ln1.hook_in")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decompositions_in_16_bits_add_up_within_their_rounding(dtype):
+    model = loaded("qwen2", dtype)
+    tokens = batch_of(model, 6).input_ids
+    means = node_means(model).heads.expand(-1, 6, -1, -1)
+    found = cl.decompose(model, tokens, [[(cl.Head(0, 1), None)]], means, "cdt", hooks="all")
+    assert 1e-5 < found.check() < 5e-2
+    too_far = 6e4 * torch.ones_like(means)
+    burst = cl.decompose(model, tokens, [[(cl.Head(0, 1), None)]], too_far, "cdt", hooks="all")
+    if dtype == torch.float16:
+        with pytest.raises(cl.CircuitLensError, match=r"β is not finite at .* load the model with"):
+            burst.check()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "mixtral", "bert"])
@@ -187,6 +203,38 @@ def test_source_sets_of_any_nodes_at_any_positions(name):
         mine = task_margin(found.relevant[k], plain)
         torch.testing.assert_close(mine, expected.to(mine), **CLOSE)
     assert found.check() < 1e-4
+
+
+_nodes = st.one_of(
+    st.builds(cl.Head, st.integers(0, 2), st.integers(0, 3)), st.builds(cl.MLP, st.integers(0, 2))
+)
+_sets = st.lists(st.tuples(_nodes, st.one_of(st.none(), st.integers(-6, 5))), max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sites=_sets, linear=st.booleans())
+def test_any_source_set_is_a_patch_of_the_frozen_network(sites, linear):
+    model = loaded("llama")
+    batch, means = batch_of(model, 6), node_means(model)
+    found = cl.decompose(
+        model,
+        batch.input_ids,
+        [sites],
+        means.heads.expand(-1, 6, -1, -1),
+        "cdt-linear" if linear else "cdt",
+        mlp_means=means.mlps.expand(-1, 6, -1),
+    )
+    oracle = HandFrozen(model, batch, linear=linear)
+    edits = {}
+    for node, position in sites:
+        where = torch.zeros(1, 6, dtype=torch.bool)
+        where[:, slice(None) if position is None else position] = True
+        for name, edit in patches_of(model, means, [node], where).items():
+            before = edits.get(name, lambda x: x)
+            edits[name] = lambda x, a=before, b=edit: b(a(x))
+    expected = oracle.lost(edits)
+    mine = task_margin(found.relevant[0], batch)
+    torch.testing.assert_close(mine, expected.to(mine), **CLOSE)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -66,7 +66,8 @@ def decompose(
             the residual stream entering each layer, z, what attention and MLPs write, activations,
             and the input of the unembedding.
         batch_size: rows (one prompt under one source set) that are computed at once; sets memory,
-            not the result. It halves, with a line in the log, when memory runs out.
+            not the result. With a rule set it halves, with a line in the log, when memory runs
+            out.
         quiet: no progress bar.
 
     Raises:

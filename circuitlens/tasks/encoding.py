@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
 
@@ -76,6 +76,34 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """These examples, then those.
+
+        Raises:
+            InputError: if labels have other tokens there.
+        """
+        if self.label_tokens != other.label_tokens or self.n_suffix != other.n_suffix:
+            raise InputError(
+                "Examples cannot be mixed whose labels have different tokens: give both tasks the "
+                "same label words and the same model."
+            )
+        return replace(
+            self,
+            ids=self.ids + other.ids,
+            tokens=self.tokens + other.tokens,
+            gold=self.gold + other.gold,
+            n_truncated=self.n_truncated + other.n_truncated,
+        )
+
+    def take(self, indices: Sequence[int]) -> Encoded:
+        """The examples at ``indices``."""
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in indices),
+            tokens=tuple(self.tokens[i] for i in indices),
+            gold=tuple(self.gold[i] for i in indices),
+        )
 
     def batch(self, indices: Sequence[int], device: torch.device | None = None) -> Batch:
         """Pad the examples at ``indices`` on the left and stack them."""

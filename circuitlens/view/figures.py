@@ -112,8 +112,9 @@ def faithfulness_curve(
         (("faithfulness", "completeness"), ("accuracy", "without_accuracy")), start=1
     ):
         place: dict[str, Any] = {"row": 1, "col": column, "showlegend": column == 1}
-        _band(fig, first, getattr(first, f"random_{metric}"), start, place | {"legendrank": 4})
-        if len(several) == 1:
+        if len(random := getattr(first, f"random_{metric}")):
+            _band(fig, first, random, start, place | {"legendrank": 4})
+        if len(several) == 1 and len(random):
             draws = getattr(first, f"layer_matched_{metric}")
             name = f"random, matched layer by layer, median of {len(draws)}"
             style = {"color": "#777", "dash": "dash", "width": 1.5}

@@ -1,0 +1,141 @@
+"""What a transfer left of the model before it: other tasks, weights, and the circuit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from circuitlens.baseline import label_balanced_mean
+from circuitlens.circuit import Circuit
+from circuitlens.errors import InputError
+from circuitlens.evaluation import Evaluation, evaluate
+from circuitlens.model import HookedModel
+from circuitlens.scores import HeadScores
+from circuitlens.scoring import relevance
+from circuitlens.tasks import Task
+
+__all__ = ["CircuitShift", "Retained", "circuit_shift", "evaluate_all", "weight_drift"]
+
+
+@dataclass(frozen=True)
+class Retained:
+    """A task or language that was not trained on, before and after.
+
+    Attributes:
+        name: ``task/language``.
+        before, after: on its test split.
+    """
+
+    name: str
+    before: Evaluation
+    after: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return {"name": self.name, "before": self.before.to_dict(), "after": self.after.to_dict()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Retained:
+        """Rebuild what :meth:`to_dict` returned."""
+        before, after = (Evaluation(**content[name]) for name in ("before", "after"))
+        return cls(content["name"], before, after)
+
+
+@dataclass(frozen=True)
+class CircuitShift:
+    """How the source circuit moved: it is searched anew in the adapted model.
+
+    Attributes:
+        after: the circuit of the adapted model, with as many heads.
+        overlap: Jaccard index with the circuit before.
+        rank_correlation: Spearman between the scores of all heads before and after.
+    """
+
+    after: Circuit
+    overlap: float
+    rank_correlation: float
+
+
+def evaluate_all(
+    model: HookedModel, tasks: Sequence[Task], *, quiet: bool = False
+) -> list[Evaluation]:
+    """Evaluate a model on the test splits of some tasks.
+
+    Raises:
+        InputError: if two of them have the same name and language.
+    """
+    names = [f"{task.name}/{task.language}" for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"Retention of {twice[0]} was asked for twice: name every task once.")
+    return [evaluate(model, task, task["test"], quiet=quiet) for task in tasks]
+
+
+@torch.no_grad()
+def weight_drift(before: HookedModel, after: HookedModel) -> Float[Tensor, "layer head"]:
+    """Norm of the change of every head's weights (its slices of q, k, v, biases, and o).
+
+    Under grouped-query attention the key/value slices count for every query head that shares them.
+
+    Args:
+        before, after: the same model with other weights.
+
+    Raises:
+        InputError: if their heads differ.
+    """
+    g = before.geometry
+    if len(g) != len(after.geometry) or g.n_layers != after.geometry.n_layers:
+        raise InputError(
+            f"{before.name} and {after.name} have different heads, so their weights cannot be "
+            "compared."
+        )
+    old, new = (dict(model.hf.named_parameters()) for model in (before, after))
+    drift = torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64)
+    for head in g:
+        squares = [
+            (piece.of(new[piece.parameter]).double() - piece.of(old[piece.parameter]).double())
+            .square()
+            .sum()
+            for piece in g.slices(head)
+        ]
+        drift[head.layer, head.index] = torch.stack(squares).sum().sqrt().cpu()
+    return drift.float()
+
+
+def circuit_shift(
+    adapted: HookedModel,
+    source: Task,
+    circuit: Circuit,
+    scores: HeadScores,
+    *,
+    quiet: bool = False,
+) -> CircuitShift:
+    """Search the source circuit again in an adapted model, in the way it was found before.
+
+    Args:
+        adapted: the model after a transfer.
+        source: the source task.
+        circuit: found before the transfer.
+        scores: of all heads before the transfer; gives method, positions and number of examples.
+        quiet: no progress bar.
+    """
+    baseline = label_balanced_mean(
+        adapted, source, positions=scores.positions, allow_chance=True, quiet=quiet
+    )
+    again = relevance(
+        adapted,
+        source,
+        baseline,
+        method=scores.method,
+        max_examples=len(scores.example_ids),
+        seed=scores.provenance.seed,
+        quiet=quiet,
+    )
+    after = again.top(len(circuit))
+    ranks = spearmanr(scores.mean.flatten(), again.mean.flatten()).statistic
+    return CircuitShift(after, circuit.overlap(after), float(ranks))

@@ -1,0 +1,95 @@
+"""What a strategy trains: an adapter on a copy of the model, or entries of its own weights.
+
+Both offer the same: a copied model that a trainer can run, the trained tensors, and a way to turn
+them into a plain model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from circuitlens.model import HookedModel
+
+__all__ = ["Trainable"]
+
+Masks = Mapping[str, Bool[Tensor, "..."]]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A copy of a model of which some tensors are trained.
+
+    Attributes:
+        model: the copy; the adapter, if there is one, sits inside its Hugging Face view.
+        masks: trained entries by parameter name, if there is no adapter.
+        adapter: a PEFT model around the copy's Hugging Face view.
+    """
+
+    model: HookedModel
+    masks: Masks | None = None
+    adapter: Any = None
+
+    @classmethod
+    def of_entries(cls, model: HookedModel, masks: Masks) -> Trainable:
+        """Train entries of the weights by gradient masking."""
+        return cls(model.clone(), masks=masks)
+
+    @classmethod
+    def of_adapter(cls, model: HookedModel, config: Any, seed: int) -> Trainable:
+        """Train a PEFT adapter."""
+        from peft import get_peft_model
+
+        copy = model.clone()
+        # Some adapters begin at random.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapter = get_peft_model(cast(Any, copy.hf), config)
+        return cls(copy, adapter=adapter)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that hold trained entries, by name."""
+        named = dict(self.model.hf.named_parameters())
+        if self.masks is not None:
+            return {name: named[name] for name in self.masks}
+        return {name: p for name, p in named.items() if p.requires_grad}
+
+    @property
+    def n_entries(self) -> int:
+        """Number of trained entries."""
+        if self.masks is not None:
+            return sum(int(mask.sum()) for mask in self.masks.values())
+        return sum(p.numel() for p in self.parameters.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy the trained entries."""
+        masks = self.masks or {}
+        return {
+            name: (p.detach()[masks[name]] if name in masks else p.detach()).clone()
+            for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put trained entries back."""
+        masks = self.masks or {}
+        for name, parameter in self.parameters.items():
+            if name in masks:
+                parameter[masks[name]] = state[name].to(parameter)
+            else:
+                parameter.copy_(state[name])
+
+    def merged(self) -> HookedModel:
+        """Return the plain model that this has become; the adapter is gone afterwards."""
+        if self.adapter is None:
+            return self.model
+        plain = self.adapter.merge_and_unload()
+        for parameter in plain.parameters():
+            parameter.requires_grad_(True)
+        return HookedModel(plain, self.model._tokenizer, self.model.name)
