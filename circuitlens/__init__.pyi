@@ -14,6 +14,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .evaluation import Evaluation, evaluate
+from .experiments import Comparison, compare
 from .geometry import Head, HeadGeometry, WeightSlice
 from .marginal import Minimality, minimality
 from .measuring import faithfulness
@@ -33,6 +34,7 @@ __all__ = [
     "Batch",
     "Circuit",
     "CircuitLensError",
+    "Comparison",
     "CompetenceError",
     "Evaluation",
     "Example",
@@ -51,6 +53,7 @@ __all__ = [
     "TransferResult",
     "UnsupportedModelError",
     "WeightSlice",
+    "compare",
     "compare_scorers",
     "decompose",
     "discover",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from circuitlens.errors import InputError
 from circuitlens.geometry import Head
@@ -104,6 +105,33 @@ class Circuit:
             if (head := Head(layer, index)) not in self
         )
         return Circuit(rest, self.n_layers, self.n_heads, f"all but ({self.selection})")
+
+    def random_like(self, seed: int = 0, *, by_layer: bool = False) -> Circuit:
+        """As many heads drawn at random: a control.
+
+        Args:
+            seed: of the draw.
+            by_layer: draw as many in every layer as this circuit has there.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(heads: list[Head], count: int) -> list[Head]:
+            order = torch.randperm(len(heads), generator=generator)
+            return [heads[i] for i in order[:count]]
+
+        rows = [
+            [Head(layer, index) for index in range(self.n_heads)] for layer in range(self.n_layers)
+        ]
+        if by_layer:
+            counts = [sum(head.layer == layer for head in self) for layer in range(self.n_layers)]
+            chosen = [
+                head for row, count in zip(rows, counts, strict=True) for head in draw(row, count)
+            ]
+        else:
+            chosen = draw([head for row in rows for head in row], len(self))
+        how = "at random, layer by layer" if by_layer else "at random"
+        selection = f"{len(self)} {how} (seed {seed})"
+        return Circuit(tuple(chosen), self.n_layers, self.n_heads, selection, self.provenance)
 
     def overlap(self, other: Circuit) -> float:
         """Jaccard index: heads in both over heads in either (1 for two empty circuits)."""

@@ -6,6 +6,7 @@ The heavy imports stand inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,8 @@ from rich.table import Table
 from circuitlens.errors import CircuitLensError, InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from circuitlens.adapt import TransferResult
     from circuitlens.pipeline import RunFolder
 
@@ -97,6 +100,56 @@ def _strategy_table(results: Sequence[TransferResult]) -> Table:
             f"{r.n_trainable:,}",
             f"{r.learning_rate:g}",
             f"{r.seconds:.1f}",
+        )
+    return table
+
+
+def _summary_table(summary: pd.DataFrame) -> Table:
+    table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
+    table.add_column("target")
+    table.add_column("strategy")
+    for name in ("seeds", "target before", "after", "gain", "source before", "after"):
+        table.add_column(name, justify="right")
+    for name in ("trained", "seconds", "MiB"):
+        table.add_column(name, justify="right")
+
+    def percent(mean: float, sd: float = math.nan) -> str:
+        # NaN is what there is without a source task, and of the spread with one seed.
+        spread = "" if math.isnan(sd) else f" ± {100 * sd:.1f}"
+        return "–" if math.isnan(mean) else f"{100 * mean:.1f}{spread}"
+
+    for row in summary.to_dict("records"):
+        table.add_row(
+            row["language"],
+            row["strategy"],
+            str(row["n_seeds"]),
+            percent(row["target_before"]),
+            percent(row["target_after"], row["target_after_sd"]),
+            f"{100 * row['gain']:+.1f}",
+            percent(row["source_before"]),
+            percent(row["source_after"], row["source_after_sd"]),
+            f"{row['n_trainable']:,.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_mib']:.0f}",
+        )
+    return table
+
+
+def _pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
+    table = Table(title=f"Target accuracy of {reference} minus that of others, in points")
+    table.add_column("target")
+    table.add_column("other")
+    for name in ("difference", "95 % interval", "p", "examples", "seeds"):
+        table.add_column(name, justify="right")
+    for row in pairs.to_dict("records"):
+        table.add_row(
+            row["language"],
+            row["b"],
+            f"{100 * row['difference']:+.1f}",
+            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            f"{row['p']:.3f}" if row["p"] else "< 0.002",
+            str(row["n_examples"]),
+            str(row["n_seeds"]),
         )
     return table
 
@@ -303,6 +356,55 @@ def transfer(
     run.report()
     run.write_record(finished=True)
     _finish(run, results)
+
+
+@app.command()
+def compare(
+    folder: _Dir,
+    target: Annotated[list[str] | None, typer.Option(help="Target language. Repeat.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Strategy. Repeat.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of a transfer. Repeat; default: 0, 1, 2.")
+    ] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Compare strategies over languages and seeds; the numbers go into the run's `compare`.
+
+    Finished cells are kept, so an interrupted comparison goes on, and a finished one can grow.
+    """
+    _begin(quiet)
+    from circuitlens.experiments import compare as compare_strategies
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(folder, quiet=quiet)
+    settings = run.settings
+    out = folder / "compare"
+    result = compare_strategies(
+        run.model,
+        run.circuit,
+        run.task,
+        target or settings.targets,
+        strategies=strategy or settings.strategies,
+        seeds=seed or (0, 1, 2),
+        scores=run.scores,
+        out=out,
+        learning_rates=settings.learning_rates,
+        epochs=settings.epochs,
+        quiet=quiet,
+    )
+    _out.print(_summary_table(result.summary()))
+    if len(result.strategies) > 1:
+        known = result.strategies
+        reference = "circuit" if "circuit" in known else known[0]
+        pairs = result.pairs(reference)
+        if len(result.languages) == 1:  # which is all of them
+            pairs = pairs[pairs["language"] == result.languages[0]]
+        _out.print(_pairs_table(pairs, reference))
+    _out.print(f"Tables: {out}", soft_wrap=True)
+    if result.errors:
+        # The log has named each of them.
+        sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -49,6 +49,10 @@ _SCHEMA = "circuitlens.run/1"
 TOY = "toy"
 
 
+# What a run compares unless told otherwise; all of STRATEGIES would take twice as long.
+DEFAULT_STRATEGIES = ("circuit", "near-zero", "random", "norms", "lora", "full")
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Everything that was chosen for a run; the arguments of ``circuitlens run``."""
@@ -69,7 +73,7 @@ class RunSettings:
     size: float | int = 0.25
     max_examples: int | None = None
     n_random: int = 30
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    strategies: tuple[str, ...] = DEFAULT_STRATEGIES
     learning_rates: tuple[float, ...] = DEFAULT_RATES
     epochs: int = 10
     dtype: str = "auto"
@@ -310,7 +314,7 @@ class RunFolder:
         result.save(path)
         # The weights are in the folder; keeping an adapted model for each strategy would fill
         # the memory.
-        return replace(result, model=None)
+        return replace(result, model=None, folder=path, _scratch=None)
 
     def _load_transfer(self, path: Path) -> TransferResult:
         result = TransferResult.load(path)
@@ -340,7 +344,8 @@ class RunFolder:
         """Remove scores, circuit and all that was derived from them."""
         for name in ("scores.safetensors", "circuit.json", "faithfulness.safetensors"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "transfers", ignore_errors=True)
+        for name in ("transfers", "compare"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         for name in ("scores", "circuit", "curve"):
             self.__dict__.pop(name, None)
 

@@ -61,6 +61,21 @@ class CircuitShift:
     overlap: float
     rank_correlation: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return {
+            "after": self.after.to_dict(),
+            "overlap": self.overlap,
+            "rank_correlation": self.rank_correlation,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CircuitShift:
+        """Rebuild what :meth:`to_dict` returned."""
+        return cls(
+            Circuit.from_dict(content["after"]), content["overlap"], content["rank_correlation"]
+        )
+
 
 def evaluate_all(
     model: HookedModel, tasks: Sequence[Task], *, quiet: bool = False

@@ -1,63 +1,237 @@
-"""Which weights a transfer trains: one registry, one signature."""
+"""What a transfer trains: one registry, one signature.
+
+A strategy says which heads it is about (if any) and makes a :class:`Trainable` of a model: an
+adapter on slices of heads, a LoRA adapter, or entries of the full weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
+from circuitlens.adapt.trainable import Trainable
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.geometry import norm_parameters, selection_masks
+from circuitlens.geometry import Head, WeightSlice
 from circuitlens.model import HookedModel
 from circuitlens.scores import HeadScores
 
-__all__ = ["STRATEGIES", "choose_heads", "trainable_masks"]
+__all__ = ["STRATEGIES", "Choice", "KVPolicy", "Strategy", "strategy_of"]
 
-STRATEGIES: dict[str, str] = {
-    "circuit": "the circuit's slices of q, k, v, o, and all norms",
-    "near-zero": "as many heads with relevance nearest to zero, and all norms",
-    "random": "as many heads drawn at random, and all norms",
-    "norms": "all norms only",
-    "full": "all weights",
+KVPolicy = Literal["shared", "group", "frozen"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a strategy may choose from.
+
+    Attributes:
+        circuit: the heads that were found; other strategies take its size.
+        scores: of all heads, for the strategies that need them.
+        seed: for heads drawn at random and for adapters that begin at random.
+        kv_policy: which key/value heads are trained under grouped-query attention.
+        label_tokens: tokens of the labels.
+    """
+
+    circuit: Circuit
+    scores: HeadScores | None = None
+    seed: int = 0
+    kv_policy: KVPolicy = "shared"
+    label_tokens: tuple[int, ...] = ()
+
+    @property
+    def ranked(self) -> HeadScores:
+        """The scores.
+
+        Raises:
+            InputError: if there are none.
+        """
+        if self.scores is None:
+            raise InputError("This strategy chooses by the heads' scores: pass scores=….")
+        return self.scores
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named way to adapt a model.
+
+    Attributes:
+        name, description: for tables and reports.
+        make: copies a model and says what of it is trained.
+        heads: the heads that it trains, if it is about heads.
+        gradual: trains in stages, with less and less source data among the target's.
+    """
+
+    name: str
+    description: str
+    make: Callable[[HookedModel, Choice, Circuit | None], Trainable]
+    heads: Callable[[Choice], Circuit] | None = None
+    gradual: bool = False
+
+    def choose(self, choice: Choice) -> Circuit | None:
+        """Return the heads that are trained; ``None`` where it is not about heads."""
+        return None if self.heads is None else self.heads(choice)
+
+
+def _slices(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    from circuitlens.adapt.headslice import HeadSliceConfig
+
+    config = HeadSliceConfig(
+        heads=tuple(map(str, heads or ())), kv_policy=choice.kv_policy, norms="all"
+    )
+    return Trainable.of_adapter(model, config, choice.seed)
+
+
+def _everything(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.hf.named_parameters()}
+    return Trainable.of_entries(model, masks)
+
+
+def _lora(model: HookedModel, ranks: dict[str, int], seed: int) -> Trainable:
+    """LoRA on named modules, each with its rank; alpha is twice the rank."""
+    from peft import LoraConfig
+
+    # Peft reads keys of its patterns as regular expressions behind a dot.
+    escaped = {name.replace(".", r"\."): rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=list(ranks),
+        rank_pattern=escaped,
+        alpha_pattern={name: 2 * rank for name, rank in escaped.items()},
+        fan_in_fan_out=_transposed(model),
+    )
+    return Trainable.of_adapter(model, config, seed)
+
+
+def _transposed(model: HookedModel) -> bool:
+    return type(model.hf).__name__.startswith("GPT2")
+
+
+def _projections(model: HookedModel, layer: int) -> list[str]:
+    """Modules of a layer's q, k, v and o, each once."""
+    slices = model.geometry.slices(Head(layer, 0))
+    return list(dict.fromkeys(s.parameter.rsplit(".", 1)[0] for s in slices))
+
+
+def _width(model: HookedModel, module: str) -> int:
+    """Entries that one rank of LoRA adds to a module."""
+    return sum(model.hf.get_submodule(module).weight.shape)
+
+
+def _slice_entries(model: HookedModel, heads: Circuit) -> int:
+    parameters = dict(model.hf.named_parameters())
+    distinct: set[WeightSlice] = {s for head in heads for s in model.geometry.slices(head)}
+    return sum(piece.of(parameters[piece.parameter]).numel() for piece in distinct)
+
+
+def _lora_of_rank(rank: int | None) -> Callable[[HookedModel, Choice, Circuit | None], Trainable]:
+    """LoRA on all attention projections; without a rank, as many entries as the circuit has."""
+
+    def make(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+        modules = [
+            m for layer in range(model.geometry.n_layers) for m in _projections(model, layer)
+        ]
+        budget = _slice_entries(model, choice.circuit)
+        each = sum(_width(model, module) for module in modules)
+        return _lora(
+            model, dict.fromkeys(modules, rank or max(1, round(budget / each))), choice.seed
+        )
+
+    return make
+
+
+def _circuit_lora(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    """LoRA on layers of the circuit, ranks by their share of its relevance, its size in all."""
+    scores = choice.ranked.mean
+    weight: dict[int, float] = {}
+    for head in choice.circuit:
+        gain = max(0.0, float(scores[head.layer, head.index]))
+        weight[head.layer] = weight.get(head.layer, 0.0) + gain
+    total = sum(weight.values())
+    if total <= 0:
+        raise InputError(
+            "No head of the circuit has a positive score, so ranks cannot follow relevance: "
+            "choose another circuit or strategy='lora'."
+        )
+    budget = _slice_entries(model, choice.circuit)
+    ranks: dict[str, int] = {}
+    for layer, gain in weight.items():
+        modules = _projections(model, layer)
+        each = sum(_width(model, module) for module in modules)
+        ranks |= dict.fromkeys(modules, max(1, round(budget * gain / total / each)))
+    return _lora(model, ranks, choice.seed)
+
+
+def _label_rows(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    """The unembedding's rows of the label tokens; where it is tied, the embedding's too."""
+    weight = model.hf.get_output_embeddings().weight
+    name = next(n for n, p in model.hf.named_parameters() if p is weight)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[list(choice.label_tokens)] = True
+    return Trainable.of_entries(model, {name: mask})
+
+
+STRATEGIES: dict[str, Strategy] = {
+    s.name: s
+    for s in (
+        Strategy(
+            "circuit",
+            "the circuit's slices of q, k, v, o, and all norms",
+            _slices,
+            heads=lambda c: c.circuit,
+        ),
+        Strategy(
+            "near-zero",
+            "as many heads with relevance nearest to zero, and all norms",
+            _slices,
+            heads=lambda c: c.ranked.near_zero(len(c.circuit)),
+        ),
+        Strategy(
+            "random",
+            "as many heads drawn at random, and all norms",
+            _slices,
+            heads=lambda c: c.circuit.random_like(c.seed),
+        ),
+        Strategy(
+            "random-by-layer",
+            "heads drawn at random, as many in every layer as the circuit has, and all norms",
+            _slices,
+            heads=lambda c: c.circuit.random_like(c.seed, by_layer=True),
+        ),
+        Strategy("norms", "all norms only", _slices),
+        Strategy(
+            "lora",
+            "LoRA on all attention projections, with about as many entries as the circuit's slices",
+            _lora_of_rank(None),
+        ),
+        Strategy("lora-r8", "LoRA of rank 8 on all attention projections", _lora_of_rank(8)),
+        Strategy(
+            "circuit-lora",
+            "LoRA on the circuit's layers, ranks by their share of its relevance",
+            _circuit_lora,
+        ),
+        Strategy(
+            "gradual",
+            "all weights, in stages with less and less source data among the target's",
+            _everything,
+            gradual=True,
+        ),
+        Strategy("head", "the unembedding's rows of the label tokens only", _label_rows),
+        Strategy("full", "all weights", _everything),
+    )
 }
 
-_NEEDS_SCORES: dict[str, Callable[[HeadScores, int, int], Circuit]] = {
-    "near-zero": lambda scores, size, seed: scores.near_zero(size),
-    "random": lambda scores, size, seed: scores.random(size, seed),
-}
 
-
-def choose_heads(
-    strategy: str, circuit: Circuit, scores: HeadScores | None, seed: int
-) -> Circuit | None:
-    """Return the heads that ``strategy`` trains; ``None`` where it is not about heads.
+def strategy_of(name: str) -> Strategy:
+    """Look a strategy up.
 
     Raises:
-        InputError: for an unknown strategy, or one that needs scores and has none.
+        InputError: if there is none of that name; the known ones are listed.
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"There is no strategy {strategy!r}; known are {', '.join(STRATEGIES)}.")
-    if strategy == "circuit":
-        return circuit
-    if strategy not in _NEEDS_SCORES:
-        return None
-    if scores is None:
-        raise InputError(f"The strategy {strategy!r} chooses heads by their scores: pass scores=….")
-    return _NEEDS_SCORES[strategy](scores, len(circuit), seed)
-
-
-def trainable_masks(
-    model: HookedModel, strategy: str, heads: Circuit | None
-) -> dict[str, Bool[Tensor, "..."]]:
-    """Masks of the entries that are trained, by parameter name.
-
-    Under grouped-query attention a chosen query head trains the key/value head that it shares.
-    """
-    if strategy == "full":
-        parameters = model.hf.named_parameters()
-        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters}
-    slices = [piece for head in heads or () for piece in model.geometry.slices(head)]
-    return selection_masks(model.hf, slices, norm_parameters(model.hf))
+    if name not in STRATEGIES:
+        raise InputError(f"There is no strategy {name!r}; known are {', '.join(STRATEGIES)}.")
+    return STRATEGIES[name]

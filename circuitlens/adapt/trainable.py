@@ -6,8 +6,10 @@ them into a plain model again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,8 +17,12 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from circuitlens.model import HookedModel
+from circuitlens.storage import read_tensors, write_tensors
 
-__all__ = ["Trainable"]
+__all__ = ["Trainable", "restore"]
+
+_SCHEMA = "circuitlens.weights/2"
+_ENTRIES = "weights.safetensors"
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
@@ -47,7 +53,9 @@ class Trainable:
 
         copy = model.clone()
         # Some adapters begin at random.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # PEFT asks transformers by a name that is about to change; nothing for users to do.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
             torch.manual_seed(seed)
             adapter = get_peft_model(cast(Any, copy.hf), config)
         return cls(copy, adapter=adapter)
@@ -85,6 +93,20 @@ class Trainable:
             else:
                 parameter.copy_(state[name])
 
+    def write(self, folder: Path) -> None:
+        """Write the trained tensors: PEFT's files of an adapter, or entries of the weights."""
+        if self.adapter is not None:
+            self.adapter.save_pretrained(str(folder))
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, mask in (self.masks or {}).items():
+            whole = bool(mask.all())
+            parameter = self.parameters[name].detach()
+            tensors[f"{name}:all" if whole else name] = parameter if whole else parameter[mask]
+            if not whole:
+                tensors[f"{name}:where"] = mask
+        write_tensors(folder / _ENTRIES, _SCHEMA, tensors, {})
+
     def merged(self) -> HookedModel:
         """Return the plain model that this has become; the adapter is gone afterwards."""
         if self.adapter is None:
@@ -93,3 +115,32 @@ class Trainable:
         for parameter in plain.parameters():
             parameter.requires_grad_(True)
         return HookedModel(plain, self.model._tokenizer, self.model.name)
+
+
+@torch.no_grad()
+def restore(model: HookedModel, folder: Path) -> HookedModel:
+    """Apply what :meth:`Trainable.write` wrote to a copy of ``model``.
+
+    Raises:
+        InputError: if the folder holds no trained tensors.
+    """
+    copy = model.clone()
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        import circuitlens.adapt.headslice  # noqa: F401  (makes its method known to PEFT)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            adapter = PeftModel.from_pretrained(cast(Any, copy.hf), str(folder))
+        return Trainable(copy, adapter=adapter).merged()
+    tensors, _ = read_tensors(folder / _ENTRIES, _SCHEMA)
+    parameters = dict(copy.hf.named_parameters())
+    for key, values in tensors.items():
+        name, _, kind = key.partition(":")
+        if kind == "all":
+            parameters[name].copy_(values)
+        elif not kind:
+            where = tensors[f"{name}:where"].to(model.device)
+            parameters[name][where] = values.to(parameters[name])
+    return copy

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
+from circuitlens.adapt.trainable import Trainable
 from circuitlens.batch import Batch
 from circuitlens.errors import InputError
 from circuitlens.evaluation import predict, summarise
@@ -71,7 +71,8 @@ class TrainingLog:
     """What happened.
 
     Attributes:
-        history: one entry per epoch: ``epoch``, ``accuracy`` and ``margin`` on validation.
+        history: one entry per epoch: ``epoch``, ``accuracy`` and ``margin`` on validation; empty
+            without validation.
         best: the entry whose weights were kept.
         steps: optimiser steps taken.
     """
@@ -96,7 +97,7 @@ class _Indices(Dataset[int]):
 
 class _LabelTokenTrainer(Trainer):
     def __init__(
-        self, hooked: HookedModel, data: Encoded, validation: Encoded, **kwargs: Any
+        self, hooked: HookedModel, data: Encoded, validation: Encoded | None, **kwargs: Any
     ) -> None:
         self._hooked = hooked
         self._data = data
@@ -115,7 +116,7 @@ class _LabelTokenTrainer(Trainer):
             model=hooked.hf,
             train_dataset=_Indices(len(data)),
             # The Trainer wants to see a data set before it evaluates; evaluate() has its own.
-            eval_dataset=_Indices(len(validation)),
+            eval_dataset=None if validation is None else _Indices(len(validation)),
             data_collator=collate,
             **kwargs,
         )
@@ -135,6 +136,7 @@ class _LabelTokenTrainer(Trainer):
         return torch.nn.functional.cross_entropy(logits.float(), batch.label_tokens[batch.gold])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self._validation is not None
         training = self._hooked.hf.training
         self._hooked.hf.eval()
         result = summarise(
@@ -189,35 +191,38 @@ def _rank(entry: Mapping[str, float]) -> tuple[float, float]:
 def train(
     model: HookedModel,
     data: Encoded,
-    validation: Encoded,
+    validation: Encoded | None,
     options: TrainingOptions,
     *,
-    masks: Mapping[str, Bool[Tensor, "..."]] | None = None,
+    trainable: Trainable | None = None,
     quiet: bool = False,
 ) -> TrainingLog:
     """Train a model in place and leave it with the weights of its best epoch.
 
     Args:
         model: is changed.
-        data, validation: encoded examples.
+        data: encoded examples to train on.
+        validation: encoded examples that choose the epoch; without them the last one is kept.
         options: how to train.
-        masks: train the selected entries only (see :mod:`circuitlens.adapt.masking`); by default
-            all parameters.
+        trainable: what of ``model`` (its own copy) is trained; by default all parameters.
         quiet: no progress bar.
     """
-    everything = masks is None
-    chosen = (
-        {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.hf.named_parameters()}
-        if masks is None
-        else masks
-    )
-    freeze = nullcontext() if everything else only_selected_train(model.hf, chosen)
+    masks = None if trainable is None else trainable.masks
+    freeze = nullcontext() if masks is None else only_selected_train(model.hf, masks)
     with _own_randomness(), freeze, tempfile.TemporaryDirectory() as scratch:
-        optimizer = masked_adamw(
-            model.hf,
-            chosen,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
+        optimizer = (
+            torch.optim.AdamW(
+                [p for p in model.hf.parameters() if p.requires_grad],
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+            )
+            if masks is None
+            else masked_adamw(
+                model.hf,
+                masks,
+                learning_rate=options.learning_rate,
+                weight_decay=options.weight_decay,
+            )
         )
         steps = options.epochs * -(-len(data) // options.batch_size)
         keeper = _KeepBest(model, options.patience)
@@ -236,7 +241,7 @@ def train(
                 lr_scheduler_type="linear",
                 max_grad_norm=options.max_grad_norm,
                 seed=options.seed,
-                eval_strategy="epoch",
+                eval_strategy="no" if validation is None else "epoch",
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
@@ -250,11 +255,11 @@ def train(
         if quiet or not interactive():
             trainer.remove_callback(ProgressCallback)
         trainer.train()
-        keeper.restore()
+        if validation is not None:
+            keeper.restore()
     model.hf.eval()
     model.hf.zero_grad(set_to_none=True)
-    assert keeper.best is not None
-    return TrainingLog(tuple(keeper.history), keeper.best, int(trainer.state.global_step))
+    return TrainingLog(tuple(keeper.history), keeper.best or {}, int(trainer.state.global_step))
 
 
 @contextmanager

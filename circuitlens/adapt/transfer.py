@@ -1,44 +1,56 @@
 """Stage 6, transfer: train a few heads on a little data of the target language.
 
-For each learning rate the proxy's weights are trained on pool B of the target language; the rate
-with the best accuracy on the target's validation split is kept; then, once, target and source are
-measured on their test splits.
+For each learning rate a part of the proxy (an adapter on slices of heads, LoRA, or weights of its
+own) is trained on pool B of the target language; the rate with the best accuracy on the target's
+validation split is kept; then, once, target and source are measured on their test splits.
 """
 
 from __future__ import annotations
 
 import html
 import logging
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
-from circuitlens.adapt.strategies import choose_heads, trainable_masks
+from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.retention import (
+    CircuitShift,
+    Retained,
+    circuit_shift,
+    evaluate_all,
+    weight_drift,
+)
+from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
+from circuitlens.adapt.trainable import restore
 from circuitlens.adapt.training import TrainingLog, TrainingOptions, train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.evaluation import Evaluation, evaluate
+from circuitlens.evaluation import Evaluation, predict, summarise
 from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.scores import HeadScores
-from circuitlens.storage import read_json, read_tensors, write_json, write_tensors
-from circuitlens.tasks import Task
+from circuitlens.storage import read_json, replacing, write_json
+from circuitlens.tasks import Encoded, Task
 
 __all__ = ["DEFAULT_RATES", "TransferResult", "transfer"]
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = "circuitlens.transfer/1"
-_WEIGHTS_SCHEMA = "circuitlens.weights/1"
+_SCHEMA = "circuitlens.transfer/2"
 DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
+AUTO = "auto"
+# Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
+# Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
+_GRADUAL = (1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,14 +62,19 @@ class TransferResult:
         heads: the heads among them, if it was about heads.
         target_language, source_language: where it was measured; ``None`` without source task.
         target_before, target_after: on the target's test split.
-        source_before, source_after: on the source's test split (retention).
+        retained: the source task, if there is one, and others on request, before and after.
         n_trainable: trained entries.
         learning_rate: the rate chosen on the target's validation split.
         validation: best validation accuracy for every rate tried.
         history: validation after each epoch, at the chosen rate.
-        seconds: training time, all rates together.
+        seconds: training time, all rates together, and that of ``auto``'s decision.
+        target_right: which examples of the target's test split are answered right afterwards.
+        drift: norm of the change of every head's weights, ``layer head``.
+        shift: how the source circuit moved, if it was searched anew.
+        decision: what ``strategy="auto"`` chose, and why.
         provenance: of the model before the transfer.
-        model: the adapted model; ``None`` if only the numbers were loaded.
+        model: the adapted model, adapters merged; ``None`` if only the numbers were loaded.
+        folder: where the trained tensors are, on disk.
     """
 
     strategy: str
@@ -66,15 +83,31 @@ class TransferResult:
     source_language: str | None
     target_before: Evaluation
     target_after: Evaluation
-    source_before: Evaluation | None
-    source_after: Evaluation | None
+    retained: tuple[Retained, ...]
     n_trainable: int
     learning_rate: float
     validation: dict[float, float]
     history: tuple[dict[str, float], ...]
     seconds: float
+    target_right: tuple[bool, ...] = field(repr=False)
+    drift: tuple[tuple[float, ...], ...] = field(repr=False)
+    shift: CircuitShift | None
+    decision: Decision | None
     provenance: Provenance
     model: HookedModel | None = field(default=None, repr=False, compare=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
+    # Keeps a temporary folder as long as the result.
+    _scratch: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def source_before(self) -> Evaluation | None:
+        """On the source's test split, before."""
+        return self.retained[0].before if self.source_language else None
+
+    @property
+    def source_after(self) -> Evaluation | None:
+        """On the source's test split, after (retention)."""
+        return self.retained[0].after if self.source_language else None
 
     @property
     def target_gain(self) -> float:
@@ -90,21 +123,23 @@ class TransferResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON (without the model)."""
-        evaluations = {
-            name: None if (value := getattr(self, name)) is None else value.to_dict()
-            for name in ("target_before", "target_after", "source_before", "source_after")
-        }
         return {
             "strategy": self.strategy,
             "heads": self.heads.to_dict() if self.heads else None,
             "target_language": self.target_language,
             "source_language": self.source_language,
-            **evaluations,
+            "target_before": self.target_before.to_dict(),
+            "target_after": self.target_after.to_dict(),
+            "retained": [retained.to_dict() for retained in self.retained],
             "n_trainable": self.n_trainable,
             "learning_rate": self.learning_rate,
             "validation": [[rate, accuracy] for rate, accuracy in self.validation.items()],
             "history": list(self.history),
             "seconds": self.seconds,
+            "target_right": [int(right) for right in self.target_right],
+            "drift": [list(row) for row in self.drift],
+            "shift": self.shift.to_dict() if self.shift else None,
+            "decision": self.decision.to_dict() if self.decision else None,
             "provenance": self.provenance.to_dict(),
         }
 
@@ -127,22 +162,23 @@ class TransferResult:
         return pd.DataFrame([row])
 
     def save(self, folder: str | Path) -> None:
-        """Write ``result.json`` and ``weights.safetensors`` (the trained entries only).
+        """Write ``result.json`` and the trained tensors.
+
+        An adapter is written as PEFT does it, so that ``PeftModel.from_pretrained`` reads it.
 
         Raises:
             InputError: if the result was loaded without its model.
         """
-        if self.model is None:
+        if self.model is None or self.folder is None:
             raise InputError(
                 "This result was loaded without its model, so it has no weights to save: "
                 "give TransferResult.load the model that the transfer began from."
             )
         folder = Path(folder)
-        masks = trainable_masks(self.model, self.strategy, self.heads)
-        parameters = dict(self.model.hf.named_parameters())
-        entries = {name: parameters[name].detach()[mask] for name, mask in masks.items()}
-        meta = {"base": self.provenance.model_fingerprint, "strategy": self.strategy}
-        write_tensors(folder / "weights.safetensors", _WEIGHTS_SCHEMA, entries, meta)
+        for path in self.folder.iterdir():
+            if path.name != "result.json" and path.is_file():
+                with replacing(folder / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
         # Last, so that a folder with a result is a whole one.
         write_json(folder / "result.json", _SCHEMA, self.to_dict())
 
@@ -158,43 +194,43 @@ class TransferResult:
         Raises:
             InputError: if ``model`` has other weights than that one.
         """
-        content = read_json(Path(folder) / "result.json", _SCHEMA)
-        heads = Circuit.from_dict(content["heads"]) if content["heads"] else None
+        folder = Path(folder)
+        content = read_json(folder / "result.json", _SCHEMA)
+        provenance = Provenance.from_dict(content["provenance"])
         adapted = None
         if model is not None:
-            entries, meta = read_tensors(Path(folder) / "weights.safetensors", _WEIGHTS_SCHEMA)
-            if model.fingerprint() != meta["base"]:
+            if model.fingerprint() != provenance.model_fingerprint:
                 raise InputError(
                     f"{folder} was trained from other weights than those of {model.name}: load "
                     "it with the model that the transfer began from."
                 )
-            adapted = model.clone()
-            masks = trainable_masks(adapted, content["strategy"], heads)
-            _set(adapted, {n: e.to(model.device) for n, e in entries.items()}, masks)
-        evaluations = {
-            name: Evaluation(**content[name]) if content[name] else None
-            for name in ("source_before", "source_after")
-        }
+            adapted = restore(model, folder)
         return cls(
             strategy=content["strategy"],
-            heads=heads,
+            heads=Circuit.from_dict(content["heads"]) if content["heads"] else None,
             target_language=content["target_language"],
             source_language=content["source_language"],
             target_before=Evaluation(**content["target_before"]),
             target_after=Evaluation(**content["target_after"]),
-            **evaluations,
+            retained=tuple(map(Retained.from_dict, content["retained"])),
             n_trainable=content["n_trainable"],
             learning_rate=content["learning_rate"],
             validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
             history=tuple(content["history"]),
             seconds=content["seconds"],
-            provenance=Provenance.from_dict(content["provenance"]),
+            target_right=tuple(map(bool, content["target_right"])),
+            drift=tuple(map(tuple, content["drift"])),
+            shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
+            decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
+            provenance=provenance,
             model=adapted,
+            folder=folder,
         )
 
     def _repr_html_(self) -> str:
         table = self.to_frame().T.to_html(header=False)
-        return f"<p><b>TransferResult</b> {html.escape(self.strategy)}</p>{table}"
+        why = f" ({html.escape(self.decision.why)})" if self.decision else ""
+        return f"<p><b>TransferResult</b> {html.escape(self.strategy)}{why}</p>{table}"
 
 
 def transfer(
@@ -205,6 +241,10 @@ def transfer(
     strategy: str = "circuit",
     scores: HeadScores | None = None,
     source: Task | None = None,
+    retain: Sequence[Task] = (),
+    replay: float = 0.0,
+    kv_policy: KVPolicy = "shared",
+    rediscover: bool = False,
     learning_rates: Sequence[float] = DEFAULT_RATES,
     epochs: int = 10,
     batch_size: int = 16,
@@ -217,29 +257,37 @@ def transfer(
 
     Args:
         model: the proxy, competent in the source language; left as it is.
-        circuit: the heads to train; the strategies ``near-zero`` and ``random`` take its size.
+        circuit: the heads to train; other strategies take its size.
         task: the task in the target language, usually ``source_task.to(language)``.
-        strategy: one of :data:`circuitlens.adapt.strategies.STRATEGIES`.
-        scores: needed by ``near-zero`` and ``random``.
+        strategy: one of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``, which decides between
+            ``circuit`` and ``near-zero``, and the number of heads, by cross-validation inside the
+            training data (:mod:`circuitlens.adapt.auto`).
+        scores: of all heads; needed by ``near-zero``, ``circuit-lora``, ``auto`` and
+            ``rediscover``.
         source: where retention is measured; by default the task that ``task`` was made from.
+        retain: further tasks or languages on which retention is measured.
+        replay: mix this many source examples (pool A) per target example into the training data.
+        kv_policy: under grouped-query attention, train the key/value head that a chosen query
+            head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
+            none (``"frozen"``).
+        rediscover: search the source circuit anew in the adapted model.
         learning_rates: tried in turn; the best on the target's validation split is kept. The
             default suits models of a few million parameters; large ones want 1e-5 to 3e-4.
         epochs, batch_size, weight_decay, patience: see
-            :class:`circuitlens.adapt.training.TrainingOptions`.
+            :class:`circuitlens.adapt.training.TrainingOptions`. Weight decay of an adapter pulls
+            its own weights to zero, and so the model to where it began.
         seed: for everything random.
         quiet: no progress bar.
 
     Raises:
         InputError: for an unknown strategy, missing scores, or a circuit of another model.
     """
-    heads = choose_heads(strategy, circuit, scores, seed)
-    if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
-        raise InputError(
-            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
-            f"{model.name} has {model.geometry.n_layers} × {model.geometry.n_heads}."
-        )
+    how = strategy_of("circuit" if strategy == AUTO else strategy)
+    _check_circuit(model, circuit)
     if not learning_rates:
         raise InputError("Give at least one learning rate.")
+    if replay < 0:
+        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
     options = [
         TrainingOptions(
             learning_rate=rate,
@@ -252,29 +300,61 @@ def transfer(
         for rate in dict.fromkeys(learning_rates)
     ]
     source = source or task.origin
+    if source is None and (replay or how.gradual or rediscover):
+        raise InputError(
+            "Replay, gradual training and rediscovery need the source task: pass source=…."
+        )
+    if rediscover and scores is None:
+        raise InputError("rediscover compares with the scores before the transfer: pass scores=….")
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
-    target_before = evaluate(model, task, task["test"], quiet=quiet)
-    source_before = evaluate(model, source, source["test"], quiet=quiet) if source else None
+    choice = Choice(circuit, scores, seed, kv_policy, data.label_tokens)
+    start = time.perf_counter()
+    decision: Decision | None = None
+    if strategy == AUTO:
+        middle = sorted(options, key=lambda option: option.learning_rate)[len(options) // 2]
+        decision = decide(model, choice, data, middle, quiet=quiet)
+        how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
+    heads = how.choose(choice)
+    deciding = time.perf_counter() - start
+    others = [source, *retain] if source else list(retain)
+    target_before = _measure(model, task, quiet)[0]
+    before = evaluate_all(model, others, quiet=quiet)
 
-    adapted = model.clone()
-    masks = trainable_masks(adapted, strategy, heads)
+    trainable = how.make(model, choice, heads)
+    stages = _stages(model, data, source, how.gradual, replay, seed)
     start = time.perf_counter()
     tried: list[tuple[TrainingLog, float]] = []
-    best: dict[str, Tensor] = {}
+    initial = trainable.state()
+    best = initial
     label = f"Transfer to {task.language} ({strategy})"
     for option in progress(options, label, quiet=quiet):
-        _set(adapted, _entries(model, masks), masks)
-        log = train(adapted, data, validation, option, masks=masks, quiet=True)
+        trainable.load(initial)
+        per_stage = replace(option, epochs=max(1, epochs // len(stages)))
+        for stage in stages:
+            log = train(
+                trainable.model, stage, validation, per_stage, trainable=trainable, quiet=True
+            )
         if not tried or _score(log) > max(_score(earlier) for earlier, _ in tried):
-            best = _entries(adapted, masks)
+            best = trainable.state()
         tried.append((log, option.learning_rate))
-    seconds = time.perf_counter() - start
-    _set(adapted, best, masks)
+    seconds = deciding + time.perf_counter() - start
+    trainable.load(best)
     log, rate = max(tried, key=lambda pair: _score(pair[0]))
+    n_trainable = trainable.n_entries
+    scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
+    trainable.write(Path(scratch.name))
+    adapted = trainable.merged()
 
-    target_after = evaluate(adapted, task, task["test"], quiet=quiet)
-    source_after = evaluate(adapted, source, source["test"], quiet=quiet) if source else None
+    target_after, target_right = _measure(adapted, task, quiet)
+    after = evaluate_all(adapted, others, quiet=quiet)
+    retained = tuple(
+        Retained(f"{t.name}/{t.language}", b, a)
+        for t, b, a in zip(others, before, after, strict=True)
+    )
+    shift = None
+    if rediscover and source is not None and scores is not None:
+        shift = circuit_shift(adapted, source, circuit, scores, quiet=quiet)
     logger.info(
         "%s: %s test accuracy %.3f -> %.3f at rate %g.",
         strategy,
@@ -283,7 +363,12 @@ def transfer(
         target_after.accuracy,
         rate,
     )
-    settings = {**options[0].to_dict(), "learning_rate": list(learning_rates)}
+    settings = {
+        **options[0].to_dict(),
+        "learning_rate": list(learning_rates),
+        "replay": replay,
+        "kv_policy": kv_policy,
+    }
     return TransferResult(
         strategy=strategy,
         heads=heads,
@@ -291,13 +376,16 @@ def transfer(
         source_language=source.language if source else None,
         target_before=target_before,
         target_after=target_after,
-        source_before=source_before,
-        source_after=source_after,
-        n_trainable=sum(int(mask.sum()) for mask in masks.values()),
+        retained=retained,
+        n_trainable=n_trainable,
         learning_rate=rate,
         validation={rate: log.best["accuracy"] for log, rate in tried},
         history=log.history,
         seconds=seconds,
+        target_right=target_right,
+        drift=tuple(tuple(row) for row in weight_drift(model, adapted).tolist()),
+        shift=shift,
+        decision=decision,
         provenance=Provenance(
             model.name,
             model.fingerprint(),
@@ -307,24 +395,39 @@ def transfer(
             settings,
         ),
         model=adapted,
+        folder=Path(scratch.name),
+        _scratch=scratch,
     )
+
+
+def _check_circuit(model: HookedModel, circuit: Circuit) -> None:
+    if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
+        raise InputError(
+            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
+            f"{model.name} has {model.geometry.n_layers} × {model.geometry.n_heads}."
+        )
+
+
+def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, tuple[bool, ...]]:
+    """Evaluate on the test split, and say of every example whether it was answered right."""
+    encoded = task.encode(model, task["test"])
+    logits = predict(model, encoded, quiet=quiet)
+    gold = torch.tensor(encoded.gold)
+    return summarise(logits, gold), tuple((logits.argmax(1) == gold).tolist())
+
+
+def _stages(
+    model: HookedModel, data: Encoded, source: Task | None, gradual: bool, replay: float, seed: int
+) -> list[Encoded]:
+    """Training data of each stage: the target's, with some of the source's mixed in."""
+    shares = [replay + share for share in (_GRADUAL if gradual else (0.0,))]
+    if source is None or not any(shares):
+        return [data]
+    old = source.encode(model, source["pool_a"])
+    order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).tolist()
+    counts = [min(len(old), round(share * len(data))) for share in shares]
+    return [data + old.take(order[:count]) for count in counts]
 
 
 def _score(log: TrainingLog) -> tuple[float, float]:
     return log.best["accuracy"], log.best["margin"]
-
-
-def _entries(model: HookedModel, masks: Mapping[str, Bool[Tensor, "..."]]) -> dict[str, Tensor]:
-    parameters = dict(model.hf.named_parameters())
-    return {name: parameters[name].detach()[mask] for name, mask in masks.items()}
-
-
-@torch.no_grad()
-def _set(
-    model: HookedModel,
-    entries: Mapping[str, Tensor],
-    masks: Mapping[str, Bool[Tensor, "..."]],
-) -> None:
-    parameters = dict(model.hf.named_parameters())
-    for name, values in entries.items():
-        parameters[name][masks[name]] = values

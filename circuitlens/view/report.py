@@ -97,7 +97,7 @@ def render_report(
         curve=curve,
         at=at,
         results=results,
-        strategies=STRATEGIES,
+        strategies={s.name: s.description for s in STRATEGIES.values()},
         competence=competence,
         warnings=warnings_for(scores, curve, results),
         figures=figures,

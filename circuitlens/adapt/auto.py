@@ -1,0 +1,189 @@
+"""Deciding beforehand: edit the circuit or preserve it, and how many heads to train.
+
+The paper trains the circuit ("edit") and, for other languages, heads that matter least
+("preserve"), and reports the better of the two on the test set. Here the choice is made by
+cross-validation inside the training data (pool B), so that the test split is never read, nor the
+validation split, which chooses rate and epoch afterwards:
+
+1. Candidates are ``circuit`` and ``near-zero`` with half, all and twice the circuit's heads.
+2. Each is trained on all folds but one, for the same epochs at the same rate, and measured on that
+   fold; the folds and their order are the same for all.
+3. The best accuracy over all held-out examples leads. Among the candidates that it does not beat by
+   one standard error of the paired difference, the one with fewest heads wins, and ``circuit``
+   before ``near-zero``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from circuitlens.adapt.strategies import Choice, strategy_of
+from circuitlens.adapt.training import TrainingOptions, train
+from circuitlens.circuit import Circuit
+from circuitlens.errors import InputError
+from circuitlens.evaluation import predict
+from circuitlens.model import HookedModel
+from circuitlens.progress import progress
+from circuitlens.tasks import Encoded
+
+__all__ = ["Candidate", "Decision", "decide"]
+
+logger = logging.getLogger(__name__)
+
+_FACTORS = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy and a number of heads, with its accuracy on held-out training data.
+
+    Attributes:
+        strategy: ``circuit`` or ``near-zero``.
+        size: number of heads.
+        accuracy: over all held-out examples.
+        behind: how far the best candidate is ahead, and the standard error of that difference
+            (paired over examples).
+    """
+
+    strategy: str
+    size: int
+    accuracy: float
+    behind: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, and why.
+
+    Attributes:
+        strategy: ``circuit`` (edit) or ``near-zero`` (preserve).
+        circuit: the top heads in the number chosen.
+        candidates: all that were tried, the best first.
+        why: one sentence.
+    """
+
+    strategy: str
+    circuit: Circuit
+    candidates: tuple[Candidate, ...]
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return {
+            "strategy": self.strategy,
+            "circuit": self.circuit.to_dict(),
+            "candidates": [
+                [c.strategy, c.size, c.accuracy, list(c.behind)] for c in self.candidates
+            ],
+            "why": self.why,
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Decision:
+        """Rebuild what :meth:`to_dict` returned."""
+        candidates = tuple(
+            Candidate(strategy, size, accuracy, (behind[0], behind[1]))
+            for strategy, size, accuracy, behind in content["candidates"]
+        )
+        circuit = Circuit.from_dict(content["circuit"])
+        return cls(content["strategy"], circuit, candidates, content["why"])
+
+
+def decide(
+    model: HookedModel,
+    choice: Choice,
+    data: Encoded,
+    options: TrainingOptions,
+    *,
+    n_folds: int = 3,
+    quiet: bool = False,
+) -> Decision:
+    """Choose between editing and preserving, and the number of heads (module docstring).
+
+    Args:
+        model: the proxy; left as it is.
+        choice: circuit and scores.
+        data: pool B of the target language.
+        options: how to train; all epochs are used, at this rate.
+        n_folds: parts of the data that are held out in turn.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: if scores are missing, or there are fewer examples than folds.
+    """
+    scores = choice.ranked
+    if len(data) < n_folds:
+        raise InputError(
+            f"strategy='auto' holds out parts of the training data, but there are only {len(data)} "
+            f"examples for {n_folds} parts: choose 'circuit' or 'near-zero' yourself."
+        )
+    total = scores.n_layers * scores.n_heads
+    size = len(choice.circuit)
+    sizes = sorted({min(total, max(1, round(factor * size))) for factor in _FACTORS})
+    plans = [(name, n) for name in ("circuit", "near-zero") for n in sizes]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
+    folds = [fold.tolist() for fold in order.tensor_split(n_folds)]
+    right = np.zeros((len(plans), len(data)), dtype=bool)
+    for row, (name, n) in progress(
+        list(enumerate(plans)), "Edit or preserve", quiet=quiet, total=len(plans)
+    ):
+        circuit = _sized(choice, n)
+        for fold in folds:
+            right[row, fold] = _held_out(
+                model, name, replace(choice, circuit=circuit), data, fold, folds, options
+            )
+    return _pick(plans, right, choice)
+
+
+def _sized(choice: Choice, n: int) -> Circuit:
+    """The circuit itself, or the top heads in another number."""
+    return choice.circuit if n == len(choice.circuit) else choice.ranked.top(n)
+
+
+def _held_out(
+    model: HookedModel,
+    name: str,
+    choice: Choice,
+    data: Encoded,
+    fold: Sequence[int],
+    folds: Sequence[Sequence[int]],
+    options: TrainingOptions,
+) -> np.ndarray:
+    """Which examples of ``fold`` are answered right after training on the others."""
+    strategy = strategy_of(name)
+    trainable = strategy.make(model, choice, strategy.choose(choice))
+    rest = [i for other in folds if other is not fold for i in other]
+    train(trainable.model, data.take(rest), None, options, trainable=trainable, quiet=True)
+    held = data.take(fold)
+    predicted = predict(trainable.merged(), held).argmax(1)
+    return np.asarray(predicted == torch.tensor(held.gold))
+
+
+def _pick(plans: Sequence[tuple[str, int]], right: np.ndarray, choice: Choice) -> Decision:
+    accuracy = right.mean(1)
+    # Ties in accuracy go to fewer heads, and to the circuit.
+    best = max(range(len(plans)), key=lambda i: (accuracy[i], -plans[i][1], -i))
+    found = []
+    for row, (name, n) in enumerate(plans):
+        gap = right[best].astype(float) - right[row]
+        error = float(gap.std(ddof=1) / np.sqrt(gap.size)) if gap.size > 1 else 0.0
+        found.append(Candidate(name, n, float(accuracy[row]), (float(gap.mean()), error)))
+    equal = [c for c in found if c.behind[0] <= c.behind[1]]
+    chosen = min(equal, key=lambda c: (c.size, c.strategy != "circuit", -c.accuracy))
+    ranked = tuple(sorted(found, key=lambda c: -c.accuracy))
+    verb = "edit" if chosen.strategy == "circuit" else "preserve"
+    top = ranked[0]
+    why = (
+        f"{verb}: {chosen.strategy} with {chosen.size} heads has {chosen.accuracy:.1%} on "
+        f"{right.shape[1]} held-out training examples; the best candidate ({top.strategy}, "
+        f"{top.size} heads) has {top.accuracy:.1%}, and of the {len(equal)} within one standard "
+        "error of it this has the fewest heads."
+    )
+    logger.info("strategy='auto' decides to %s", why)
+    return Decision(chosen.strategy, _sized(choice, chosen.size), ranked, why)

@@ -1,0 +1,83 @@
+"""What a head-slice adapter trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft import PeftConfig, PeftType
+
+from circuitlens.adapt.headslice.registration import METHOD
+from circuitlens.errors import InputError
+from circuitlens.geometry import Head
+
+__all__ = ["KV_POLICIES", "NORMS", "HeadSliceConfig"]
+
+_PROJECTIONS = ("q", "k", "v", "o")
+KV_POLICIES = ("shared", "group", "frozen")
+NORMS = ("all", "circuit", "none")
+
+
+@dataclass
+class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
+    """Configuration of a head-slice adapter (CT-SFT, arXiv 2601.08146, as an adapter).
+
+    Attributes:
+        heads: the heads to train, names such as ``"a3.h5"`` or :class:`circuitlens.Head`; a
+            :class:`circuitlens.Circuit` will do. Kept as names, sorted and without repetition.
+        projections: which of a head's slices are trained: rows of ``"q"``, ``"k"`` and ``"v"``,
+            columns of ``"o"``.
+        kv_policy: what becomes of a key/value head that query heads share (grouped-query
+            attention): ``"shared"`` trains it if any of them is chosen, ``"group"`` if all of
+            them are, ``"frozen"`` never (nor the keys and values of any other model).
+        norms: which norms of the residual stream are trained: ``"all"``, ``"circuit"`` (those of
+            layers with a chosen head, and the final one) or ``"none"``.
+        biases: train the biases of the trained rows, where the model has any. (The bias of W_O
+            belongs to no head; those of norms go with the norms.)
+        qk_norms: count the norms of queries and keys among ``norms``. They are shared by all heads
+            of a layer, or mix them.
+
+    Raises:
+        InputError: for a head that is no name of a head, an unknown choice, or nothing to train.
+    """
+
+    heads: Iterable[str | Head] = ()
+    projections: Iterable[str] = _PROJECTIONS
+    kv_policy: str = "shared"
+    norms: str = "all"
+    biases: bool = True
+    qk_norms: bool = False
+    # PEFT reads this name from every configuration; here the modules follow from the heads.
+    target_modules: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[METHOD.upper()]
+        names = (self.heads,) if isinstance(self.heads, str) else self.heads
+        heads = {h if isinstance(h, Head) else Head.parse(h) for h in names}
+        self.heads = tuple(map(str, sorted(heads)))
+        wanted = set(self.projections)
+        for kind in sorted(wanted - set(_PROJECTIONS)):
+            raise InputError(
+                f"There is no projection {kind!r}; known are {', '.join(_PROJECTIONS)}."
+            )
+        self.projections = tuple(kind for kind in _PROJECTIONS if kind in wanted)
+        for name, known in (("kv_policy", KV_POLICIES), ("norms", NORMS)):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"There is no {name} {value!r}; known are {', '.join(known)}.")
+        if heads and not self.projections:
+            raise InputError("No projection of the heads is chosen; give some of q, k, v and o.")
+        if not heads and self.norms == "none":
+            raise InputError(
+                'The adapter has neither heads nor norms to train: give heads=…, or norms="all".'
+            )
+        if self.qk_norms and self.norms == "none":
+            raise InputError(
+                'qk_norms=True trains nothing with norms="none": choose norms="all" or "circuit".'
+            )
+
+    @property
+    def chosen(self) -> tuple[Head, ...]:
+        """The heads as :class:`circuitlens.Head`."""
+        return tuple(h if isinstance(h, Head) else Head.parse(h) for h in self.heads)

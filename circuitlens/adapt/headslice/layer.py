@@ -1,0 +1,290 @@
+"""Leaves round projections and norms.
+
+A leaf is what training adds to some entries of a frozen parameter; it begins at zero. Leaves of
+projections act in activation space, so that neither a full weight nor its gradient is ever made:
+
+    rows of q, k, v    y = W x + b;  y[rows] += L x + l
+    columns of o       y = W x + b + L x[columns]
+    norms              the norm's own code, run with weight + l
+
+Gradients of leaves are those of the entries they stand for, so training leaves is training slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.pytorch_utils import Conv1D
+
+from circuitlens.adapt.headslice.selection import Target
+from circuitlens.errors import InputError
+
+__all__ = ["HeadSliceColumns", "HeadSliceLayer", "HeadSliceNorm", "HeadSliceRows", "layer_for"]
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A leaf and the entries of a parameter that it is added to; without index, all of them."""
+
+    parameter: str
+    dim: int
+    index: Tensor | None
+    leaf: Tensor
+
+    def entries(self, tensor: Tensor) -> Tensor:
+        return tensor if self.index is None else tensor.index_select(self.dim, self.index)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The entries plus the leaf, added up in the leaf's type and rounded once."""
+        return (self.entries(tensor).to(self.leaf.dtype) + self.leaf).to(tensor.dtype)
+
+    @torch.no_grad()
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        if self.index is None:
+            tensor.copy_(values)
+        else:
+            # The model may have moved since it was merged.
+            index, values = self.index.to(tensor.device), values.to(tensor.device)
+            tensor.index_copy_(self.dim, index, values)
+
+
+class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A module and the leaves of its adapters.
+
+    Reading ``weight`` or ``bias`` gives what acts at the moment, leaves included.
+    """
+
+    adapter_layer_names = ("headslice_weight", "headslice_bias")
+    other_param_names = ("headslice_index",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.headslice_weight = nn.ParameterDict()
+        self.headslice_bias = nn.ParameterDict()
+        self.headslice_index = BufferDict(persistent=False)
+        self.merged_adapters: list[str] = []
+        # What merging has overwritten: subtracting again would not give the same bits.
+        self._overwritten: list[tuple[_Region, Tensor]] = []
+
+    def add_adapter(self, name: str, target: Target) -> None:
+        """Make leaves of zeros for one more adapter."""
+        # Some quantised layers have buffers only.
+        stored = next(chain(self.base_layer.parameters(), self.base_layer.buffers()))
+        # At least float32: AdamW's small steps are lost in bfloat16.
+        wider = torch.promote_types(stored.dtype, torch.float32)
+        dtype = wider if stored.dtype.is_floating_point else torch.float32
+        options: dict[str, Any] = {"device": stored.device, "dtype": dtype}
+        if target.index:
+            self.headslice_index[name] = torch.tensor(target.index, device=stored.device)
+        weight, bias = self._leaf_shapes(len(target.index))
+        self.headslice_weight[name] = nn.Parameter(torch.zeros(weight, **options))
+        if target.bias:
+            self.headslice_bias[name] = nn.Parameter(torch.zeros(bias, **options))
+
+    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the leaves of weight and bias for ``n`` features."""
+        raise NotImplementedError
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        """The leaves of an adapter, laid out as in the parameters of the base."""
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward pass with the leaves of ``adapters``."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Float[Tensor, "*batch d_in"], *args: Any, **kwargs: Any
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Run the module with the leaves of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self._acting_adapters()
+        if not adapters:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        return self._adapted(x, adapters, *args, **kwargs)
+
+    def _acting_adapters(self) -> list[str]:
+        """Active adapters with leaves here that are not merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        active = cast("list[str]", self.active_adapters)
+        return [name for name in active if name in self.headslice_weight]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it acts."""
+        return cast(Tensor, self._acting("weight"))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as it acts."""
+        return self._acting("bias")
+
+    def _acting(self, parameter: str) -> Tensor | None:
+        value = cast("Tensor | None", getattr(self.base_layer, parameter, None))
+        for adapter in self._acting_adapters():
+            for region in self._regions(adapter):
+                if region.parameter == parameter and value is not None:
+                    total = region.sum(value)
+                    value = (
+                        total
+                        if region.index is None
+                        else value.index_copy(region.dim, region.index, total)
+                    )
+        return value
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add leaves to the base's parameters in place; the sum is made in float32 at least.
+
+        Args:
+            safe_merge: look for infinities and NaN before anything is written.
+            adapter_names: by default, the active ones.
+
+        Raises:
+            InputError: if ``safe_merge`` finds any.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.headslice_weight:
+                continue
+            regions = [(r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)]
+            sums = [region.sum(parameter) for region, parameter in regions]
+            if safe_merge and not all(bool(total.isfinite().all()) for total in sums):
+                raise InputError(
+                    f"Merging adapter {adapter!r} would write infinities or NaN: train it again "
+                    "with a smaller learning rate."
+                )
+            for (region, parameter), total in zip(regions, sums, strict=True):
+                self._overwritten.append((region, region.entries(parameter).clone()))
+                region.write(parameter, total)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Put back what merging has overwritten, to the bit."""
+        while self._overwritten:
+            region, before = self._overwritten.pop()
+            region.write(getattr(self.base_layer, region.parameter), before)
+        self.merged_adapters.clear()
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own would give the leaves the base's type as well.
+        target = device or cast(Any, self.base_layer).weight.device
+        for leaves in (self.headslice_weight, self.headslice_bias):
+            if adapter_name in leaves and not leaves[adapter_name].is_meta:
+                leaves[adapter_name].data = leaves[adapter_name].data.to(target)
+
+
+class _Projection(HeadSliceLayer):
+    """A linear map, stored as (out, in) by ``Linear`` and as (in, out) by ``Conv1D``."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._transposed = isinstance(base_layer, Conv1D)
+        if self._transposed:
+            self.in_features, self.out_features = cast(Any, base_layer).weight.shape
+        else:
+            # Not the weight's shape: 4-bit weights are packed.
+            self.in_features = cast(Any, base_layer).in_features
+            self.out_features = cast(Any, base_layer).out_features
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # Autocast chooses a type by itself.
+        if not torch.is_autocast_enabled(x.device.type):
+            x = cast(Tensor, cast(Any, self)._cast_input_dtype(x, weight.dtype))
+        return F.linear(x, weight, bias)
+
+    def _region(self, parameter: str, dim: int, adapter: str, leaf: Tensor) -> _Region:
+        if leaf.ndim == 2 and self._transposed:
+            dim, leaf = 1 - dim, leaf.T
+        return _Region(parameter, dim, self.headslice_index[adapter], leaf)
+
+
+class HeadSliceRows(_Projection):
+    """The map to q, k or v, or to all of them, and leaves for some rows.
+
+    Leaves: weight ``row d_in``, bias ``row``.
+    """
+
+    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (n, self.in_features), (n,)
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        yield self._region("weight", 0, adapter, self.headslice_weight[adapter])
+        if adapter in self.headslice_bias:
+            yield self._region("bias", 0, adapter, self.headslice_bias[adapter])
+
+    def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        for name in adapters:
+            added = self._map(x, self.headslice_weight[name], self.headslice_bias.get(name))
+            y = y.index_add(-1, self.headslice_index[name], added.to(y.dtype))
+        return y
+
+
+class HeadSliceColumns(_Projection):
+    """The map W_O, and leaves for some columns.
+
+    Leaf: weight ``d_model column``.
+    """
+
+    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.out_features, n), ()
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        yield self._region("weight", 1, adapter, self.headslice_weight[adapter])
+
+    def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        for name in adapters:
+            read = x.index_select(-1, self.headslice_index[name])
+            y = y + self._map(read, self.headslice_weight[name]).to(y.dtype)
+        return y
+
+
+class HeadSliceNorm(HeadSliceLayer):
+    """A norm, and leaves for its weight and bias.
+
+    The sum is rounded to the base's type before it acts, so merging changes no bit of the output.
+    """
+
+    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        size = tuple(cast(Any, self.base_layer).weight.shape)
+        return size, size
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        yield _Region("weight", 0, None, self.headslice_weight[adapter])
+        if adapter in self.headslice_bias:
+            yield _Region("bias", 0, None, self.headslice_bias[adapter])
+
+    def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        # The family's own forward, whatever it makes of the weight (Gemma: 1 + weight).
+        acting = {"weight": self.weight, "bias": self.bias}
+        tensors = {name: value for name, value in acting.items() if value is not None}
+        return cast(
+            Tensor, torch.func.functional_call(self.base_layer, tensors, (x, *args), kwargs)
+        )
+
+
+_LAYERS: dict[str, type[HeadSliceLayer]] = {
+    "rows": HeadSliceRows,
+    "columns": HeadSliceColumns,
+    "norm": HeadSliceNorm,
+}
+
+
+def layer_for(base_layer: nn.Module, target: Target) -> HeadSliceLayer:
+    """Wrap a module for what is trained of it; adapters are added afterwards."""
+    return _LAYERS[target.kind](base_layer)

@@ -1,0 +1,205 @@
+"""Strategies × languages × seeds: a transfer for every cell, each written as soon as it is done.
+
+1. Settings are checked, and with a folder compared with those of the cells that are there.
+2. Every cell that is not finished is computed; one that fails is recorded, and the rest goes on.
+3. The cells that were asked for are returned; the folder gets tables of all its cells.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from circuitlens.adapt import transfer
+from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
+from circuitlens.adapt.training import TrainingOptions
+from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES
+from circuitlens.circuit import Circuit
+from circuitlens.errors import InputError
+from circuitlens.experiments.folder import CellFolder, Key
+from circuitlens.experiments.table import Comparison
+from circuitlens.model import HookedModel
+from circuitlens.peak_memory import PeakMemory
+from circuitlens.progress import progress
+from circuitlens.scores import HeadScores
+from circuitlens.storage import digest
+from circuitlens.tasks import Task
+
+__all__ = ["compare"]
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    model: HookedModel,
+    circuit: Circuit,
+    task: Task,
+    languages: Sequence[str],
+    *,
+    strategies: Sequence[str] = ("circuit", "near-zero", "random", "norms", "lora", "full"),
+    seeds: Sequence[int] = (0, 1, 2),
+    scores: HeadScores | None = None,
+    out: str | Path | None = None,
+    retain: Sequence[Task] = (),
+    learning_rates: Sequence[float] = DEFAULT_RATES,
+    epochs: int = 10,
+    batch_size: int = 16,
+    replay: float = 0.0,
+    kv_policy: KVPolicy = "shared",
+    quiet: bool = False,
+) -> Comparison:
+    """Adapt a model by several strategies, to several languages, with several seeds.
+
+    With ``out``, an interrupted comparison goes on where it stopped when it is called again, and
+    a finished one can grow by languages, strategies and seeds. Cells that failed are tried again.
+
+    Args:
+        model: the proxy, competent in the source language; left as it is.
+        circuit: the heads to train; other strategies take its size.
+        task: the task in the source language.
+        languages: target languages.
+        strategies: names of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``.
+        seeds: each makes a transfer of its own: order of the examples, heads drawn at random.
+        scores: of all heads, for strategies that choose by them.
+        out: folder for the numbers of every cell and the tables of all of them; the adapted
+            models are not kept. Without it everything is in memory.
+        retain: further tasks or languages on which retention is measured.
+        learning_rates, epochs, batch_size, replay, kv_policy: see :func:`circuitlens.transfer`.
+        quiet: no progress bar.
+
+    Returns:
+        The cells that were asked for, whatever else the folder holds.
+
+    Raises:
+        InputError: for settings that no cell could work with, or other ones than those of the
+            cells in ``out``; the message names the setting.
+    """
+    for name, values in (("language", languages), ("strategy", strategies), ("seed", seeds)):
+        if not values:
+            raise InputError(f"Give at least one {name}.")
+    # A mistake found later would stand in the folder's settings.
+    _check_training(learning_rates, epochs, batch_size, replay, kv_policy)
+    _check_strategies(strategies, circuit, scores)
+    _check_inputs(model, circuit, task, retain)
+    tasks = {target.language: target for target in map(task.to, languages)}
+    keys = [
+        Key(language, strategy, seed)
+        for language in tasks
+        for strategy in dict.fromkeys(strategies)
+        for seed in dict.fromkeys(seeds)
+    ]
+    folder = None
+    if out is not None:
+        settings = {
+            "model": model.fingerprint(),
+            "circuit": [str(head) for head in circuit],
+            "scores": None if scores is None else digest(scores.per_example),
+            "task": f"{_name(task)} {task.fingerprint()}",
+            "retain": [f"{_name(other)} {other.fingerprint()}" for other in retain],
+            "learning_rates": list(learning_rates),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "replay": replay,
+            "kv_policy": kv_policy,
+        }
+        fingerprints = {name: target.fingerprint() for name, target in tasks.items()}
+        folder = CellFolder.open(Path(out), settings, fingerprints)
+
+    def compute(key: Key) -> dict[str, Any]:
+        with PeakMemory(model.device) as memory:
+            result = transfer(
+                model,
+                circuit,
+                tasks[key.language],
+                strategy=key.strategy,
+                scores=scores,
+                retain=retain,
+                replay=replay,
+                kv_policy=kv_policy,
+                learning_rates=learning_rates,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=key.seed,
+                quiet=True,
+            )
+        cell = {**result.to_dict(), "seed": key.seed, "peak_mib": memory.mib}
+        # What a file gives back; numbers that are not finite fail here, with or without a file.
+        return dict(json.loads(json.dumps(cell, allow_nan=False)))
+
+    cells: dict[Key, dict[str, Any]] = {}
+    if folder is not None:
+        cells = {key: cell for key in keys if (cell := folder.read(key)) is not None}
+        if cells:
+            logger.info("%d of %d cells were finished already.", len(cells), len(keys))
+    errors = []
+    todo = [key for key in keys if key not in cells]
+    for key in progress(todo, "Comparing", quiet=quiet):
+        # An interrupt is no Exception, so it ends the loop and is not recorded.
+        try:
+            cells[key] = compute(key)
+        except Exception as error:
+            errors.append({**key._asdict(), "type": type(error).__name__, "message": str(error)})
+            logger.warning("%s failed: %s: %s", key, type(error).__name__, error)
+            logger.debug("Where it failed:", exc_info=True)
+            if folder is not None:
+                folder.fail(key, errors[-1])
+        else:
+            if folder is not None:
+                folder.write(key, cells[key])
+    if folder is not None:
+        folder.comparison().save(folder.path)
+    return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
+
+
+def _name(task: Task) -> str:
+    return f"{task.name}/{task.language}"
+
+
+def _check_training(
+    rates: Sequence[float], epochs: int, batch_size: int, replay: float, kv_policy: str
+) -> None:
+    if not rates:
+        raise InputError("Give at least one learning rate.")
+    for rate in rates:
+        TrainingOptions(learning_rate=rate, epochs=epochs, batch_size=batch_size)
+    if replay < 0:
+        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
+    if kv_policy not in get_args(KVPolicy):
+        raise InputError(
+            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
+        )
+
+
+def _check_strategies(
+    strategies: Sequence[str], circuit: Circuit, scores: HeadScores | None
+) -> None:
+    for name in strategies:
+        # What decides between circuit and near-zero needs what near-zero needs.
+        how = strategy_of("near-zero" if name == AUTO else name)
+        if scores is None:
+            try:
+                how.choose(Choice(circuit))
+            except InputError as error:
+                raise InputError(
+                    f"The strategy {name!r} chooses by the heads' scores: pass scores=…, or leave "
+                    "it out."
+                ) from error
+
+
+def _check_inputs(model: HookedModel, circuit: Circuit, task: Task, retain: Sequence[Task]) -> None:
+    g = model.geometry
+    if (circuit.n_layers, circuit.n_heads) != (g.n_layers, g.n_heads):
+        raise InputError(
+            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
+            f"{model.name} has {g.n_layers} × {g.n_heads}."
+        )
+    names = [_name(other) for other in (task, *retain)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"Retention of {twice[0]} was asked for twice: the source task is always measured."
+        )
+    # Encoding one example checks the tokenizer and the label words.
+    task.encode(model, task["validation"][:1])
