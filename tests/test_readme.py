@@ -12,16 +12,21 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch):
+def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
     # Enough to learn the toy language; the last epochs only polish.
     monkeypatch.setitem(toy.TOY_FINETUNE, "epochs", 10)
+    gains = []
     for block in blocks:
         names: dict[str, object] = {}
         exec(compile(block, "README.md", "exec"), names)
-        assert names["result"].target_after.accuracy > names["result"].target_before.accuracy  # type: ignore[attr-defined]
+        if "result" in names:
+            gains.append(names["result"].target_gain)  # type: ignore[attr-defined]
+    assert gains
+    assert min(gains) > 0
+    assert (tmp_path / "javanese" / "adapter_config.json").is_file()
     assert (tmp_path / "heads.html").stat().st_size > 10_000
 
 

@@ -7,29 +7,24 @@ validation split is kept; then, once, target and source are measured on their te
 
 from __future__ import annotations
 
-import html
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.result import TransferResult
 from circuitlens.adapt.retention import (
-    CircuitShift,
     Retained,
     circuit_shift,
     evaluate_all,
     weight_drift,
 )
 from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
-from circuitlens.adapt.trainable import restore
 from circuitlens.adapt.training import TrainingLog, TrainingOptions, train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
@@ -38,199 +33,17 @@ from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.scores import HeadScores
-from circuitlens.storage import read_json, replacing, write_json
 from circuitlens.tasks import Encoded, Task
 
-__all__ = ["DEFAULT_RATES", "TransferResult", "transfer"]
+__all__ = ["AUTO", "DEFAULT_RATES", "transfer"]
 
 logger = logging.getLogger(__name__)
 
-_SCHEMA = "circuitlens.transfer/2"
 DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
 AUTO = "auto"
 # Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
 # Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
 _GRADUAL = (1.0, 0.5, 0.25, 0.0)
-
-
-@dataclass(frozen=True)
-class TransferResult:
-    """What a transfer gained and what it cost.
-
-    Attributes:
-        strategy: which weights were trained.
-        heads: the heads among them, if it was about heads.
-        target_language, source_language: where it was measured; ``None`` without source task.
-        target_before, target_after: on the target's test split.
-        retained: the source task, if there is one, and others on request, before and after.
-        n_trainable: trained entries.
-        learning_rate: the rate chosen on the target's validation split.
-        validation: best validation accuracy for every rate tried.
-        history: validation after each epoch, at the chosen rate.
-        seconds: training time, all rates together, and that of ``auto``'s decision.
-        target_right: which examples of the target's test split are answered right afterwards.
-        drift: norm of the change of every head's weights, ``layer head``.
-        shift: how the source circuit moved, if it was searched anew.
-        decision: what ``strategy="auto"`` chose, and why.
-        provenance: of the model before the transfer.
-        model: the adapted model, adapters merged; ``None`` if only the numbers were loaded.
-        folder: where the trained tensors are, on disk.
-    """
-
-    strategy: str
-    heads: Circuit | None
-    target_language: str
-    source_language: str | None
-    target_before: Evaluation
-    target_after: Evaluation
-    retained: tuple[Retained, ...]
-    n_trainable: int
-    learning_rate: float
-    validation: dict[float, float]
-    history: tuple[dict[str, float], ...]
-    seconds: float
-    target_right: tuple[bool, ...] = field(repr=False)
-    drift: tuple[tuple[float, ...], ...] = field(repr=False)
-    shift: CircuitShift | None
-    decision: Decision | None
-    provenance: Provenance
-    model: HookedModel | None = field(default=None, repr=False, compare=False)
-    folder: Path | None = field(default=None, repr=False, compare=False)
-    # Keeps a temporary folder as long as the result.
-    _scratch: Any = field(default=None, repr=False, compare=False)
-
-    @property
-    def source_before(self) -> Evaluation | None:
-        """On the source's test split, before."""
-        return self.retained[0].before if self.source_language else None
-
-    @property
-    def source_after(self) -> Evaluation | None:
-        """On the source's test split, after (retention)."""
-        return self.retained[0].after if self.source_language else None
-
-    @property
-    def target_gain(self) -> float:
-        """Target accuracy after minus before."""
-        return self.target_after.accuracy - self.target_before.accuracy
-
-    @property
-    def source_change(self) -> float | None:
-        """Source accuracy after minus before; negative means forgotten."""
-        if self.source_before is None or self.source_after is None:
-            return None
-        return self.source_after.accuracy - self.source_before.accuracy
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a plain dictionary for JSON (without the model)."""
-        return {
-            "strategy": self.strategy,
-            "heads": self.heads.to_dict() if self.heads else None,
-            "target_language": self.target_language,
-            "source_language": self.source_language,
-            "target_before": self.target_before.to_dict(),
-            "target_after": self.target_after.to_dict(),
-            "retained": [retained.to_dict() for retained in self.retained],
-            "n_trainable": self.n_trainable,
-            "learning_rate": self.learning_rate,
-            "validation": [[rate, accuracy] for rate, accuracy in self.validation.items()],
-            "history": list(self.history),
-            "seconds": self.seconds,
-            "target_right": [int(right) for right in self.target_right],
-            "drift": [list(row) for row in self.drift],
-            "shift": self.shift.to_dict() if self.shift else None,
-            "decision": self.decision.to_dict() if self.decision else None,
-            "provenance": self.provenance.to_dict(),
-        }
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row with the main numbers."""
-        before, after = self.source_before, self.source_after
-        row = {
-            "strategy": self.strategy,
-            "target": self.target_language,
-            "target_accuracy_before": self.target_before.accuracy,
-            "target_accuracy": self.target_after.accuracy,
-            "target_macro_f1_before": self.target_before.macro_f1,
-            "target_macro_f1": self.target_after.macro_f1,
-            "source_accuracy_before": before.accuracy if before else None,
-            "source_accuracy": after.accuracy if after else None,
-            "n_trainable": self.n_trainable,
-            "learning_rate": self.learning_rate,
-            "seconds": self.seconds,
-        }
-        return pd.DataFrame([row])
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``result.json`` and the trained tensors.
-
-        An adapter is written as PEFT does it, so that ``PeftModel.from_pretrained`` reads it.
-
-        Raises:
-            InputError: if the result was loaded without its model.
-        """
-        if self.model is None or self.folder is None:
-            raise InputError(
-                "This result was loaded without its model, so it has no weights to save: "
-                "give TransferResult.load the model that the transfer began from."
-            )
-        folder = Path(folder)
-        for path in self.folder.iterdir():
-            if path.name != "result.json" and path.is_file():
-                with replacing(folder / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
-        # Last, so that a folder with a result is a whole one.
-        write_json(folder / "result.json", _SCHEMA, self.to_dict())
-
-    @classmethod
-    def load(cls, folder: str | Path, model: HookedModel | None = None) -> TransferResult:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: the folder.
-            model: the model that the transfer began from, which is copied to adapt it; without
-                it only the numbers are loaded.
-
-        Raises:
-            InputError: if ``model`` has other weights than that one.
-        """
-        folder = Path(folder)
-        content = read_json(folder / "result.json", _SCHEMA)
-        provenance = Provenance.from_dict(content["provenance"])
-        adapted = None
-        if model is not None:
-            if model.fingerprint() != provenance.model_fingerprint:
-                raise InputError(
-                    f"{folder} was trained from other weights than those of {model.name}: load "
-                    "it with the model that the transfer began from."
-                )
-            adapted = restore(model, folder)
-        return cls(
-            strategy=content["strategy"],
-            heads=Circuit.from_dict(content["heads"]) if content["heads"] else None,
-            target_language=content["target_language"],
-            source_language=content["source_language"],
-            target_before=Evaluation(**content["target_before"]),
-            target_after=Evaluation(**content["target_after"]),
-            retained=tuple(map(Retained.from_dict, content["retained"])),
-            n_trainable=content["n_trainable"],
-            learning_rate=content["learning_rate"],
-            validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
-            history=tuple(content["history"]),
-            seconds=content["seconds"],
-            target_right=tuple(map(bool, content["target_right"])),
-            drift=tuple(map(tuple, content["drift"])),
-            shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
-            decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
-            provenance=provenance,
-            model=adapted,
-            folder=folder,
-        )
-
-    def _repr_html_(self) -> str:
-        table = self.to_frame().T.to_html(header=False)
-        why = f" ({html.escape(self.decision.why)})" if self.decision else ""
-        return f"<p><b>TransferResult</b> {html.escape(self.strategy)}{why}</p>{table}"
 
 
 def transfer(
