@@ -218,8 +218,11 @@ def transfer_tradeoff(results: Sequence[TransferResult], title: str = "") -> go.
 
     Up is learned, left is forgotten; results without a source task are left out.
     """
-    fig = figure(title, height=360)
     targets = list(dict.fromkeys(r.target_language for r in results))
+    strategies = list(dict.fromkeys(r.strategy for r in results))
+    # Room for both legends, one below the other, at 20 pixels a line.
+    plot = max(230, 20 * (len(strategies) + (len(targets) if len(targets) > 1 else 0) + 3))
+    fig = figure(title, height=plot + 130)
     symbols = ("circle", "diamond", "square", "triangle-up", "cross", "x")
     for target in targets if len(targets) > 1 else ():
         # Legend entries for the symbols; the points themselves are listed by strategy.
@@ -231,7 +234,7 @@ def transfer_tradeoff(results: Sequence[TransferResult], title: str = "") -> go.
             legend="legend2",
             marker={"size": 10, "color": "#777", "symbol": symbols[targets.index(target) % 6]},
         )
-    for n, strategy in enumerate(dict.fromkeys(r.strategy for r in results)):
+    for n, strategy in enumerate(strategies):
         chosen = [r for r in results if r.strategy == strategy and r.source_change is not None]
         fig.add_scatter(
             x=[100 * (r.source_change or 0.0) for r in chosen],
@@ -256,6 +259,10 @@ def transfer_tradeoff(results: Sequence[TransferResult], title: str = "") -> go.
     fig.update_yaxes(title="target accuracy, gain in points")
     fig.update_layout(
         legend={"title": {"text": "strategy"}, "y": 1.0},
-        legend2={"title": {"text": "target"}, "y": 0.45, "x": 1.02},
+        legend2={
+            "title": {"text": "target"},
+            "y": 1 - 20 * (len(strategies) + 2) / plot,
+            "x": 1.02,
+        },
     )
     return fig
