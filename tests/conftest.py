@@ -116,6 +116,21 @@ def loaded(name: str, dtype: torch.dtype | None = None):
     return cl.load(tiny(name, dtype))
 
 
+def prompts(*lengths: int, seed: int = 1, n_prefix: int = 0, n_suffix: int = 0):
+    """Left-padded random prompts of the given lengths."""
+    from circuitlens.batch import Batch
+
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    gold = torch.arange(len(lengths)) % 3
+    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_prefix, n_suffix)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     if not (SHARED / "data" / "nusax").is_dir():

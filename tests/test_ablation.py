@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ALL, FLOAT32_ONLY, loaded
+from conftest import ALL, FLOAT32_ONLY, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.ablation import (
@@ -13,22 +13,8 @@ from circuitlens.ablation import (
     circuit_label_logits,
     head_mask,
 )
-from circuitlens.batch import Batch
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
-
-
-def prompts(*lengths: int, seed: int = 1) -> Batch:
-    """Left-padded random prompts behind one prefix token."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
-        mask[row, width - length :] = 1
-    gold = torch.arange(len(lengths)) % 3
-    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_prefix=1)
 
 
 def circuits(n_layers: int = 3, n_heads: int = 4) -> torch.Tensor:
@@ -82,7 +68,7 @@ def one_by_one(model, batch, keeps, means, positions):
 @pytest.mark.parametrize("name", ALL)
 def test_many_circuits_at_once_equal_one_full_run_each(name):
     model = loaded(name)
-    batch, keeps, means = prompts(7, 4), circuits(), means_of(model)
+    batch, keeps, means = prompts(7, 4, n_prefix=1), circuits(), means_of(model)
     found = ablated_label_logits(model, batch, keeps, means, "all", rows=5)
     expected = one_by_one(model, batch, keeps, means, "all")
     # Some families take norms or softmax in float32 whatever the dtype.
@@ -96,7 +82,7 @@ def test_many_circuits_at_once_equal_one_full_run_each(name):
 @pytest.mark.parametrize("width", [0, 5])
 def test_positions_and_means_by_position(positions, width):
     model = loaded("gpt2")
-    batch, keeps, means = prompts(3, 7, 6), circuits(), means_of(model, width)
+    batch, keeps, means = prompts(3, 7, 6, n_prefix=1), circuits(), means_of(model, width)
     found = ablated_label_logits(model, batch, keeps, means, positions)
     expected = one_by_one(model, batch, keeps, means, positions)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -104,7 +90,7 @@ def test_positions_and_means_by_position(positions, width):
 
 def test_all_heads_are_the_clean_model_and_a_prefix_can_be_used_again():
     model = loaded("qwen2")
-    batch, keeps, means = prompts(6, 5), circuits(), means_of(model)
+    batch, keeps, means = prompts(6, 5, n_prefix=1), circuits(), means_of(model)
     prefix = PrefixCache.capture(model, batch)
     with torch.no_grad():
         assert torch.equal(prefix.labels, model.label_logits(batch))
@@ -116,7 +102,7 @@ def test_all_heads_are_the_clean_model_and_a_prefix_can_be_used_again():
 
 def test_layers_below_the_lowest_ablated_one_are_not_computed():
     model = loaded("qwen2")
-    batch, means = prompts(6, 5), means_of(model)
+    batch, means = prompts(6, 5, n_prefix=1), means_of(model)
     prefix = PrefixCache.capture(model, batch)
     ran = []
     handles = [
@@ -214,7 +200,7 @@ def test_what_cannot_be_halved_is_raised():
 
 def test_ablation_survives_a_lack_of_memory(monkeypatch):
     model = loaded("qwen2")
-    batch, keeps, means = prompts(6, 5, 4), circuits(), means_of(model)
+    batch, keeps, means = prompts(6, 5, 4, n_prefix=1), circuits(), means_of(model)
     expected = ablated_label_logits(model, batch, keeps, means, "all")
     label_logits = model.label_logits
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALL, FLOAT32_ONLY, loaded, tiny
+from conftest import ALL, FLOAT32_ONLY, loaded, prompts, tiny
 from transformers import (
     AutoModelForCausalLM,
     MambaConfig,
@@ -23,17 +23,8 @@ from circuitlens.batch import Batch
 
 
 def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
-    """Left-padded random prompts of the given lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
-        mask[row, width - length :] = 1
-    gold = torch.arange(len(lengths)) % 3
-    n_suffix = 0 if model.family.causal else 1
-    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_suffix=n_suffix)
+    """Random prompts for a model; one that answers in a mask's place has a token behind it."""
+    return prompts(*lengths, seed=seed, n_suffix=0 if model.family.causal else 1)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -43,7 +43,8 @@ class LinearisedRun:
 
     Attributes:
         labels: label logits, with a graph.
-        z: output of the heads of each layer, with a graph.
+        live: outputs of the nodes by hook name, with a graph.
+        outputs: the same as constants.
         leaves: where the gradients of the nodes' outputs arrive, by hook name.
     """
 
