@@ -20,17 +20,22 @@ from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradien
 from circuitlens.means import NodeMeans
 
 
-def small_qwen() -> cl.HookedModel:
+def qwen(d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> cl.HookedModel:
+    """A random Qwen2 with 8 heads a layer."""
     config = Qwen2Config(
-        vocab_size=4000,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
+        vocab_size=d_vocab,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
+        num_hidden_layers=n_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
     )
     torch.manual_seed(0)
     return cl.load(Qwen2ForCausalLM(config))
+
+
+def small_qwen() -> cl.HookedModel:
+    return qwen(4000, 256, 704, 8)
 
 
 def batch_of(vocabulary: int, rows: int, length: int) -> Batch:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import circuitlens as cl
-from benchmarks.relevance import batch_of
+from benchmarks.relevance import batch_of, qwen
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.strategies import Choice, strategy_of
 from circuitlens.adapt.trainable import Trainable
@@ -34,16 +33,7 @@ REPEATS = 5
 
 
 def model_of() -> cl.HookedModel:
-    config = Qwen2Config(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
-    torch.manual_seed(0)
-    return cl.load(Qwen2ForCausalLM(config))
+    return qwen(32_000, 512, 2048, 12)
 
 
 def circuit_of(model: cl.HookedModel) -> cl.Circuit:

@@ -19,9 +19,10 @@ from torch import Tensor
 from circuitlens.baseline import MeanBaseline
 from circuitlens.batch import Batch, Positions
 from circuitlens.geometry import Head
+from circuitlens.hooks import Hook, recording
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
-from circuitlens.model import Hook, HookedModel
+from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.tasks import Encoded
 
@@ -58,24 +59,17 @@ class PrefixCache:
         # What enters the first layer is as easily computed as kept.
         layers = range(1, model.geometry.n_layers)
 
-        def run(chunk: range) -> tuple[dict[int, Tensor], Tensor]:
-            found: dict[int, Tensor] = {}
-
-            def keep(layer: int) -> Hook:
-                def hook(residual: Tensor) -> None:
-                    found[layer] = residual
-
-                return hook
-
-            part = batch.take(torch.arange(chunk.start, chunk.stop, device=model.device))
-            labels = model.label_logits(
-                part, {f"blocks.{layer}.hook_in": keep(layer) for layer in layers}
-            )
+        def run(chunk: range) -> tuple[dict[str, Tensor], Tensor]:
+            hooks, found = recording(f"blocks.{layer}.hook_in" for layer in layers)
+            labels = model.label_logits(batch.rows(chunk), hooks)
             return found, labels
 
         parts = _budget(rows).chunked(len(batch), run)
         return cls(
-            {layer: torch.cat([found[layer] for found, _ in parts]) for layer in layers},
+            {
+                layer: torch.cat([found[f"blocks.{layer}.hook_in"] for found, _ in parts])
+                for layer in layers
+            },
             torch.cat([labels for _, labels in parts]),
         )
 

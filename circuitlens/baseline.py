@@ -29,8 +29,9 @@ from torch import Tensor
 from circuitlens.batch import Batch, Positions
 from circuitlens.errors import CompetenceError, InputError
 from circuitlens.evaluation import near_chance
+from circuitlens.hooks import recording
 from circuitlens.means import NodeMeans
-from circuitlens.model import Hook, HookedModel
+from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
@@ -242,17 +243,10 @@ def _node_outputs(
     model: HookedModel, batch: Batch
 ) -> tuple[Float[Tensor, "batch label"], list[Float[Tensor, "batch pos node_outputs"]]]:
     """Label logits, and for each layer the outputs of all heads and of the MLP side by side."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Hook:
-        def hook(output: Tensor) -> None:
-            found[name] = output
-
-        return hook
-
     layers = range(model.geometry.n_layers)
     names = [f(layer) for layer in layers for f in (model.z_hook, model.mlp_hook)]
-    logits = model.label_logits(batch, {name: keep(name) for name in names})
+    hooks, found = recording(names)
+    logits = model.label_logits(batch, hooks)
     return logits, [
         torch.cat([found[model.z_hook(n)].flatten(2), found[model.mlp_hook(n)]], dim=-1)
         for n in layers

@@ -91,6 +91,10 @@ class Batch:
             gold=self.gold[rows],
         )
 
+    def rows(self, chunk: range) -> Batch:
+        """Return consecutive rows."""
+        return self.take(torch.arange(chunk.start, chunk.stop, device=self.input_ids.device))
+
     def repeat(self, times: int) -> Batch:
         """Return the rows ``times`` times over: row r of copy c is at ``c * len(self) + r``."""
         return replace(

@@ -159,17 +159,17 @@ def _edge_scores(
         model.geometry.n_layers, model.geometry.n_heads, len(targets), dtype=torch.float64
     )
     budget = RowBudget(batch_size)
-    for index, _ in progress(
+    for index, batch in progress(
         encoded.batches(batch_size, model.device),
         f"Edges to {len(targets)} heads",
         quiet=quiet,
         total=encoded.n_batches(batch_size),
     ):
 
-        def run(chunk: range, index: Tensor = index) -> Tensor:
-            batch = encoded.batch(index[chunk.start : chunk.stop].tolist(), model.device)
-            where = batch.mask(baseline.positions)
-            found = engine(model, batch, means, rules, targets, where)
+        def run(chunk: range, batch: Batch = batch) -> Tensor:
+            rows = batch.rows(chunk)
+            where = rows.mask(baseline.positions)
+            found = engine(model, rows, means, rules, targets, where)
             return found.double().sum(0).cpu()
 
         total += torch.stack(budget.chunked(len(index), run)).sum(0)

@@ -31,6 +31,7 @@ from circuitlens.bridging import boot
 from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.families import Family, family_of, is_tested
 from circuitlens.geometry import HeadGeometry
+from circuitlens.hooks import Hook, recording
 from circuitlens.loading import load_tokenizer, load_weights
 from circuitlens.progress import hush_transformers
 from circuitlens.selfcheck import check_hooks
@@ -40,7 +41,6 @@ __all__ = ["HookedModel", "load"]
 
 logger = logging.getLogger(__name__)
 
-Hook = Callable[[Tensor], Tensor | None]
 Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
 
@@ -329,17 +329,10 @@ class HookedModel:
     @torch.no_grad()
     def head_outputs(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_head"]:
         """Return z, the output of every head before W_O."""
-        found: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Hook:
-            def hook(z: Tensor) -> None:
-                found[layer] = z.detach()
-
-            return hook
-
-        layers = range(self.geometry.n_layers)
-        self.logits(batch, {self.z_hook(layer): keep(layer) for layer in layers})
-        return torch.stack([found[layer] for layer in layers])
+        names = [self.z_hook(layer) for layer in range(self.geometry.n_layers)]
+        hooks, found = recording(names)
+        self.logits(batch, hooks)
+        return torch.stack([found[name] for name in names])
 
     @torch.no_grad()
     def head_contributions(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_model"]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline
+from circuitlens.batch import Batch
 from circuitlens.cdt import Path, Relevances, RuleSet
 from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.memory import RowBudget
@@ -180,12 +181,11 @@ def _batched(
 
     batches = encoded.batches(batch_size, model.device)
     total = encoded.n_batches(batch_size)
-    for index, _ in progress(batches, f"Relevance ({by.name})", quiet=quiet, total=total):
+    for index, batch in progress(batches, f"Relevance ({by.name})", quiet=quiet, total=total):
 
-        def run(chunk: range, index: Tensor = index) -> None:
+        def run(chunk: range, index: Tensor = index, batch: Batch = batch) -> None:
             chosen = index[chunk.start : chunk.stop]
-            batch = encoded.batch(chosen.tolist(), model.device)
-            found = score(model, batch, means, request)
+            found = score(model, batch.rows(chunk), means, request)
             heads[chosen] = keep(found.heads)
             if mlps is not None and found.mlps is not None:
                 mlps[chosen] = keep(found.mlps)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.batch import Batch
 from circuitlens.bridging import first_line
 from circuitlens.errors import UnsupportedModelError
 from circuitlens.families import tested_types
+from circuitlens.hooks import pattern_hook, read_values, recording, value_hook
 
 if TYPE_CHECKING:
     from circuitlens.model import HookedModel
@@ -55,23 +54,17 @@ def _fault(model: HookedModel) -> str | None:
             if hook not in model.bridge.hook_dict:
                 return f"there is no hook {hook}"
     batch = _random_batch(model)
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        return lambda value: seen.__setitem__(name, value)
-
-    names = [
-        (f"blocks.{n}.attn.hook_pattern", f"blocks.{n}.attn.v.hook_out", model.z_hook(n))
-        for n in layers
-    ]
-    logits = model.logits(batch, {name: keep(name) for name in chain.from_iterable(names)})
+    names = [(pattern_hook(n), value_hook(n), model.z_hook(n)) for n in layers]
+    hooks, seen = recording(chain.from_iterable(names))
+    logits = model.logits(batch, hooks)
     if not _close(logits, model.hf_logits(batch)):
         return "the hooked view does not give the logits of Hugging Face"
     if not _close(logits[1:], model.logits(model.unlabelled(batch.input_ids[1:, _PADDING:]))):
         return "padding changes the logits"
     tokens = batch.attention_mask.bool()
     for layer, (pattern, v, z) in enumerate(names):
-        if not _close(_read(seen[pattern], seen[v], seen[z])[tokens], seen[z][tokens]):
+        read = read_values(seen[pattern], seen[v], seen[z].shape[-1])
+        if not _close(read[tokens], seen[z][tokens]):
             return f"{z} is not the pattern times the values"
         if torch.equal(model.logits(batch, {z: torch.zeros_like}), logits):
             return f"replacing the outputs of the heads of layer {layer} changes nothing"
@@ -85,15 +78,6 @@ def _random_batch(model: HookedModel) -> Batch:
     batch = model.unlabelled(torch.randint(vocabulary, (2, 6), generator=generator))
     batch.attention_mask[1, :_PADDING] = 0
     return batch
-
-
-def _read(
-    pattern: Float[Tensor, "batch head query key"], v: Tensor, z: Tensor
-) -> Float[Tensor, "batch query head d_head"]:
-    """What heads read, A·v; under grouped-query attention each value head serves several."""
-    v = v.reshape(*z.shape[:2], -1, z.shape[-1])
-    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
-    return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v), v)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

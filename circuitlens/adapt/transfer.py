@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from circuitlens.provenance import Provenance
 from circuitlens.scores import HeadScores
 from circuitlens.tasks import Encoded, Task
 
-__all__ = ["AUTO", "DEFAULT_RATES", "transfer"]
+__all__ = ["AUTO", "DEFAULT_RATES", "check_circuit", "training_options", "transfer"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,22 +97,16 @@ def transfer(
         InputError: for an unknown strategy, missing scores, or a circuit of another model.
     """
     how = strategy_of("circuit" if strategy == AUTO else strategy)
-    _check_circuit(model, circuit)
-    if not learning_rates:
-        raise InputError("Give at least one learning rate.")
-    if replay < 0:
-        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
-    options = [
-        TrainingOptions(
-            learning_rate=rate,
-            epochs=epochs,
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            patience=patience,
-            seed=seed,
-        )
-        for rate in dict.fromkeys(learning_rates)
-    ]
+    check_circuit(model, circuit)
+    options = training_options(
+        learning_rates,
+        replay,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        patience=patience,
+        seed=seed,
+    )
     source = source or task.origin
     if source is None and (replay or how.gradual or rediscover):
         raise InputError(
@@ -213,7 +208,29 @@ def transfer(
     )
 
 
-def _check_circuit(model: HookedModel, circuit: Circuit) -> None:
+def training_options(
+    learning_rates: Sequence[float], replay: float, **settings: Any
+) -> list[TrainingOptions]:
+    """Options for every rate, each once.
+
+    Raises:
+        InputError: for settings that no transfer could work with.
+    """
+    if not learning_rates:
+        raise InputError("Give at least one learning rate.")
+    if replay < 0:
+        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
+    return [
+        TrainingOptions(learning_rate=rate, **settings) for rate in dict.fromkeys(learning_rates)
+    ]
+
+
+def check_circuit(model: HookedModel, circuit: Circuit) -> None:
+    """Refuse a circuit of a model with another number of layers or heads.
+
+    Raises:
+        InputError: naming both sizes.
+    """
     if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
         raise InputError(
             f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "

@@ -22,9 +22,10 @@ from circuitlens.cdt.hsu2024 import decompose_published
 from circuitlens.cdt.rules import RULES, RuleSet
 from circuitlens.errors import InputError
 from circuitlens.geometry import Head
+from circuitlens.hooks import recording
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
-from circuitlens.model import Hook, HookedModel
+from circuitlens.model import HookedModel
 from circuitlens.nodes import MLP
 
 __all__ = ["decompose"]
@@ -125,7 +126,7 @@ def _frozen(
         means.to(model.device), None if mlp_means is None else mlp_means.to(model.device)
     )
     sets = [check_nodes(model, s, n_pos, "source") for s in sources]
-    sites = [(head, p) for head, p in check_heads(model, targets or (), n_pos, "target")]
+    sites = check_heads(model, targets or (), n_pos, "target")
     names = _default_hooks(model) if hooks == "all" else tuple(hooks)
     if unknown := [name for name in names if name not in model.bridge.hook_dict]:
         raise InputError(f"{type(model.hf).__name__} has no hook {unknown[0]!r} to decompose.")
@@ -197,14 +198,7 @@ def _default_hooks(model: HookedModel) -> tuple[str, ...]:
 @torch.no_grad()
 def _native(model: HookedModel, tokens: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
     """What the model computes when no hook changes anything."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Hook:
-        def hook(activation: Tensor) -> None:
-            found[name] = activation
-
-        return hook
-
     batch = model.unlabelled(tokens)
-    model.logits(batch, {name: keep(name) for name in names})
+    hooks, found = recording(names)
+    model.logits(batch, hooks)
     return {**found, "logits": model.hf_logits(batch)}

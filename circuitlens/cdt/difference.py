@@ -26,15 +26,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitlens.batch import Batch, Positions, margin
-from circuitlens.cdt.hooks import layer_of, then
 from circuitlens.cdt.operating_point import OperatingPoint
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import capped_labels
 from circuitlens.geometry import Head
+from circuitlens.hooks import Hook, layer_of, then
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
-from circuitlens.model import Forward, Hook, HookedModel
+from circuitlens.model import Forward, HookedModel
 from circuitlens.nodes import MLP, Node
 
 __all__ = ["FrozenNetwork", "Source", "SourceSet", "relevance_by_difference"]

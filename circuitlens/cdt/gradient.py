@@ -24,14 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitlens.batch import Batch, Positions, at_least_float32, margin
-from circuitlens.cdt.hooks import then
 from circuitlens.cdt.operating_point import frozen_routing, frozen_scales
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import activation_sites, capped_labels, secant, site_hooks
 from circuitlens.families import ActivationSite
+from circuitlens.hooks import Hook, then
 from circuitlens.means import NodeMeans
-from circuitlens.model import Hook, HookedModel
+from circuitlens.model import HookedModel
 
 __all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
 

@@ -19,22 +19,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.batch import Batch
-from circuitlens.cdt.hooks import layer_of
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import Secant, activation_sites, capped_labels, secant, site_hooks
 from circuitlens.errors import UnsupportedModelError
 from circuitlens.families import ActivationSite
-from circuitlens.model import Forward, Hook, HookedModel
+from circuitlens.hooks import (
+    Hook,
+    layer_of,
+    pattern_hook,
+    read_values,
+    recording,
+    value_hook,
+)
+from circuitlens.model import Forward, HookedModel
 
-__all__ = [
-    "OperatingPoint",
-    "apply_pattern",
-    "frozen_routing",
-    "frozen_scales",
-    "pattern_hook",
-    "read_values",
-    "value_hook",
-]
+__all__ = ["OperatingPoint", "apply_pattern", "frozen_routing", "frozen_scales"]
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,10 @@ class OperatingPoint:
             first: keep the columns from this one on; more than 0 needs frozen patterns.
             forward: what makes logits; the default is those of label tokens.
         """
-        store: dict[str, Tensor] = {}
         secants: dict[str, tuple[ActivationSite, Secant]] = {}
 
         def last(value: Tensor) -> Tensor:
             return _last_columns(value, batch, first)
-
-        def keep(name: str) -> Hook:
-            def hook(activation: Tensor) -> None:
-                store[name] = activation.detach()
-
-            return hook
 
         def keep_secant(site: ActivationSite) -> dict[str, Hook]:
             def at(post: Tensor, up: Tensor, gate: Tensor | None) -> None:
@@ -106,7 +98,7 @@ class OperatingPoint:
         if rules.freeze_patterns:
             wanted += [pattern_hook(layer) for layer in layers]
             wanted += [value_hook(layer) for layer in layers if first]
-        hooks = {name: keep(name) for name in wanted}
+        hooks, store = recording(wanted)
         if rules.activation == "secant":
             for site in activation_sites(model):
                 hooks |= keep_secant(site)
@@ -184,34 +176,6 @@ def _last_columns(value: Tensor, batch: Batch, first: int) -> Tensor:
     # Experts see the tokens of the whole batch in one row.
     columns: Tensor = value.unflatten(0, tuple(batch.input_ids.shape))[:, first:]
     return columns.flatten(0, 1)
-
-
-def pattern_hook(layer: int) -> str:
-    """Canonical name of the attention pattern's hook."""
-    return f"blocks.{layer}.attn.hook_pattern"
-
-
-def value_hook(layer: int) -> str:
-    """Canonical name of the hook at the heads' values."""
-    return f"blocks.{layer}.attn.v.hook_out"
-
-
-def read_values(
-    pattern: Float[Tensor, "batch head query key"], v: Tensor, d_head: int
-) -> Float[Tensor, "rows query head d_head"]:
-    """What heads read, z = A·v.
-
-    Args:
-        pattern: attention weights.
-        v: values of shape ``rows key …``; the rows are those of the pattern, once or several
-            times over, and all value heads of a token are side by side or on an axis.
-        d_head: size of a head.
-    """
-    batch, heads = pattern.shape[:2]
-    v = v.reshape(-1, batch, v.shape[1], v.numel() // (v.shape[0] * v.shape[1] * d_head), d_head)
-    # Grouped-query attention: each value head serves a run of query heads.
-    v = v.repeat_interleave(heads // v.shape[3], dim=3)
-    return torch.einsum("bhqk,sbkhd->sbqhd", pattern.to(v), v).flatten(0, 1)
 
 
 def apply_pattern(

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from circuitlens.batch import Batch, at_least_float32
-from circuitlens.cdt.hooks import then
 from circuitlens.errors import UnsupportedModelError
 from circuitlens.families import ActivationSite
-from circuitlens.model import Forward, Hook, HookedModel
+from circuitlens.hooks import Hook, then
+from circuitlens.model import Forward, HookedModel
 
 __all__ = ["Secant", "activation_sites", "capped_labels", "secant", "site_hooks"]
 

@@ -15,8 +15,7 @@ from typing import Any, get_args
 
 from circuitlens.adapt import transfer
 from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
-from circuitlens.adapt.training import TrainingOptions
-from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES
+from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES, check_circuit, training_options
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.experiments.folder import CellFolder, Key
@@ -81,7 +80,11 @@ def compare(
         if not values:
             raise InputError(f"Give at least one {name}.")
     # A mistake found later would stand in the folder's settings.
-    _check_training(learning_rates, epochs, batch_size, replay, kv_policy)
+    training_options(learning_rates, replay, epochs=epochs, batch_size=batch_size)
+    if kv_policy not in get_args(KVPolicy):
+        raise InputError(
+            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
+        )
     _check_strategies(strategies, circuit, scores)
     _check_inputs(model, circuit, task, retain)
     tasks = {target.language: target for target in map(task.to, languages)}
@@ -158,21 +161,6 @@ def _name(task: Task) -> str:
     return f"{task.name}/{task.language}"
 
 
-def _check_training(
-    rates: Sequence[float], epochs: int, batch_size: int, replay: float, kv_policy: str
-) -> None:
-    if not rates:
-        raise InputError("Give at least one learning rate.")
-    for rate in rates:
-        TrainingOptions(learning_rate=rate, epochs=epochs, batch_size=batch_size)
-    if replay < 0:
-        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
-    if kv_policy not in get_args(KVPolicy):
-        raise InputError(
-            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
-        )
-
-
 def _check_strategies(
     strategies: Sequence[str], circuit: Circuit, scores: HeadScores | None
 ) -> None:
@@ -190,12 +178,7 @@ def _check_strategies(
 
 
 def _check_inputs(model: HookedModel, circuit: Circuit, task: Task, retain: Sequence[Task]) -> None:
-    g = model.geometry
-    if (circuit.n_layers, circuit.n_heads) != (g.n_layers, g.n_heads):
-        raise InputError(
-            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
-            f"{model.name} has {g.n_layers} × {g.n_heads}."
-        )
+    check_circuit(model, circuit)
     names = [_name(other) for other in (task, *retain)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(
