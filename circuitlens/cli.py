@@ -6,7 +6,6 @@ The heavy imports stand inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import warnings
@@ -16,13 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from circuitlens.console import pairs_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuitlens.adapt import TransferResult
     from circuitlens.pipeline import RunFolder
 
@@ -74,89 +71,9 @@ def _size(text: str) -> int | float:
         ) from None
 
 
-def _strategy_table(results: Sequence[TransferResult]) -> Table:
-    table = Table(title="Transfer: test accuracy in percent")
-    table.add_column("target")
-    table.add_column("strategy")
-    for name in ("target before", "after", "gain", "macro-F1", "source before", "after"):
-        table.add_column(name, justify="right")
-    for name in ("trained", "rate", "seconds"):
-        table.add_column(name, justify="right")
-
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
-
-    for r in results:
-        before, after = r.source_before, r.source_after
-        table.add_row(
-            r.target_language,
-            r.strategy,
-            percent(r.target_before.accuracy),
-            percent(r.target_after.accuracy),
-            f"{100 * r.target_gain:+.1f}",
-            percent(r.target_after.macro_f1),
-            percent(before.accuracy if before else None),
-            percent(after.accuracy if after else None),
-            f"{r.n_trainable:,}",
-            f"{r.learning_rate:g}",
-            f"{r.seconds:.1f}",
-        )
-    return table
-
-
-def _summary_table(summary: pd.DataFrame) -> Table:
-    table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
-    table.add_column("target")
-    table.add_column("strategy")
-    for name in ("seeds", "target before", "after", "gain", "source before", "after"):
-        table.add_column(name, justify="right")
-    for name in ("trained", "seconds", "MiB"):
-        table.add_column(name, justify="right")
-
-    def percent(mean: float, sd: float = math.nan) -> str:
-        # NaN is what there is without a source task, and of the spread with one seed.
-        spread = "" if math.isnan(sd) else f" ± {100 * sd:.1f}"
-        return "–" if math.isnan(mean) else f"{100 * mean:.1f}{spread}"
-
-    for row in summary.to_dict("records"):
-        table.add_row(
-            row["language"],
-            row["strategy"],
-            str(row["n_seeds"]),
-            percent(row["target_before"]),
-            percent(row["target_after"], row["target_after_sd"]),
-            f"{100 * row['gain']:+.1f}",
-            percent(row["source_before"]),
-            percent(row["source_after"], row["source_after_sd"]),
-            f"{row['n_trainable']:,.0f}",
-            f"{row['seconds']:.1f}",
-            f"{row['peak_mib']:.0f}",
-        )
-    return table
-
-
-def _pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
-    table = Table(title=f"Target accuracy of {reference} minus that of others, in points")
-    table.add_column("target")
-    table.add_column("other")
-    for name in ("difference", "95 % interval", "p", "examples", "seeds"):
-        table.add_column(name, justify="right")
-    for row in pairs.to_dict("records"):
-        table.add_row(
-            row["language"],
-            row["b"],
-            f"{100 * row['difference']:+.1f}",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
-            f"{row['p']:.3f}" if row["p"] else "< 0.002",
-            str(row["n_examples"]),
-            str(row["n_seeds"]),
-        )
-    return table
-
-
 def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
     if results:
-        _out.print(_strategy_table(results))
+        _out.print(strategy_table(results))
     _out.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
 
 
@@ -205,7 +122,7 @@ def run(
     finetune_epochs: Annotated[int | None, typer.Option(help="Epochs of that.")] = None,
     method: Annotated[
         str,
-        typer.Option(help="Scorer: cdt-linear, cdt, cdt-live, attribution, ablation or random."),
+        typer.Option(help="Scorer, such as cdt-linear, cdt, midpoint, attribution or ablation."),
     ] = "cdt-linear",
     size: Annotated[
         str, typer.Option(help="Heads in the circuit: a number (8) or a share (0.25).")
@@ -222,13 +139,21 @@ def run(
     ] = 30,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="circuit, near-zero, random, norms, full. Repeat; default: all."),
+        typer.Option(
+            help="circuit, near-zero, random, random-by-layer, norms, lora, lora-r8, circuit-lora, "
+            "gradual, head, full or auto. Repeat; default: circuit, near-zero, random, norms, "
+            "lora, full."
+        ),
     ] = None,
     rate: Annotated[
         list[float] | None,
         typer.Option(help="Learning rates of the transfer, chosen on validation. Repeat."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of the transfer, at most.")] = 10,
+    accumulation: Annotated[
+        int, typer.Option(help="Parts of a training batch, run one after another: saves memory.")
+    ] = 1,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train with bfloat16 autocast.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
@@ -273,6 +198,8 @@ def run(
         n_random=n_random,
         learning_rates=tuple(rate or DEFAULT_RATES),
         epochs=epochs,
+        accumulation=accumulation,
+        bf16=bf16,
         dtype=dtype,
         device=device,
         seed=seed,
@@ -389,17 +316,17 @@ def compare(
         scores=run.scores,
         out=out,
         learning_rates=settings.learning_rates,
-        epochs=settings.epochs,
+        **settings.training,
         quiet=quiet,
     )
-    _out.print(_summary_table(result.summary()))
+    _out.print(summary_table(result.summary()))
     if len(result.strategies) > 1:
         known = result.strategies
         reference = "circuit" if "circuit" in known else known[0]
         pairs = result.pairs(reference)
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]
-        _out.print(_pairs_table(pairs, reference))
+        _out.print(pairs_table(pairs, reference))
     _out.print(f"Tables: {out}", soft_wrap=True)
     if result.errors:
         # The log has named each of them.

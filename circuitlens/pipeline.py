@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from circuitlens.adapt import STRATEGIES, TransferResult, finetune, is_competent, transfer
-from circuitlens.adapt.transfer import DEFAULT_RATES
+from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES, training_options
 from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.batch import Positions
 from circuitlens.circuit import Circuit
@@ -76,6 +76,8 @@ class RunSettings:
     strategies: tuple[str, ...] = DEFAULT_STRATEGIES
     learning_rates: tuple[float, ...] = DEFAULT_RATES
     epochs: int = 10
+    accumulation: int = 1
+    bf16: bool = False
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
@@ -85,11 +87,18 @@ class RunSettings:
             raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
+        known = (*STRATEGIES, AUTO)
         for strategy in self.strategies:
-            if strategy not in STRATEGIES:
+            if strategy not in known:
                 raise InputError(
-                    f"There is no strategy {strategy!r}; known are {', '.join(STRATEGIES)}."
+                    f"There is no strategy {strategy!r}; known are {', '.join(known)}."
                 )
+        training_options(self.learning_rates, 0.0, **self.training)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What every transfer is trained with."""
+        return {"epochs": self.epochs, "accumulation": self.accumulation, "bf16": self.bf16}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RunSettings:
@@ -214,7 +223,12 @@ class RunFolder:
         if mode == "auto" and competent:
             logger.info("Competence: validation accuracy is %.3f already.", accuracy)
             return self._start
-        options: dict[str, Any] = dict(TOY_FINETUNE) if self.settings.model == TOY else {}
+        options: dict[str, Any] = {
+            "accumulation": self.settings.accumulation,
+            "bf16": self.settings.bf16,
+            "checkpoints": self.path / ".finetune",
+            **(TOY_FINETUNE if self.settings.model == TOY else {}),
+        }
         if self.settings.finetune_rate is not None:
             options["learning_rate"] = self.settings.finetune_rate
         if self.settings.finetune_epochs is not None:
@@ -227,6 +241,7 @@ class RunFolder:
         try:
             trained.save(temporary)
             temporary.rename(proxy)
+            shutil.rmtree(self.path / ".finetune", ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         # From the folder, so that an interrupted run and a whole one go on with the same model.
@@ -307,11 +322,13 @@ class RunFolder:
             strategy=strategy,
             scores=self.scores,
             learning_rates=self.settings.learning_rates,
-            epochs=self.settings.epochs,
+            **self.settings.training,
             seed=self.settings.seed,
+            checkpoints=path / ".training",
             quiet=self.quiet,
         )
         result.save(path)
+        shutil.rmtree(path / ".training", ignore_errors=True)
         # The weights are in the folder; keeping an adapted model for each strategy would fill
         # the memory.
         return replace(result, model=None, folder=path, _scratch=None)
@@ -331,7 +348,7 @@ class RunFolder:
         results = [self._load_transfer(path.parent) for path in found]
         source = self.task.source
         own = [source.resolve(name) if source else name for name in self.settings.targets]
-        strategies = list(STRATEGIES)
+        strategies = [*STRATEGIES, AUTO]
 
         def place(result: TransferResult) -> tuple[int, str, int]:
             language = result.target_language

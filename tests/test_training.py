@@ -11,8 +11,9 @@ from conftest import ALL, tiny
 import circuitlens as cl
 from circuitlens.adapt.auto import _pick, decide
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
+from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
-from circuitlens.adapt.training import TrainingOptions, train
+from circuitlens.adapt.training import train
 from circuitlens.geometry import norm_parameters, selection_masks
 from circuitlens.tasks import toy
 

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import Choice, strategy_of
-from circuitlens.adapt.training import TrainingOptions, train
+from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.evaluation import predict
@@ -66,12 +68,14 @@ class Decision:
         circuit: the top heads in the number chosen.
         candidates: all that were tried, the best first.
         why: one sentence.
+        seconds: of training.
     """
 
     strategy: str
     circuit: Circuit
     candidates: tuple[Candidate, ...]
     why: str
+    seconds: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -82,6 +86,7 @@ class Decision:
                 [c.strategy, c.size, c.accuracy, list(c.behind)] for c in self.candidates
             ],
             "why": self.why,
+            "seconds": self.seconds,
         }
 
     @classmethod
@@ -92,7 +97,7 @@ class Decision:
             for strategy, size, accuracy, behind in content["candidates"]
         )
         circuit = Circuit.from_dict(content["circuit"])
-        return cls(content["strategy"], circuit, candidates, content["why"])
+        return cls(content["strategy"], circuit, candidates, content["why"], content["seconds"])
 
 
 def decide(
@@ -102,6 +107,7 @@ def decide(
     options: TrainingOptions,
     *,
     n_folds: int = 3,
+    checkpoints: Path | None = None,
     quiet: bool = False,
 ) -> Decision:
     """Choose between editing and preserving, and the number of heads (module docstring).
@@ -112,6 +118,7 @@ def decide(
         data: pool B of the target language.
         options: how to train; all epochs are used, at this rate.
         n_folds: parts of the data that are held out in turn.
+        checkpoints: folder of the trainings' states, see :func:`circuitlens.transfer`.
         quiet: no progress bar.
 
     Raises:
@@ -130,15 +137,16 @@ def decide(
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     folds = [fold.tolist() for fold in order.tensor_split(n_folds)]
     right = np.zeros((len(plans), len(data)), dtype=bool)
+    seconds = 0.0
     for row, (name, n) in progress(
         list(enumerate(plans)), "Edit or preserve", quiet=quiet, total=len(plans)
     ):
-        circuit = _sized(choice, n)
-        for fold in folds:
-            right[row, fold] = _held_out(
-                model, name, replace(choice, circuit=circuit), data, fold, folds, options
-            )
-    return _pick(plans, right, choice)
+        sized = replace(choice, circuit=_sized(choice, n))
+        for k, fold in enumerate(folds):
+            kept = checkpoints and checkpoints / f"{name}-{n}" / f"fold-{k}"
+            right[row, fold], took = _held_out(model, name, sized, data, fold, folds, options, kept)
+            seconds += took
+    return replace(_pick(plans, right, choice), seconds=seconds)
 
 
 def _sized(choice: Choice, n: int) -> Circuit:
@@ -154,15 +162,24 @@ def _held_out(
     fold: Sequence[int],
     folds: Sequence[Sequence[int]],
     options: TrainingOptions,
-) -> np.ndarray:
-    """Which examples of ``fold`` are answered right after training on the others."""
+    checkpoints: Path | None,
+) -> tuple[np.ndarray, float]:
+    """Which examples of ``fold`` are answered right after training on the others, and its time."""
     strategy = strategy_of(name)
     trainable = strategy.make(model, choice, strategy.choose(choice))
     rest = [i for other in folds if other is not fold for i in other]
-    train(trainable.model, data.take(rest), None, options, trainable=trainable, quiet=True)
+    log = train(
+        trainable.model,
+        data.take(rest),
+        None,
+        options,
+        trainable=trainable,
+        checkpoints=checkpoints,
+        quiet=True,
+    )
     held = data.take(fold)
     predicted = predict(trainable.merged(), held).argmax(1)
-    return np.asarray(predicted == torch.tensor(held.gold))
+    return np.asarray(predicted == torch.tensor(held.gold)), log.seconds
 
 
 def _pick(plans: Sequence[tuple[str, int]], right: np.ndarray, choice: Choice) -> Decision:

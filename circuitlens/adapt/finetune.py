@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
-from circuitlens.adapt.training import TrainingOptions, train
+from circuitlens.adapt.options import TrainingOptions
+from circuitlens.adapt.training import train
 from circuitlens.errors import CompetenceError
 from circuitlens.evaluation import near_chance, predict
 from circuitlens.model import HookedModel
@@ -26,7 +28,10 @@ def finetune(
     batch_size: int = 16,
     weight_decay: float = 0.01,
     patience: int = 3,
+    accumulation: int = 1,
+    bf16: bool = False,
     seed: int = 0,
+    checkpoints: str | Path | None = None,
     inplace: bool = False,
     quiet: bool = False,
 ) -> HookedModel:
@@ -37,8 +42,10 @@ def finetune(
         task: trains on pool A; the epoch with the best validation accuracy is kept.
         learning_rate: peak rate. The default suits models of a few million parameters; large
             ones want 1e-5 to 5e-5.
-        epochs, batch_size, weight_decay, patience, seed: see
-            :class:`circuitlens.adapt.training.TrainingOptions`.
+        epochs, batch_size, weight_decay, patience, accumulation, bf16, seed: see
+            :class:`circuitlens.adapt.options.TrainingOptions`.
+        checkpoints: folder for the state after every epoch: a call that was killed goes on where
+            it stopped when it is repeated. Remove the folder once the model is saved.
         inplace: train ``model`` itself, which saves a copy of the weights.
         quiet: no progress bar.
 
@@ -52,12 +59,15 @@ def finetune(
         batch_size=batch_size,
         weight_decay=weight_decay,
         patience=patience,
+        accumulation=accumulation,
+        bf16=bf16,
         seed=seed,
     )
     data = task.encode(model, task["pool_a"])
     validation = task.encode(model, task["validation"])
     trained = model if inplace else model.clone()
-    log = train(trained, data, validation, options, quiet=quiet)
+    kept = None if checkpoints is None else Path(checkpoints)
+    log = train(trained, data, validation, options, checkpoints=kept, quiet=quiet)
     logger.info(
         "Competence: %s/%s validation accuracy %.3f after %d steps (best epoch %g).",
         task.name,

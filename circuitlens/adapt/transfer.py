@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.result import TransferResult
 from circuitlens.adapt.retention import (
     Retained,
@@ -26,7 +26,7 @@ from circuitlens.adapt.retention import (
     weight_drift,
 )
 from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
-from circuitlens.adapt.training import TrainingLog, TrainingOptions, train
+from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.evaluation import Evaluation, predict, summarise
@@ -64,7 +64,10 @@ def transfer(
     batch_size: int = 16,
     weight_decay: float = 0.0,
     patience: int = 10,
+    accumulation: int = 1,
+    bf16: bool = False,
     seed: int = 0,
+    checkpoints: str | Path | None = None,
     quiet: bool = False,
 ) -> TransferResult:
     """Adapt a competent model to a target language by training a part of its weights.
@@ -87,10 +90,13 @@ def transfer(
         rediscover: search the source circuit anew in the adapted model.
         learning_rates: tried in turn; the best on the target's validation split is kept. The
             default suits models of a few million parameters; large ones want 1e-5 to 3e-4.
-        epochs, batch_size, weight_decay, patience: see
-            :class:`circuitlens.adapt.training.TrainingOptions`. Weight decay of an adapter pulls
+        epochs, batch_size, weight_decay, patience, accumulation, bf16: see
+            :class:`circuitlens.adapt.options.TrainingOptions`. Weight decay of an adapter pulls
             its own weights to zero, and so the model to where it began.
         seed: for everything random.
+        checkpoints: folder for the state of every training after every epoch: a call that was
+            killed goes on where it stopped when it is repeated with the same arguments. Remove
+            the folder once the result is saved.
         quiet: no progress bar.
 
     Raises:
@@ -105,8 +111,11 @@ def transfer(
         batch_size=batch_size,
         weight_decay=weight_decay,
         patience=patience,
+        accumulation=accumulation,
+        bf16=bf16,
         seed=seed,
     )
+    kept = None if checkpoints is None else Path(checkpoints)
     source = source or task.origin
     if source is None and (replay or how.gradual or rediscover):
         raise InputError(
@@ -117,21 +126,21 @@ def transfer(
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
     choice = Choice(circuit, scores, seed, kv_policy, data.label_tokens)
-    start = time.perf_counter()
     decision: Decision | None = None
     if strategy == AUTO:
         middle = sorted(options, key=lambda option: option.learning_rate)[len(options) // 2]
-        decision = decide(model, choice, data, middle, quiet=quiet)
+        decision = decide(
+            model, choice, data, middle, checkpoints=kept and kept / AUTO, quiet=quiet
+        )
         how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
     heads = how.choose(choice)
-    deciding = time.perf_counter() - start
     others = [source, *retain] if source else list(retain)
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
 
     trainable = how.make(model, choice, heads)
     stages = _stages(model, data, source, how.gradual, replay, seed)
-    start = time.perf_counter()
+    seconds = decision.seconds if decision else 0.0
     tried: list[tuple[TrainingLog, float]] = []
     initial = trainable.state()
     best = initial
@@ -139,14 +148,20 @@ def transfer(
     for option in progress(options, label, quiet=quiet):
         trainable.load(initial)
         per_stage = replace(option, epochs=max(1, epochs // len(stages)))
-        for stage in stages:
+        for n, stage in enumerate(stages):
             log = train(
-                trainable.model, stage, validation, per_stage, trainable=trainable, quiet=True
+                trainable.model,
+                stage,
+                validation,
+                per_stage,
+                trainable=trainable,
+                checkpoints=kept and kept / f"rate-{option.learning_rate:g}" / f"stage-{n}",
+                quiet=True,
             )
+            seconds += log.seconds
         if not tried or _score(log) > max(_score(earlier) for earlier, _ in tried):
             best = trainable.state()
         tried.append((log, option.learning_rate))
-    seconds = deciding + time.perf_counter() - start
     trainable.load(best)
     log, rate = max(tried, key=lambda pair: _score(pair[0]))
     n_trainable = trainable.n_entries

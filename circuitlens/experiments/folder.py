@@ -3,6 +3,7 @@
 DIR/grid.json                                  what all cells depend on
 DIR/cells/LANGUAGE/STRATEGY/seed-N.json        the numbers of a finished transfer
 DIR/cells/LANGUAGE/STRATEGY/seed-N.error.json  why a transfer failed
+DIR/cells/LANGUAGE/STRATEGY/seed-N.training/   how far an unfinished one has come
 DIR/table.parquet, table.csv, summary.csv, comparison.json   of all finished cells
 
 A cell that is there is never computed again; the tables are written anew at the end of every call.
@@ -10,6 +11,7 @@ A cell that is there is never computed again; the tables are written anew at the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +107,11 @@ class CellFolder:
         """Write a finished cell; an earlier failure is forgotten."""
         write_json(self._file(key), _CELL, cell)
         self._file(key, ".error").unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints(key), ignore_errors=True)
+
+    def checkpoints(self, key: Key) -> Path:
+        """Folder of the trainings of a cell that is not finished."""
+        return self._file(key, ".training").with_suffix("")
 
     def fail(self, key: Key, error: Mapping[str, Any]) -> None:
         """Write why a cell failed."""

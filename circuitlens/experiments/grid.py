@@ -46,6 +46,9 @@ def compare(
     learning_rates: Sequence[float] = DEFAULT_RATES,
     epochs: int = 10,
     batch_size: int = 16,
+    patience: int = 10,
+    accumulation: int = 1,
+    bf16: bool = False,
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
     quiet: bool = False,
@@ -66,7 +69,8 @@ def compare(
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
         retain: further tasks or languages on which retention is measured.
-        learning_rates, epochs, batch_size, replay, kv_policy: see :func:`circuitlens.transfer`.
+        learning_rates, epochs, batch_size, patience, accumulation, bf16, replay, kv_policy: see
+            :func:`circuitlens.transfer`.
         quiet: no progress bar.
 
     Returns:
@@ -80,7 +84,14 @@ def compare(
         if not values:
             raise InputError(f"Give at least one {name}.")
     # A mistake found later would stand in the folder's settings.
-    training_options(learning_rates, replay, epochs=epochs, batch_size=batch_size)
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "patience": patience,
+        "accumulation": accumulation,
+        "bf16": bf16,
+    }
+    training_options(learning_rates, replay, **options)
     if kv_policy not in get_args(KVPolicy):
         raise InputError(
             f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
@@ -103,8 +114,7 @@ def compare(
             "task": f"{_name(task)} {task.fingerprint()}",
             "retain": [f"{_name(other)} {other.fingerprint()}" for other in retain],
             "learning_rates": list(learning_rates),
-            "epochs": epochs,
-            "batch_size": batch_size,
+            **options,
             "replay": replay,
             "kv_policy": kv_policy,
         }
@@ -123,8 +133,8 @@ def compare(
                 replay=replay,
                 kv_policy=kv_policy,
                 learning_rates=learning_rates,
-                epochs=epochs,
-                batch_size=batch_size,
+                **options,
+                checkpoints=None if folder is None else folder.checkpoints(key),
                 seed=key.seed,
                 quiet=True,
             )

@@ -19,7 +19,9 @@ from circuitlens.curve import FaithfulnessCurve
 from circuitlens.scorers import METHODS
 from circuitlens.scores import HeadScores
 from circuitlens.storage import replacing
-from circuitlens.view.figures import faithfulness_curve, head_heatmap, transfer_tradeoff
+from circuitlens.view.curves import faithfulness_curve
+from circuitlens.view.heads import head_heatmap
+from circuitlens.view.transfers import transfer_tradeoff
 
 __all__ = ["render_report", "write_report"]
 

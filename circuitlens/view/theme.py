@@ -1,33 +1,110 @@
-"""One look for all figures: colours, fonts, margins."""
+"""One look for all figures: colours, fonts, margins, light and dark."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import plotly.graph_objects as go
 
-__all__ = ["BAND", "DIVERGING", "INK", "PALETTE", "SUPPORT", "figure"]
+from circuitlens.errors import InputError
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SUPPORT = PALETTE[0]
-BAND = "rgba(120,120,120,0.22)"
-INK = "#1f2933"
-# Blue supports, red opposes, white is nothing; safe for red-green blindness.
-DIVERGING = [
-    [0.0, "#b2182b"],
-    [0.25, "#f4a582"],
-    [0.5, "#f7f7f7"],
-    [0.75, "#92c5de"],
-    [1.0, "#2166ac"],
-]
+__all__ = ["PALETTE", "Look", "Mode", "figure", "look"]
+
+Mode = Literal["light", "dark"]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; without its black, which no
+# dark page shows, and its yellow, which no light one does.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
 
 
-def figure(title: str = "", *, width: int | None = None, height: int = 380) -> go.Figure:
-    """Make an empty figure in the house style."""
+@dataclass(frozen=True)
+class Look:
+    """Colours of a mode.
+
+    Attributes:
+        ink: text, outlines of circuits.
+        quiet: what stands in the background, such as lines of controls.
+        grid: of the axes.
+        paper: behind everything; also what "no effect" looks like in a diverging scale.
+        band: filling of intervals and of random circuits.
+        diverging: negative (red) over zero (paper) to positive (blue); safe for red-green
+            blindness.
+        sequential: from nothing (paper) to much (blue).
+    """
+
+    ink: str
+    quiet: str
+    grid: str
+    paper: str
+    band: str
+    diverging: tuple[tuple[float, str], ...]
+    sequential: tuple[tuple[float, str], ...]
+
+
+_LOOKS: dict[str, Look] = {
+    "light": Look(
+        ink="#1f2933",
+        quiet="#6b7280",
+        grid="#e5e7eb",
+        paper="#ffffff",
+        band="rgba(120,120,120,0.22)",
+        diverging=(
+            (0.0, "#b2182b"),
+            (0.25, "#f4a582"),
+            (0.5, "#f7f7f7"),
+            (0.75, "#92c5de"),
+            (1.0, "#2166ac"),
+        ),
+        sequential=((0.0, "#f7f7f7"), (0.5, "#92c5de"), (1.0, "#2166ac")),
+    ),
+    "dark": Look(
+        ink="#e5e7eb",
+        quiet="#9ca3af",
+        grid="#374151",
+        paper="#111827",
+        band="rgba(160,160,160,0.25)",
+        diverging=(
+            (0.0, "#f4745f"),
+            (0.25, "#9c4136"),
+            (0.5, "#1f2937"),
+            (0.75, "#33648f"),
+            (1.0, "#6bb3f0"),
+        ),
+        sequential=((0.0, "#1f2937"), (0.5, "#33648f"), (1.0, "#6bb3f0")),
+    ),
+}
+
+
+def look(mode: Mode) -> Look:
+    """Colours of ``"light"`` or ``"dark"``.
+
+    Raises:
+        InputError: for another mode.
+    """
+    if mode not in _LOOKS:
+        raise InputError(f"The mode of a figure is 'light' or 'dark', but is {mode!r}.")
+    return _LOOKS[mode]
+
+
+def figure(
+    title: str = "", *, mode: Mode = "light", width: int | None = None, height: int = 380
+) -> go.Figure:
+    """Make an empty figure in the house style; titles and legends stand to the left."""
+    colours = look(mode)
+    axis = {
+        "gridcolor": colours.grid,
+        "linecolor": colours.grid,
+        "zerolinecolor": colours.grid,
+        "automargin": True,
+    }
     return go.Figure(
         layout=go.Layout(
             title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 15}},
-            template="plotly_white",
-            font={"family": "Helvetica, Arial, sans-serif", "size": 12, "color": INK},
+            template={"layout": {"xaxis": axis, "yaxis": axis}},
+            font={"family": "Helvetica, Arial, sans-serif", "size": 12, "color": colours.ink},
+            paper_bgcolor=colours.paper,
+            plot_bgcolor=colours.paper,
             colorway=PALETTE,
             margin={"l": 60, "r": 20, "t": 50 if title else 20, "b": 50},
             width=width,

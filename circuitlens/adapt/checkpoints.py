@@ -1,0 +1,91 @@
+"""The folder of one training: what it is a training of, its last epochs, its result.
+
+DIR/training.json                     settings, and digests of the data and of the first weights
+DIR/checkpoint-STEP/                  as the Trainer writes it, with the trained weights only
+DIR/checkpoint-STEP/best.safetensors  the best weights so far; written last, so that a checkpoint
+                                      that has it is whole
+DIR/finished.safetensors              the weights and the log of a finished training
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.trainer import put, trained
+from circuitlens.errors import InputError
+from circuitlens.model import HookedModel
+from circuitlens.storage import digest, read_json, read_tensors, write_json, write_tensors
+from circuitlens.tasks import Encoded
+
+__all__ = ["Checkpoints"]
+
+_TRAINING = "circuitlens.training/1"
+_FINISHED = "circuitlens.training-finished/1"
+
+
+class Checkpoints:
+    """What is on disk of a training that is about to begin or to go on.
+
+    Args:
+        folder: is made if need be.
+        model: as it is before the training.
+        data: to train on.
+        options: how to train.
+
+    Raises:
+        InputError: if the folder holds another training, naming what differs.
+    """
+
+    def __init__(
+        self, folder: Path, model: HookedModel, data: Encoded, options: TrainingOptions
+    ) -> None:
+        self.folder = folder
+        self.parameters = trained(model.hf)
+        file = folder / "training.json"
+        mine = {
+            **options.to_dict(),
+            "data": digest(repr((data.ids, data.tokens, data.gold, data.label_tokens))),
+            "first weights": digest(*self.parameters, *self.parameters.values()),
+        }
+        if not file.is_file():
+            write_json(file, _TRAINING, mine)
+            return
+        stored = read_json(file, _TRAINING)
+        for name, value in mine.items():
+            if stored.get(name) != value:
+                raise InputError(
+                    f"{folder} holds checkpoints of another training ({name} was "
+                    f"{stored.get(name)!r}, now {value!r}): choose another folder for checkpoints, "
+                    "or remove that one."
+                )
+
+    def finished(self) -> TrainingLog | None:
+        """Put the result of a finished training into the model and return its log."""
+        file = self.folder / "finished.safetensors"
+        if not file.is_file():
+            return None
+        weights, log = read_tensors(file, _FINISHED)
+        put(self.parameters, weights)
+        return TrainingLog(**{**log, "history": tuple(log["history"])})
+
+    def last(self) -> Path | None:
+        """The newest checkpoint that was written to the end."""
+        return max(self._complete(), key=_step, default=None)
+
+    def _complete(self) -> Sequence[Path]:
+        return [path.parent for path in self.folder.glob("checkpoint-*/best.safetensors")]
+
+    def finish(self, log: TrainingLog) -> None:
+        """Write the result; the checkpoints are no longer needed."""
+        file = self.folder / "finished.safetensors"
+        write_tensors(file, _FINISHED, self.parameters, asdict(log))
+        for path in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,198 @@
+"""``transformers.Trainer`` for the label token, and what it keeps between epochs and processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from circuitlens.adapt.parts import AsIs, Part, Parts
+from circuitlens.batch import Batch
+from circuitlens.evaluation import predict, summarise
+from circuitlens.model import HookedModel
+from circuitlens.storage import read_tensors, write_tensors
+from circuitlens.tasks import Encoded
+
+__all__ = ["KeepBest", "LabelTokenTrainer", "put", "trained"]
+
+_WEIGHTS = "circuitlens.checkpoint-weights/1"
+_BEST = "circuitlens.checkpoint-best/1"
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a gradient reaches, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into parameters."""
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+class LabelTokenTrainer(Trainer):
+    """Cross-entropy over the vocabulary at the decision position.
+
+    Checkpoints hold trained parameters only, not the whole model.
+    """
+
+    def __init__(
+        self, hooked: HookedModel, data: Encoded, validation: Encoded | None, **kwargs: Any
+    ) -> None:
+        self._hooked = hooked
+        self._data = data
+        self._validation = validation
+        super().__init__(
+            model=hooked.hf,
+            train_dataset=AsIs(len(data)),
+            # The Trainer wants to see a data set before it evaluates; evaluate() has its own.
+            eval_dataset=None if validation is None else AsIs(len(validation)),
+            **kwargs,
+        )
+
+    def parts(self, batch_size: int) -> None:
+        """Set the number of examples in a step, over all parts and processes."""
+        self._parts = Parts(
+            [len(tokens) for tokens in self._data.tokens],
+            batch_size,
+            self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+            seed=self.args.seed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the parts as batches; they are divided among processes already."""
+        loader = DataLoader(AsIs(len(self._data)), batch_sampler=self._parts, collate_fn=self._pad)
+        # The Trainer tells the loader which epoch begins.
+        loader.set_epoch = self._parts.set_epoch
+        return loader
+
+    def _pad(self, part: Part) -> dict[str, Tensor]:
+        batch = self._data.batch([i for i, _ in part])
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "gold": batch.gold,
+            "label_tokens": batch.label_tokens,
+            "weights": torch.tensor([weight for _, weight in part]),
+        }
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Weighted sum of the cross-entropies of a part."""
+        batch = Batch(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["gold"],
+            inputs["label_tokens"],
+            self._data.n_prefix,
+            self._data.n_suffix,
+        )
+        logits = self._hooked.hf_logits(batch, model).float()
+        targets = batch.label_tokens[batch.gold]
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return losses @ inputs["weights"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Accuracy and margin on validation; every process does it for itself."""
+        assert self._validation is not None
+        training = self._hooked.hf.training
+        self._hooked.hf.eval()
+        result = summarise(
+            predict(self._hooked, self._validation), torch.tensor(self._validation.gold)
+        )
+        self._hooked.hf.train(training)
+        metrics = {"eval_accuracy": result.accuracy, "eval_margin": result.margin}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        write_tensors(
+            Path(output_dir) / "weights.safetensors", _WEIGHTS, trained(self._hooked.hf), {}
+        )
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        weights, _ = read_tensors(Path(resume_from_checkpoint) / "weights.safetensors", _WEIGHTS)
+        put(trained(self._hooked.hf), weights)
+
+
+class KeepBest(TrainerCallback):
+    """Keep the trained weights of the best epoch in memory; stop when none gets better.
+
+    The Trainer's own way writes whole checkpoints to disk and reads one back.
+    """
+
+    def __init__(self, model: HookedModel, patience: int) -> None:
+        self.parameters = trained(model.hf)
+        self.patience = patience
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+        self.weights: dict[str, Tensor] = {}
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since training began, without the time between an interruption and its resumption."""
+        return time.perf_counter() - self._start
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether ``patience`` epochs have gone by without a better one."""
+        if self.best is None:
+            return False
+        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare an epoch with the best one."""
+        metrics: Mapping[str, float] = kwargs["metrics"]
+        entry = {
+            "epoch": float(state.epoch),
+            "accuracy": metrics["eval_accuracy"],
+            "margin": metrics["eval_margin"],
+        }
+        self.history.append(entry)
+        if self.best is None or _rank(entry) > _rank(self.best):
+            self.best = entry
+            self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        elif self.exhausted:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint: it counts once this file is there."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            meta = {"history": self.history, "best": self.best, "seconds": self.seconds}
+            meta["steps"] = state.global_step
+            write_tensors(folder / "best.safetensors", _BEST, self.weights, meta)
+
+    def resume(self, checkpoint: Path) -> int:
+        """Go on from a checkpoint; return its number of steps."""
+        weights, meta = read_tensors(checkpoint / "best.safetensors", _BEST)
+        self.weights = {name: w.to(self.parameters[name]) for name, w in weights.items()}
+        self.history, self.best = meta["history"], meta["best"]
+        self._start -= meta["seconds"]
+        return int(meta["steps"])
+
+    def restore(self) -> None:
+        """Put the best epoch's weights back."""
+        if self.weights:
+            put(self.parameters, self.weights)
+
+
+def _rank(entry: Mapping[str, float]) -> tuple[float, float]:
+    # Accuracy on a hundred examples ties often; the margin then decides.
+    return entry["accuracy"], entry["margin"]

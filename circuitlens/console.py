@@ -1,0 +1,99 @@
+"""Tables on the console."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from circuitlens.adapt import TransferResult
+
+__all__ = ["pairs_table", "strategy_table", "summary_table"]
+
+
+def strategy_table(results: Sequence[TransferResult]) -> Table:
+    """One row a transfer."""
+    table = Table(title="Transfer: test accuracy in percent")
+    table.add_column("target")
+    table.add_column("strategy")
+    for name in ("target before", "after", "gain", "macro-F1", "source before", "after"):
+        table.add_column(name, justify="right")
+    for name in ("trained", "rate", "seconds"):
+        table.add_column(name, justify="right")
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    for r in results:
+        before, after = r.source_before, r.source_after
+        table.add_row(
+            r.target_language,
+            r.strategy,
+            percent(r.target_before.accuracy),
+            percent(r.target_after.accuracy),
+            f"{100 * r.target_gain:+.1f}",
+            percent(r.target_after.macro_f1),
+            percent(before.accuracy if before else None),
+            percent(after.accuracy if after else None),
+            f"{r.n_trainable:,}",
+            f"{r.learning_rate:g}",
+            f"{r.seconds:.1f}",
+        )
+    return table
+
+
+def summary_table(summary: pd.DataFrame) -> Table:
+    """One row a language and strategy."""
+    table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
+    table.add_column("target")
+    table.add_column("strategy")
+    for name in ("seeds", "target before", "after", "gain", "source before", "after"):
+        table.add_column(name, justify="right")
+    for name in ("trained", "seconds", "MiB"):
+        table.add_column(name, justify="right")
+
+    def percent(mean: float, sd: float = math.nan) -> str:
+        # NaN is what there is without a source task, and of the spread with one seed.
+        spread = "" if math.isnan(sd) else f" ± {100 * sd:.1f}"
+        return "–" if math.isnan(mean) else f"{100 * mean:.1f}{spread}"
+
+    for row in summary.to_dict("records"):
+        table.add_row(
+            row["language"],
+            row["strategy"],
+            str(row["n_seeds"]),
+            percent(row["target_before"]),
+            percent(row["target_after"], row["target_after_sd"]),
+            f"{100 * row['gain']:+.1f}",
+            percent(row["source_before"]),
+            percent(row["source_after"], row["source_after_sd"]),
+            f"{row['n_trainable']:,.0f}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_mib']:.0f}",
+        )
+    return table
+
+
+def pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
+    """One row a difference."""
+    table = Table(title=f"Target accuracy of {reference} minus that of others, in points")
+    table.add_column("target")
+    table.add_column("other")
+    for name in ("difference", "95 % interval", "p", "examples", "seeds"):
+        table.add_column(name, justify="right")
+    for row in pairs.to_dict("records"):
+        table.add_row(
+            row["language"],
+            row["b"],
+            f"{100 * row['difference']:+.1f}",
+            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+            f"{row['p']:.3f}" if row["p"] else "< 0.002",
+            str(row["n_examples"]),
+            str(row["n_seeds"]),
+        )
+    return table
