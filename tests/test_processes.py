@@ -1,0 +1,129 @@
+"""A transfer that is killed and repeated, and one that several processes share."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import circuitlens as cl
+from circuitlens.tasks import toy
+
+OPTIONS = {"learning_rates": [1e-3, 3e-3], "epochs": 3, "seed": 1}
+
+COMMON = f"""
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import circuitlens as cl
+from circuitlens.tasks import toy
+out = sys.argv[1]
+model = toy.toy_model(n_layers=1)
+circuit = cl.Circuit.of(["a0.h1"], 1, model.geometry.n_heads)
+target = cl.load_task("toy").to("near")
+options = {OPTIONS!r}
+"""
+
+KILLED = (
+    COMMON
+    + """
+from circuitlens.adapt.trainer import KeepBest
+on_save = KeepBest.on_save
+def save(self, args, state, *rest, **more):
+    on_save(self, args, state, *rest, **more)
+    if "rate-0.003" in args.output_dir and state.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+KeepBest.on_save = save
+cl.transfer(model, circuit, target, checkpoints=out, quiet=True, **options)
+"""
+)
+
+SHARED_OUT = (
+    COMMON
+    + """
+from accelerate import PartialState
+for strategy in ("circuit", "head"):
+    result = cl.transfer(model, circuit, target, strategy=strategy, quiet=True, **options)
+    assert PartialState().num_processes == 2 and torch.distributed.get_backend() == "gloo"
+    result.save(f"{out}/{strategy}-{os.environ['RANK']}")
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def begin():
+    model = toy.toy_model(n_layers=1)
+    circuit = cl.Circuit.of(["a0.h1"], 1, model.geometry.n_heads)
+    return model, circuit, cl.load_task("toy").to("near")
+
+
+def numbers(result):
+    content = result.to_dict()
+    assert content.pop("seconds") > 0
+    return content
+
+
+def test_a_killed_transfer_goes_on_to_the_same_numbers(begin, tmp_path):
+    whole = cl.transfer(*begin, **OPTIONS)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "rate-0.001" / "stage-0" / "finished.safetensors").is_file()
+    killed = tmp_path / "rate-0.003" / "stage-0"
+    assert not (killed / "finished.safetensors").is_file()
+    # Two epochs of 170 examples in batches of 16.
+    assert (killed / "checkpoint-22" / "best.safetensors").is_file()
+    again = cl.transfer(*begin, checkpoints=tmp_path, **OPTIONS)
+    assert numbers(again) == numbers(whole)
+    assert again.model.fingerprint() == whole.model.fingerprint()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_two_processes_train_as_one_does(begin, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SHARED_OUT))
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
+            *("--dynamo_backend", "no", "--main_process_port", str(free_port())),
+            *(str(script), str(tmp_path)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for strategy in ("circuit", "head"):
+        alone = cl.transfer(*begin, strategy=strategy, **OPTIONS)
+        alone.save(tmp_path / f"{strategy}-alone")
+        name = "adapter_model" if alone.is_adapter else "weights"
+        weights = [
+            load_file(tmp_path / f"{strategy}-{who}" / f"{name}.safetensors")
+            for who in ("0", "1", "alone")
+        ]
+        results = [
+            json.loads((tmp_path / f"{strategy}-{who}" / "result.json").read_text())
+            for who in ("0", "alone")
+        ]
+        for key, tensor in weights[2].items():
+            # Both processes end with the same bits, and with one process's up to rounding.
+            assert torch.equal(weights[0][key], weights[1][key])
+            torch.testing.assert_close(weights[0][key], tensor, rtol=0, atol=1e-5)
+        accuracies = [[entry["accuracy"] for entry in r["history"]] for r in results]
+        assert accuracies[0] == accuracies[1]
+        assert results[0]["learning_rate"] == results[1]["learning_rate"]
