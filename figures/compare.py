@@ -3,8 +3,9 @@
     python -m figures.compare nusax ../shared
     python -m figures.compare toy
 
-Computes the cells that are not in runs/ yet, so an interrupted run goes on, and writes the tables
-to figures/NAME/. Languages named at the end are the only ones that this process computes.
+Computes the cells that are not in runs/ yet, so an interrupted run goes on, and writes the tables,
+and the scores and faithfulness of the circuit, to figures/NAME/. Languages named at the end are the
+only ones that this process computes.
 """
 
 from __future__ import annotations
@@ -49,11 +50,17 @@ def _compare(
 ) -> cl.Comparison:
     baseline = cl.label_balanced_mean(model, task)
     scores = cl.relevance(model, task, baseline)
+    circuit = scores.top(0.25)
+    kept = HERE / name / "faithfulness.safetensors"
+    if not kept.is_file():
+        scores.save(HERE / name / "scores.safetensors")
+        circuit.save(HERE / name / "circuit.json")
+        cl.faithfulness(model, task, scores, baseline).save(kept)
     # auto takes seven times as long as the others, so it has one seed.
     for strategies, seeds in ((tuple(STRATEGIES), SEEDS), (("auto",), SEEDS[:1])):
         cl.compare(
             model,
-            scores.top(0.25),
+            circuit,
             task,
             languages,
             strategies=strategies,
@@ -78,6 +85,7 @@ def main(name: str, *rest: str) -> None:
         found = toy_languages(rest)
     found.save(HERE / name)
     found.pairs().to_csv(HERE / name / "pairs.csv", index=False)
+    found.regret().to_csv(HERE / name / "regret.csv", index=False)
     print(found.summary().to_string(float_format="{:.3f}".format))
 
 

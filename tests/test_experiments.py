@@ -213,6 +213,27 @@ def test_equal_strategies_differ_by_exactly_nothing_and_opposite_ones_by_one():
     assert other.difference == pytest.approx(sum(right[0]) / 30)
 
 
+def test_regret_is_the_distance_to_the_best_other_strategy_over_common_seeds():
+    cells = [
+        made("x", "auto", 0, [1, 1, 0, 0]),
+        made("x", "a", 0, [1, 1, 1, 0]),
+        # Over both seeds b would be the best; auto has the first only.
+        made("x", "b", 0, [1, 0, 0, 0]),
+        made("x", "b", 1, [1, 1, 1, 1]),
+        made("y", "auto", 0, [1, 1]),
+        made("y", "b", 0, [1, 0]),
+        made("z", "auto", 0, [1, 1]),
+    ]
+    rows = cl.Comparison(tuple(cells)).regret().to_dict("records")
+    assert [(r["language"], r["best"], r["regret"], r["n_seeds"]) for r in rows] == [
+        ("x", "a", 0.25, 1),
+        ("y", "b", -0.5, 1),
+    ]
+    assert (rows[0]["accuracy"], rows[0]["best_accuracy"]) == (0.5, 0.75)
+    with pytest.raises(cl.InputError, match="no finished cell of the strategy 'auto'"):
+        cl.Comparison((cells[1],)).regret()
+
+
 def test_pairs_compare_the_reference_with_all_others(handmade):
     more = (*handmade.cells, made("y", "norms", 0, draw(50, 0.5, "n")))
     frame = cl.Comparison(more).pairs()

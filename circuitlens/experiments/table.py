@@ -26,6 +26,7 @@ _METRICS = ("accuracy", "macro_f1", "margin", "calibration_error")
 _COSTS = ("n_trainable", "seconds", "peak_mib")
 _TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
 _PAIRS = ("language", "a", "b", "difference", "low", "high", "p", "n_examples", "n_seeds")
+_REGRET = ("language", "strategy", "best", "accuracy", "best_accuracy", "regret", "n_seeds")
 _ALL = "all languages"
 
 
@@ -180,6 +181,37 @@ class Comparison:
             n_seeds=min(counts),
             n_languages=len(values),
         )
+
+    def regret(self, strategy: str = "auto") -> pd.DataFrame:
+        """Return how far a strategy stays behind the best single one, chosen on the test split.
+
+        One row a language: ``best`` is the other strategy with the highest mean target accuracy
+        over the seeds that both have, ``accuracy`` and ``best_accuracy`` are those means (shares),
+        ``regret`` their difference; negative if ``strategy`` is ahead. As
+        the best is chosen on test, regret is overstated by what chance gives the luckiest.
+
+        Raises:
+            InputError: if the strategy has no finished cell.
+        """
+        if strategy not in self.strategies:
+            raise InputError(
+                f"The comparison has no finished cell of the strategy {strategy!r}; it has "
+                f"{', '.join(self.strategies) or 'none'}."
+            )
+        rows = []
+        for language in self.languages:
+            mine = self._right(strategy, language)
+            found = []
+            for other in self.strategies:
+                theirs = self._right(other, language)
+                if other != strategy and (seeds := [seed for seed in mine if seed in theirs]):
+                    means = (np.mean([side[s] for s in seeds]) for side in (theirs, mine))
+                    found.append((*map(float, means), other, len(seeds)))
+            if found:
+                # Of equally good ones the first in the order of the strategies.
+                best, own, other, n = max(found, key=lambda row: row[0])
+                rows.append((language, strategy, other, own, best, best - own, n))
+        return pd.DataFrame(rows, columns=list(_REGRET))
 
     def _right(self, strategy: str, language: str) -> dict[int, list[int]]:
         """Which test examples are answered right, by seed."""
