@@ -71,6 +71,13 @@ def _size(text: str) -> int | float:
         ) from None
 
 
+def _width(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a name, which the export checks
+
+
 def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
     if results:
         _out.print(strategy_table(results))
@@ -327,7 +334,9 @@ def compare(
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]
         _out.print(pairs_table(pairs, reference))
+    run.report()
     _out.print(f"Tables: {out}", soft_wrap=True)
+    _out.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
     if result.errors:
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")
@@ -335,14 +344,58 @@ def compare(
 
 
 @app.command()
-def report(folder: _Dir, quiet: _Quiet = False) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved comparison.")],
+    quiet: _Quiet = False,
+) -> None:
     """Write the report of what the folder holds."""
     _begin(quiet)
+    from circuitlens.experiments import Comparison
     from circuitlens.pipeline import RunFolder
+    from circuitlens.view import write_report
 
+    if (folder / "comparison.json").is_file():
+        page = folder / "report.html"
+        comparison = Comparison.load(folder)
+        write_report(page, title="Strategies compared", comparison=comparison)
+        _out.print(f"Report: {page}", soft_wrap=True)
+        return
     run = RunFolder.open(folder, quiet=quiet)
     run.report()
     _finish(run, ())
+
+
+@app.command()
+def figures(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a run, or of a comparison, finished or not.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the figures; default: `figures` in DIR.")
+    ] = None,
+    format: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option(help="pdf, svg, png or html. Repeat; default: pdf and svg."),
+    ] = None,
+    width: Annotated[
+        str, typer.Option(help="column (85 mm), page (178 mm), or millimetres.")
+    ] = "column",
+    mode: Annotated[str, typer.Option(help="Colours: light or dark.")] = "light",
+    quiet: _Quiet = False,
+) -> None:
+    """Write all figures of a folder for a paper, each with its data as CSV beside it."""
+    _begin(quiet)
+    from circuitlens.view import write_figures
+
+    out = out or folder / "figures"
+    files = write_figures(
+        folder,
+        out,
+        format or ("pdf", "svg"),
+        width=_width(width),
+        mode=mode,  # type: ignore[arg-type]
+    )
+    _out.print(f"Figures: {out} ({len(files)} files)", soft_wrap=True)
 
 
 @app.command()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import html
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,10 @@ class ScorerComparison:
         n_examples: examples scored.
         n_held_out: examples that faithfulness was measured on; discovery saw none of them.
         provenance: where it comes from.
+        scores: what every scorer said, by name, for :func:`circuitlens.view.scorer_agreement`;
+            empty if the comparison was loaded.
+        curves: faithfulness by each of them, for :func:`circuitlens.view.faithfulness_curve`;
+            empty if the comparison was loaded.
     """
 
     table: pd.DataFrame
@@ -67,6 +71,8 @@ class ScorerComparison:
     n_examples: int
     n_held_out: int
     provenance: Provenance
+    scores: Mapping[str, HeadScores] = field(default_factory=dict, compare=False, repr=False)
+    curves: Mapping[str, FaithfulnessCurve] = field(default_factory=dict, compare=False, repr=False)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table."""
@@ -227,6 +233,8 @@ def compare_scorers(
         len(exact.example_ids),
         len(curves[names[0]].example_ids),
         exact.provenance,
+        scores,
+        curves,
     )
     if not quiet:
         result.print()

@@ -7,6 +7,7 @@
     DIR/circuit.json                   the circuit
     DIR/faithfulness.safetensors       its faithfulness
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
+    DIR/compare/                       strategies × languages × seeds (circuitlens compare)
     DIR/report.html                    all of it to look at
 
 A stage whose files are there is loaded instead of computed, so an interrupted run goes on where
@@ -30,6 +31,7 @@ from circuitlens.batch import Positions
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
+from circuitlens.experiments import Comparison
 from circuitlens.measuring import default_sizes, faithfulness
 from circuitlens.model import HookedModel, load
 from circuitlens.provenance import library_versions
@@ -381,6 +383,7 @@ class RunFolder:
     def report(self) -> Path:
         """Write the report of what is there."""
         has_curve = (self.path / "faithfulness.safetensors").is_file()
+        compared = (self.path / "compare" / "comparison.json").is_file()
         task = self.task
         return write_report(
             self.path / "report.html",
@@ -390,6 +393,7 @@ class RunFolder:
             circuit=self.circuit,
             curve=self.curve if has_curve else None,
             results=self.transfers(),
+            comparison=Comparison.load(self.path / "compare") if compared else None,
             competence=self.competence_sentence(),
         )
 

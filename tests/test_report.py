@@ -5,6 +5,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import circuitlens as cl
 from circuitlens.view import faithfulness_curve, head_heatmap, render_report, transfer_tradeoff
@@ -87,6 +88,63 @@ def test_the_numbers_of_the_table_are_those_of_the_results(toy_scores, results):
         )
         assert f">{100 * result.target_after.accuracy:.1f}<" in cells
         assert f">{result.n_trainable:,}<" in cells
+
+
+@pytest.fixture(scope="module")
+def compared(toy_proxy, toy_task, toy_scores):
+    return cl.compare(
+        toy_proxy,
+        toy_scores.top(4),
+        toy_task,
+        ["near"],
+        strategies=("circuit", "norms"),
+        seeds=(0, 1),
+        learning_rates=[1e-3],
+        epochs=1,
+        quiet=True,
+    )
+
+
+def test_a_comparison_has_a_report_of_its_own_or_a_section(toy_scores, results, compared):
+    alone = render_report(title="Compared", comparison=compared)
+    assert "Relevance of the heads" not in alone
+    both = render(toy_scores, results, comparison=compared)
+    for page in (alone, both):
+        rows = re.findall(
+            r"<tr[^>]*>\s*<td>near</td><td>(\w+)</td><td class=\"n\">2</td>(.*?)</tr>", page, re.S
+        )
+        assert [strategy for strategy, _ in rows] == ["circuit", "norms"]
+        after = compared.summary()["target_after"][0]
+        assert f">{100 * after:.1f} ±" in rows[0][1]
+        assert "only 2 seeds" in page
+        # Links lead to sections that are there, and ids are not used twice.
+        ids = re.findall(r'\bid="([^"]+)"', page)
+        assert len(ids) == len(set(ids))
+        assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+        assert len(page) < 6e6
+
+
+def test_failed_cells_are_warned_of(compared):
+    evil = "<b>boom</b>"
+    error = {"language": "near", "strategy": "full", "seed": 0, "type": "E", "message": evil}
+    page = render_report(title="t", comparison=replace(compared, errors=(error,)))
+    assert "Failed and left out: full for near, seed 0 (E: &lt;b&gt;boom" in page
+    assert evil not in page
+
+
+def test_nothing_to_report_is_refused(toy_scores):
+    with pytest.raises(cl.InputError, match="nothing to report"):
+        render_report(title="t", comparison=cl.Comparison(()))
+    with pytest.raises(cl.InputError, match="pass circuit"):
+        render_report(title="t", scores=toy_scores)
+
+
+def test_unstable_rankings_are_warned_of(toy_scores, results):
+    noise = torch.randn(toy_scores.per_example.shape, generator=torch.Generator().manual_seed(0))
+    assert "ranking of the heads is unstable" in render(
+        replace(toy_scores, per_example=noise), results
+    )
+    assert "unstable" not in render(toy_scores, results)
 
 
 def test_a_report_without_transfers_or_curve_renders(toy_scores, results):

@@ -201,16 +201,18 @@ class Comparison:
         rows = []
         for language in self.languages:
             mine = self._right(strategy, language)
-            found = []
+            found: list[tuple[float, float, str, int]] = []
             for other in self.strategies:
                 theirs = self._right(other, language)
                 if other != strategy and (seeds := [seed for seed in mine if seed in theirs]):
-                    means = (np.mean([side[s] for s in seeds]) for side in (theirs, mine))
-                    found.append((*map(float, means), other, len(seeds)))
+                    best, own = (
+                        float(np.mean([side[seed] for seed in seeds])) for side in (theirs, mine)
+                    )
+                    found.append((best, own, other, len(seeds)))
             if found:
                 # Of equally good ones the first in the order of the strategies.
-                best, own, other, n = max(found, key=lambda row: row[0])
-                rows.append((language, strategy, other, own, best, best - own, n))
+                best, own, name, n = max(found, key=lambda row: row[0])
+                rows.append((language, strategy, name, own, best, best - own, n))
         return pd.DataFrame(rows, columns=list(_REGRET))
 
     def _right(self, strategy: str, language: str) -> dict[int, list[int]]:

@@ -1,4 +1,4 @@
-"""Figures of faithfulness: what circuits of growing size keep."""
+"""Figures of faithfulness: what circuits of growing size keep, and what each head is needed for."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from plotly.subplots import make_subplots
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
-from circuitlens.view.theme import PALETTE, Mode, figure, look
+from circuitlens.marginal import Minimality
+from circuitlens.view.theme import LEGEND_BELOW, PALETTE, Mode, figure, look, plain
 
-__all__ = ["faithfulness_curve"]
+__all__ = ["faithfulness_curve", "minimality_bars"]
 
 
 def faithfulness_curve(
@@ -47,17 +48,22 @@ def faithfulness_curve(
     several = [curves] if isinstance(curves, FaithfulnessCurve) else list(curves)
     first = several[0]
     start = 1 if scale == "log" else 0
+    # One above the other: side by side, neither would have room in a paper's column.
     fig = make_subplots(
-        1, 2, subplot_titles=("share of the margin kept, f", "accuracy"), horizontal_spacing=0.12
+        2,
+        1,
+        subplot_titles=("share of the margin kept, f", "accuracy"),
+        shared_xaxes=True,
+        vertical_spacing=0.12,
     )
-    fig.update_layout(figure(title, mode=mode, height=420).layout)
+    fig.update_layout(figure(title, mode=mode, height=640).layout)
     # Left, where the mode bar does not come over them.
     for n, heading in enumerate(fig.layout.annotations, start=1):
         heading.update(x=0, xref=f"x{n if n > 1 else ''} domain", xanchor="left", font={"size": 13})
-    for column, (metric, without) in enumerate(
+    for row, (metric, without) in enumerate(
         (("faithfulness", "completeness"), ("accuracy", "without_accuracy")), start=1
     ):
-        place: dict[str, Any] = {"row": 1, "col": column, "showlegend": column == 1}
+        place: dict[str, Any] = {"row": row, "col": 1, "showlegend": row == 1}
         if len(random := getattr(first, f"random_{metric}")):
             _band(fig, first, random, start, colours.band, place | {"legendrank": 4})
         if len(several) == 1 and len(random):
@@ -70,14 +76,14 @@ def faithfulness_curve(
             colour = PALETTE[n % len(PALETTE)]
             name, style = "the model without them", {"color": colour, "dash": "dot", "width": 1}
             # Once in the legend: the colours are those of the thick lines.
-            once = {"showlegend": column == 1 and n == 0, "legendrank": 2}
+            once = {"showlegend": row == 1 and n == 0, "legendrank": 2}
             _line(fig, curve, getattr(curve, without), start, name, style, place | once)
-            name, style = f"top heads ({curve.method})", {"color": colour, "width": 2.5}
+            name, style = f"top heads ({plain(curve.method)})", {"color": colour, "width": 2.5}
             line = place | {"mode": "lines+markers", "legendrank": 1}
             _line(fig, curve, getattr(curve, metric), start, name, style, line)
         if circuit is not None:
             style = {"color": colours.ink, "width": 1}
-            fig.add_vline(x=len(circuit), line=style, row=1, col=column)
+            fig.add_vline(x=len(circuit), line=style, row=row, col=1)
     if circuit is not None:
         fig.add_annotation(
             x=math.log10(max(1, len(circuit))) if scale == "log" else len(circuit),
@@ -90,16 +96,75 @@ def faithfulness_curve(
             xshift=4,
             font={"size": 11},
         )
-    ticks = _spread(first.sizes[start:], scale)
+    sizes = first.sizes[start:]
+    labels = [f"{n}<br>{_percent(n / first.n_heads)} %" for n in sizes]
+    shown = _spread(sizes, scale, labels)
     fig.update_xaxes(
-        title=f"heads kept, of {first.n_heads}",
         type=scale,
-        tickvals=ticks,
-        ticktext=[f"{n}<br>{_percent(n / first.n_heads)} %" for n in ticks],
+        tickvals=[sizes[k] for k in shown],
+        ticktext=[labels[k] for k in shown],
+        tickfont={"size": 10},
         tickangle=0,
     )
-    below = {"yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
-    fig.update_layout(legend={"orientation": "h", **below}, margin={"b": 110})
+    fig.update_xaxes(title=f"heads kept, of {first.n_heads}", row=2)
+    top = 70 if title else 40
+    fig.update_layout(legend=LEGEND_BELOW, margin={"t": top, "b": 110})
+    return fig
+
+
+def minimality_bars(result: Minimality, title: str = "", *, mode: Mode = "light") -> go.Figure:
+    """Draw what the circuit loses without each of its heads, the largest loss on top.
+
+    Whiskers are 95 % bootstrap intervals over examples. The bars of heads whose interval reaches
+    zero are hollow: the circuit may do as well without them.
+
+    Args:
+        result: losses of f, the normalised margin, as :func:`circuitlens.minimality` returns them.
+        title: of the figure.
+        mode: ``"light"`` or ``"dark"``.
+
+    Raises:
+        InputError: if ablating all heads changes nothing, so that f is undefined.
+    """
+    colours = look(mode)
+    frame = result.to_frame()
+    negative, positive = colours.diverging[0][1], colours.diverging[-1][1]
+    signs = np.where(frame["loss"] >= 0, positive, negative)
+    needed = (frame["low"] > 0) | (frame["high"] < 0)
+    fig = figure(title, mode=mode, height=min(1400, 160 + 19 * len(frame)))
+    fig.add_bar(
+        x=frame["loss"],
+        y=frame["head"],
+        orientation="h",
+        marker={
+            "color": np.where(needed, signs, colours.paper),
+            "line": {"color": signs, "width": 1.5},
+        },
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": frame["high"] - frame["loss"],
+            "arrayminus": frame["loss"] - frame["low"],
+            "color": colours.ink,
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=frame[["low", "high"]],
+        hovertemplate=(
+            "<b>%{y}</b><br>f loses %{x:.4f}"
+            "<br>95 % interval %{customdata[0]:.4f} to %{customdata[1]:.4f}<extra></extra>"
+        ),
+        showlegend=False,
+    )
+    for name, fill in (("interval apart from 0", colours.quiet), ("reaches 0", colours.paper)):
+        # Entries of their own, because bars take their colours from their signs.
+        marker = {"color": fill, "line": {"color": colours.quiet, "width": 1.5}}
+        fig.add_bar(x=[None], y=[None], name=name, marker=marker)
+    fig.update_xaxes(
+        title=f"loss of f without the head (f = {result.faithfulness:.2f})", nticks=6, zeroline=True
+    )
+    fig.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    fig.update_layout(bargap=0.25, barmode="overlay", legend=LEGEND_BELOW)
     return fig
 
 
@@ -109,15 +174,21 @@ def _percent(share: float) -> str:
     return f"{float(f'{percent:.2g}' if percent >= 1 else f'{percent:.1g}'):g}"
 
 
-def _spread(sizes: Sequence[int], scale: str) -> list[int]:
-    """Sizes that can be written below an axis without touching: the ends, then large ones first."""
+def _spread(sizes: Sequence[int], scale: str, labels: Sequence[str]) -> list[int]:
+    """Indices of labels that can stand below an axis without touching: the ends, then large sizes.
+
+    Both lines of a label are about as long as its second. A character of it takes 2.7 % of an axis
+    in a paper's column.
+    """
     place = np.log(sizes) if scale == "log" else np.array(sizes, dtype=float)
-    gap = 0.09 * (place[-1] - place[0])
+    share = (place - place[0]) / ((place[-1] - place[0]) or 1.0)
+    length = np.array([len(label.split("<br>")[-1]) for label in labels])
     chosen = [0, len(sizes) - 1]
     for i in range(len(sizes) - 2, 0, -1):
-        if np.abs(place[chosen] - place[i]).min() >= gap:
+        room = 0.027 * (length[chosen] + length[i]) / 2
+        if (np.abs(share[chosen] - share[i]) >= room).all():
             chosen.append(i)
-    return sorted({sizes[i] for i in chosen})
+    return sorted(set(chosen))
 
 
 def _line(

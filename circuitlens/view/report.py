@@ -3,107 +3,171 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
+from circuitlens.errors import InputError
+from circuitlens.experiments import Comparison
+from circuitlens.provenance import Provenance
 from circuitlens.scorers import METHODS
 from circuitlens.scores import HeadScores
 from circuitlens.storage import replacing
+from circuitlens.view.caveats import comparison_warnings, run_warnings
 from circuitlens.view.curves import faithfulness_curve
-from circuitlens.view.heads import head_heatmap
+from circuitlens.view.graph import circuit_graph
+from circuitlens.view.heads import head_bars, head_heatmap
+from circuitlens.view.languages import paired_differences, strategy_table
+from circuitlens.view.training import training_curves, weight_drift
 from circuitlens.view.transfers import transfer_tradeoff
 
 __all__ = ["render_report", "write_report"]
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d"]}
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("circuitlens.view"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def _embed(fig: go.Figure, name: str) -> Markup:
-    """One figure as a div; the library itself is embedded once, in the page's head."""
-    return Markup(
-        plotly.io.to_html(fig, include_plotlyjs=False, full_html=False, config=_CONFIG, div_id=name)
-    )
-
-
-def warnings_for(
-    scores: HeadScores, curve: FaithfulnessCurve | None, results: Sequence[TransferResult]
-) -> list[str]:
-    """What a reader should know before trusting the numbers."""
-    found: list[str] = []
-    if (n := len(scores.example_ids)) < 50:
-        found.append(f"Discovery used only {n} examples; rankings of so few are unstable.")
-    if curve is not None and curve.accuracy[-1] < 0.5:
-        found.append(
-            f"The whole model answers only {curve.accuracy[-1]:.0%} of the held-out examples."
+def _embed(figures: Mapping[str, go.Figure]) -> dict[str, Markup]:
+    """Figures as divs; the library itself is embedded once, in the page's head."""
+    return {
+        name: Markup(
+            plotly.io.to_html(
+                fig, include_plotlyjs=False, full_html=False, config=_CONFIG, div_id=f"fig-{name}"
+            )
         )
-    sizes = {r.target_after.n for r in results}
-    if sizes and min(sizes) < 200:
-        found.append(f"The smallest test split has only {min(sizes)} examples.")
-    return found
+        for name, fig in figures.items()
+    }
 
 
 def render_report(
     *,
     title: str,
-    settings: Mapping[str, Any],
-    scores: HeadScores,
-    circuit: Circuit,
-    curve: FaithfulnessCurve | None,
-    results: Sequence[TransferResult],
-    competence: str,
+    settings: Mapping[str, Any] | None = None,
+    scores: HeadScores | None = None,
+    circuit: Circuit | None = None,
+    curve: FaithfulnessCurve | None = None,
+    results: Sequence[TransferResult] = (),
+    comparison: Comparison | None = None,
+    competence: str = "",
 ) -> str:
     """Render the page; all text from data and settings is escaped.
 
     Args:
         title: heading.
         settings: name and value of everything that was set, shown as a table.
-        scores, circuit: discovery.
+        scores, circuit: discovery; both or none.
         curve: faithfulness, if it was measured.
-        results: transfers, if there were any.
+        results: single transfers, if there were any.
+        comparison: strategies × languages × seeds, if they were compared.
         competence: a sentence on how competent the model is in the source language.
+
+    Raises:
+        InputError: if there is nothing to report.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files("circuitlens.view") / "templates" / "report.html.j2"
-    figures = {"heatmap": _embed(head_heatmap(scores, circuit), "heads")}
+    has_cells = comparison is not None and bool(comparison.cells)
+    if scores is None and not has_cells:
+        raise InputError(
+            "There is nothing to report: give scores with a circuit, or a comparison with a "
+            "finished cell."
+        )
+    context: dict[str, Any] = {
+        "title": title,
+        "plotly": Markup(get_plotlyjs()),
+        "settings": {k: v for k, v in (settings or {}).items() if v is not None},
+        "competence": competence,
+        "run": None,
+        "comparison": None,
+        "warnings": [],
+    }
+    if scores is not None:
+        if circuit is None:
+            raise InputError("A report of scores shows their circuit: pass circuit=… too.")
+        context["run"] = _run(scores, circuit, curve, results)
+        context["warnings"] += run_warnings(scores, curve, results)
+        context["provenance"] = scores.provenance
+    if comparison is not None and has_cells:
+        context["comparison"] = _comparison(comparison)
+        context["warnings"] += comparison_warnings(comparison)
+        cell = comparison.cells[0]["provenance"]
+        context.setdefault("provenance", Provenance.from_dict(cell))
+        if not context["settings"]:
+            context["settings"] = cell["settings"]
+    return _ENVIRONMENT.get_template("report.html.j2").render(context)
+
+
+def _run(
+    scores: HeadScores,
+    circuit: Circuit,
+    curve: FaithfulnessCurve | None,
+    results: Sequence[TransferResult],
+) -> dict[str, Any]:
+    """What the sections of discovery, faithfulness and single transfers show."""
+    figures = {"heads": head_heatmap(scores, circuit), "bars": head_bars(scores, circuit=circuit)}
+    if circuit.edges:
+        figures["graph"] = circuit_graph(circuit)
     if curve is not None:
         # In large models the small circuits, which matter, would all sit at the left edge.
         scale = "log" if curve.n_heads > 100 else "linear"
-        fig = faithfulness_curve(curve, circuit, scale=scale)
-        figures["faithfulness"] = _embed(fig, "faithfulness-figure")
+        figures["faithfulness"] = faithfulness_curve(curve, circuit, scale=scale)
     if any(r.source_change is not None for r in results):
-        figures["tradeoff"] = _embed(transfer_tradeoff(results), "tradeoff")
-    total = scores.n_layers * scores.n_heads
+        figures["tradeoff"] = transfer_tradeoff(results)
+    if results:
+        figures["training"] = training_curves(results)
+    if drifted := [r for r in results if r.heads is not None]:
+        figures["drift"] = weight_drift(drifted[0])
     at = curve.at(len(circuit)) if curve is not None and len(circuit) in curve.sizes else None
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        title=title,
-        plotly=Markup(get_plotlyjs()),
-        settings={k: v for k, v in settings.items() if v is not None},
-        provenance=scores.provenance,
-        scores=scores,
-        method=METHODS.get(scores.method, "a rule set of your own"),
-        table=scores.to_frame().head(15).to_dict("records"),
-        circuit=circuit,
-        total=total,
-        curve=curve,
-        at=at,
-        results=results,
-        strategies={s.name: s.description for s in STRATEGIES.values()},
-        competence=competence,
-        warnings=warnings_for(scores, curve, results),
-        figures=figures,
-    )
+    return {
+        "scores": scores,
+        "method": METHODS.get(scores.method, "a rule set of your own"),
+        "table": scores.to_frame().head(15).to_dict("records"),
+        "circuit": circuit,
+        "total": scores.n_layers * scores.n_heads,
+        "curve": curve,
+        "at": at,
+        "results": results,
+        "drifted": drifted[0] if results and drifted else None,
+        "strategies": {s.name: s.description for s in STRATEGIES.values()},
+        "figures": _embed(figures),
+    }
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    """What the section of a comparison shows."""
+    figures = {"gains": strategy_table(comparison)}
+    if any(cell["source_language"] for cell in comparison.cells):
+        figures["grid-tradeoff"] = transfer_tradeoff(comparison)
+    known = comparison.strategies
+    reference = "circuit" if "circuit" in known else known[0]
+    if len(known) > 1:
+        figures["paired"] = paired_differences(comparison, reference)
+    rows = comparison.summary().to_dict("records")
+    best = {
+        language: max(row["gain"] for row in rows if row["language"] == language)
+        for language in comparison.languages
+    }
+    return {
+        "cells": len(comparison.cells),
+        "languages": comparison.languages,
+        "strategies": known,
+        "reference": reference,
+        "rows": rows,
+        "best": best,
+        "figures": _embed(figures),
+    }
 
 
 def write_report(path: str | Path, **content: Any) -> Path:

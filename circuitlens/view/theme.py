@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
 from circuitlens.errors import InputError
 
-__all__ = ["PALETTE", "Look", "Mode", "figure", "look"]
+__all__ = ["LEGEND_BELOW", "PALETTE", "Look", "Mode", "colour_bar", "figure", "look", "plain"]
 
 Mode = Literal["light", "dark"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; without its black, which no
 # dark page shows, and its yellow, which no light one does.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
+
+# A legend beside the plot would leave a paper's column nothing to draw in.
+LEGEND_BELOW: dict[str, Any] = {
+    "orientation": "h",
+    "yref": "container",
+    "y": 0,
+    "yanchor": "bottom",
+    "x": 0,
+    "xanchor": "left",
+}
 
 
 @dataclass(frozen=True)
@@ -112,3 +123,26 @@ def figure(
             hoverlabel={"align": "left"},
         )
     )
+
+
+def plain(text: object) -> str:
+    """Write ``text`` so that plotly shows it as it is.
+
+    Plotly renders a subset of HTML, and what stands between dollars as mathematics.
+    """
+    return html.escape(str(text), quote=False).replace("$", "&#36;")
+
+
+def colour_bar(title: str) -> dict[str, Any]:
+    """Describe a colour bar that lies below the plot and is as wide."""
+    return {
+        "title": {"text": title, "side": "bottom"},
+        "orientation": "h",
+        "thickness": 10,
+        "x": 0.5,
+        "yref": "container",
+        "y": 0,
+        "yanchor": "bottom",
+        "ypad": 4,
+        "nticks": 5,
+    }

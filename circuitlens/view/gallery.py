@@ -1,0 +1,230 @@
+"""All figures of a folder of results at once, each with its data beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from circuitlens.adapt import STRATEGIES, TransferResult
+from circuitlens.errors import InputError
+from circuitlens.experiments.folder import CellFolder
+from circuitlens.experiments.table import Comparison
+from circuitlens.storage import replacing
+from circuitlens.view.curves import faithfulness_curve
+from circuitlens.view.export import WIDTHS, Width, check_formats, export_all
+from circuitlens.view.graph import circuit_graph
+from circuitlens.view.heads import head_bars, head_heatmap
+from circuitlens.view.languages import paired_differences, strategy_table
+from circuitlens.view.panels import MEAN, Results, cells_of, transfer_points
+from circuitlens.view.theme import Mode, look
+from circuitlens.view.training import drift_frame, history_frame, training_curves, weight_drift
+from circuitlens.view.transfers import transfer_tradeoff
+
+__all__ = ["Drawn", "figures_of", "write_figures"]
+
+
+class Drawn(NamedTuple):
+    """A figure and what it shows.
+
+    Attributes:
+        figure: for plotly.
+        data: the numbers drawn, one row a head, size, transfer or epoch.
+    """
+
+    figure: go.Figure
+    data: pd.DataFrame
+
+
+def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") -> dict[str, Drawn]:
+    """Draw everything that a folder of results has; nothing is computed anew.
+
+    Args:
+        source: folder of a run (``circuitlens run``), with its comparison if it has one, or of a
+            comparison (``circuitlens compare``, or :meth:`circuitlens.Comparison.save`), finished
+            or not.
+        columns: panels side by side; two are as many as a column of a paper has room for.
+        mode: ``"light"`` or ``"dark"``.
+
+    Returns:
+        Figures by name, such as ``heads``, ``tradeoff`` or ``training-javanese``; those of a run's
+        comparison begin with ``compare-``.
+
+    Raises:
+        InputError: if the folder has nothing to draw, or transfers of another model than the
+            scores.
+    """
+    look(mode)
+    source = Path(source)
+    if (source / "run.json").is_file():
+        found = _run(source, columns, mode)
+    elif (comparison := _comparison(source)) is not None:
+        found = _transfers(comparison, columns, mode) if comparison.cells else {}
+    else:
+        raise InputError(f"{source} holds neither a circuitlens run nor a comparison.")
+    if not found:
+        raise InputError(f"{source} holds no results yet, so there is nothing to draw.")
+    return found
+
+
+def write_figures(
+    source: str | Path,
+    out: str | Path,
+    formats: Sequence[str] = ("pdf", "svg"),
+    width: Width = "column",
+    mode: Mode = "light",
+) -> list[Path]:
+    """Write everything that a folder of results has to draw, and the data beside it as CSV.
+
+    Args:
+        source: as for :func:`figures_of`.
+        out: folder of the files; those of the same name are replaced.
+        formats: of ``pdf``, ``svg``, ``png`` and ``html``; without any only the data is written.
+        width: ``"column"`` (85 mm), ``"page"`` (178 mm), or millimetres.
+        mode: ``"light"`` or ``"dark"``.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: as :func:`figures_of` and :func:`circuitlens.view.export` do.
+    """
+    formats = [name.lower().removeprefix(".") for name in formats]
+    check_formats(formats)
+    wide = WIDTHS.get(width, 0.0) if isinstance(width, str) else width
+    drawn = figures_of(source, columns=2 if wide < 120 else 3, mode=mode)
+    out = Path(out)
+    files = export_all(
+        {out / f"{name}.{kind}": one.figure for name, one in drawn.items() for kind in formats},
+        width,
+    )
+    for name, one in drawn.items():
+        path = out / f"{name}.csv"
+        with replacing(path) as temporary:
+            one.data.to_csv(temporary, index=False)
+        files.append(path)
+    return files
+
+
+def _run(source: Path, columns: int, mode: Mode) -> dict[str, Drawn]:
+    # Here, because the pipeline writes reports with this package.
+    from circuitlens.pipeline import RunFolder
+
+    run = RunFolder.open(source, quiet=True)
+    found: dict[str, Drawn] = {}
+
+    def has(name: str) -> bool:
+        # What is not there, a run would compute when it is asked.
+        return (source / name).is_file()
+
+    circuit = run.circuit if has("circuit.json") else None
+    scores = run.scores if has("scores.safetensors") else None
+    if scores is not None:
+        frame = scores.to_frame()
+        found["heads"] = Drawn(head_heatmap(scores, circuit, mode=mode), frame)
+        found["head-bars"] = Drawn(head_bars(scores, circuit=circuit, mode=mode), frame)
+    if circuit:
+        lines = circuit.edge_frame() if circuit.edges else circuit.to_frame()
+        found["circuit"] = Drawn(circuit_graph(circuit, scores, mode=mode), lines)
+    if has("faithfulness.safetensors"):
+        curve = run.curve
+        # As in the report: small circuits of large models would all sit at the left edge.
+        scale = "log" if curve.n_heads > 100 else "linear"
+        fig = faithfulness_curve(curve, circuit, scale=scale, mode=mode)
+        found["faithfulness"] = Drawn(fig, curve.to_frame())
+    if results := _results(source, run.settings.targets):
+        fingerprints = {r.provenance.model_fingerprint for r in results}
+        if scores is not None:
+            fingerprints.add(scores.provenance.model_fingerprint)
+        if len(fingerprints) > 1:
+            raise InputError(
+                f"The results in {source} come from models with different weights, so they do not "
+                "belong in one figure: remove the old ones."
+            )
+        found |= _transfers(results, columns, mode)
+        for result in results:
+            if result.heads:
+                name = _free(f"drift-{result.target_language}-{result.strategy}", found)
+                found[name] = Drawn(weight_drift(result, mode=mode), drift_frame(result))
+    comparison = _comparison(source / "compare")
+    if comparison is not None and comparison.cells:
+        more = _transfers(comparison, columns, mode)
+        found |= {f"compare-{name}": drawn for name, drawn in more.items()}
+    return found
+
+
+def _results(source: Path, targets: Sequence[str]) -> list[TransferResult]:
+    """Transfers of a run, its own targets first. Unlike the run itself, needs no data set."""
+    files = sorted((source / "transfers").glob("*/*/result.json"))
+    results = [TransferResult.load(file.parent) for file in files]
+    order = [*STRATEGIES, "auto"]
+
+    def place(result: TransferResult) -> tuple[int, str, int, str]:
+        language, strategy = result.target_language, result.strategy
+        first = targets.index(language) if language in targets else len(targets)
+        return (
+            first,
+            language,
+            order.index(strategy) if strategy in order else len(order),
+            strategy,
+        )
+
+    return sorted(results, key=place)
+
+
+def _comparison(folder: Path) -> Comparison | None:
+    if (folder / "grid.json").is_file():
+        # The cells, since the tables are written at the end only. Nothing is asked of the
+        # settings, so nothing is changed.
+        return CellFolder.open(folder, {}, {}).comparison()
+    return Comparison.load(folder) if (folder / "comparison.json").is_file() else None
+
+
+def _transfers(results: Results, columns: int, mode: Mode) -> dict[str, Drawn]:
+    points = transfer_points(results)
+    found: dict[str, Drawn] = {}
+    has_source = bool(points["source_change"].notna().any())
+    if has_source:
+        fig = transfer_tradeoff(results, facets="all", columns=columns, mode=mode)
+        found["tradeoff"] = Drawn(fig, points[points["source_change"].notna()])
+    tables = {"table-gain": "gain", "table-target": "target_after"}
+    if has_source:
+        tables |= {"table-source": "source_change"}
+    for name, value in tables.items():
+        keep = ["language", "strategy", value, f"{value}_sd", "n_seeds", "n_languages"]
+        fig = strategy_table(results, value, mode=mode)
+        found[name] = Drawn(fig, points[keep].dropna(subset=[value]))
+    if isinstance(results, Comparison) and len(results.strategies) > 1:
+        known = results.strategies
+        reference = "circuit" if "circuit" in known else known[0]
+        if len(pairs := results.pairs(reference)):
+            fig = paired_differences(results, reference, columns=columns, mode=mode)
+            found["pairs"] = Drawn(fig, pairs)
+    for language in dict.fromkeys(points.loc[points["language"] != MEAN, "language"]):
+        some = _of_language(results, language)
+        if len(frame := history_frame(some)):
+            name = _free(f"training-{language}", found)
+            found[name] = Drawn(training_curves(some, mode=mode), frame)
+    return found
+
+
+def _of_language(results: Results, language: str) -> Results:
+    if isinstance(results, Comparison):
+        chosen = (c for c in cells_of(results) if c["target_language"] == language)
+        return Comparison(tuple(chosen))
+    return [r for r in results if r.target_language == language]
+
+
+def _free(name: str, taken: dict[str, Drawn]) -> str:
+    """A name that a file may have, and that no other figure has."""
+    plain = re.sub(r"[^\w.-]+", "_", name)
+    number = 1
+    free = plain
+    while free in taken:
+        number += 1
+        free = f"{plain}-{number}"
+    return free
