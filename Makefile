@@ -4,13 +4,21 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test docs figures lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/circuitlens demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Builds the site, runs every block of the documentation and every notebook.
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -m docs -n 2
+
+figures: $(STAMP)
+	$(BIN)/python -m figures.draw
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,9 +11,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from circuitlens.adapt import STRATEGIES, TransferResult
+from circuitlens.circuit import Circuit
+from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
 from circuitlens.experiments.folder import CellFolder
 from circuitlens.experiments.table import Comparison
+from circuitlens.scores import HeadScores
 from circuitlens.storage import replacing
 from circuitlens.view.curves import faithfulness_curve
 from circuitlens.view.export import WIDTHS, Width, check_formats, export_all
@@ -46,7 +49,7 @@ def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") ->
     Args:
         source: folder of a run (``circuitlens run``), with its comparison if it has one, or of a
             comparison (``circuitlens compare``, or :meth:`circuitlens.Comparison.save`), finished
-            or not.
+            or not, with scores, circuit and faithfulness if they are saved beside it.
         columns: panels side by side; two are as many as a column of a paper has room for.
         mode: ``"light"`` or ``"dark"``.
 
@@ -63,7 +66,9 @@ def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") ->
     if (source / "run.json").is_file():
         found = _run(source, columns, mode)
     elif (comparison := _comparison(source)) is not None:
-        found = _transfers(comparison, columns, mode) if comparison.cells else {}
+        found = _discovery(source, mode)
+        if comparison.cells:
+            found |= _transfers(comparison, columns, mode)
     else:
         raise InputError(f"{source} holds neither a circuitlens run nor a comparison.")
     if not found:
@@ -115,30 +120,11 @@ def _run(source: Path, columns: int, mode: Mode) -> dict[str, Drawn]:
     from circuitlens.pipeline import RunFolder
 
     run = RunFolder.open(source, quiet=True)
-    found: dict[str, Drawn] = {}
-
-    def has(name: str) -> bool:
-        # What is not there, a run would compute when it is asked.
-        return (source / name).is_file()
-
-    circuit = run.circuit if has("circuit.json") else None
-    scores = run.scores if has("scores.safetensors") else None
-    if scores is not None:
-        frame = scores.to_frame()
-        found["heads"] = Drawn(head_heatmap(scores, circuit, mode=mode), frame)
-        found["head-bars"] = Drawn(head_bars(scores, circuit=circuit, mode=mode), frame)
-    if circuit:
-        lines = circuit.edge_frame() if circuit.edges else circuit.to_frame()
-        found["circuit"] = Drawn(circuit_graph(circuit, scores, mode=mode), lines)
-    if has("faithfulness.safetensors"):
-        curve = run.curve
-        # As in the report: small circuits of large models would all sit at the left edge.
-        scale = "log" if curve.n_heads > 100 else "linear"
-        fig = faithfulness_curve(curve, circuit, scale=scale, mode=mode)
-        found["faithfulness"] = Drawn(fig, curve.to_frame())
+    found = _discovery(source, mode)
     if results := _results(source, run.settings.targets):
         fingerprints = {r.provenance.model_fingerprint for r in results}
-        if scores is not None:
+        if "heads" in found:
+            scores = HeadScores.load(source / "scores.safetensors")
             fingerprints.add(scores.provenance.model_fingerprint)
         if len(fingerprints) > 1:
             raise InputError(
@@ -154,6 +140,29 @@ def _run(source: Path, columns: int, mode: Mode) -> dict[str, Drawn]:
     if comparison is not None and comparison.cells:
         more = _transfers(comparison, columns, mode)
         found |= {f"compare-{name}": drawn for name, drawn in more.items()}
+    return found
+
+
+def _discovery(source: Path, mode: Mode) -> dict[str, Drawn]:
+    """Scores, circuit and faithfulness, as far as they are there; a run would compute the rest."""
+    found: dict[str, Drawn] = {}
+    circuit = scores = None
+    if (file := source / "circuit.json").is_file():
+        circuit = Circuit.load(file)
+    if (file := source / "scores.safetensors").is_file():
+        scores = HeadScores.load(file)
+        frame = scores.to_frame()
+        found["heads"] = Drawn(head_heatmap(scores, circuit, mode=mode), frame)
+        found["head-bars"] = Drawn(head_bars(scores, circuit=circuit, mode=mode), frame)
+    if circuit:
+        lines = circuit.edge_frame() if circuit.edges else circuit.to_frame()
+        found["circuit"] = Drawn(circuit_graph(circuit, scores, mode=mode), lines)
+    if (file := source / "faithfulness.safetensors").is_file():
+        curve = FaithfulnessCurve.load(file)
+        # As in the report: small circuits of large models would all sit at the left edge.
+        scale = "log" if curve.n_heads > 100 else "linear"
+        fig = faithfulness_curve(curve, circuit, scale=scale, mode=mode)
+        found["faithfulness"] = Drawn(fig, curve.to_frame())
     return found
 
 

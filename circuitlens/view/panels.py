@@ -206,8 +206,9 @@ def panels(
     title: str = "",
     mode: Mode = "light",
     bottom: int = 2,
+    shared_y: bool = True,
 ) -> go.Figure:
-    """Make a figure of small multiples with shared axes, filled row by row.
+    """Make a figure of small multiples with shared x axes, filled row by row.
 
     Args:
         headings: of the panels, as plotly should render them.
@@ -217,6 +218,7 @@ def panels(
         title: of the figure.
         mode: of colours.
         bottom: lines of the :func:`note` below the panels.
+        shared_y: one y axis for all; otherwise each panel has its own.
 
     Raises:
         InputError: if ``columns`` is not positive.
@@ -238,8 +240,8 @@ def panels(
         n_columns,
         subplot_titles=list(headings),
         shared_xaxes="all",
-        shared_yaxes="all",
-        horizontal_spacing=0.14 / n_columns,
+        shared_yaxes="all" if shared_y else False,
+        horizontal_spacing=(0.14 if shared_y else 0.24) / n_columns,
         vertical_spacing=gap / plot if n_rows > 1 else 0,
     )
     fig.update_layout(figure(title, mode=mode, height=top + plot + room + entries).layout)

@@ -92,11 +92,13 @@ def transfer_tradeoff(
     fig = panels(
         headings,
         columns=columns,
-        panel=230 if alone else 150,
+        panel=230 if alone else 190,
         legend=len(strategies),
         title=title,
         mode=mode,
         bottom=1,
+        # Languages gain very different amounts; within one, strategies are to be told apart.
+        shared_y=False,
     )
     n_columns = min(columns, len(languages))
     seen: set[str] = set()
@@ -111,9 +113,12 @@ def transfer_tradeoff(
                 col=column + 1,
             )
             seen.add(strategy)
+        of_language = points[points["language"] == language]
+        span = _range(of_language, "gain", intervals, with_zero=False)
+        fig.update_yaxes(range=span, row=row + 1, col=column + 1)
     zero = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1}
     fig.update_xaxes(range=_range(points, "source_change", intervals), nticks=6, **zero)
-    fig.update_yaxes(range=_range(points, "gain", intervals), nticks=6, **zero)
+    fig.update_yaxes(nticks=6, **zero)
     fig.update_yaxes(title_text="target accuracy,<br>gain in points", col=1)
     # In two lines: a panel in a column of a paper is not wider.
     fig.update_xaxes(
@@ -132,7 +137,9 @@ def _heading(points: pd.DataFrame, language: str) -> str:
     return f"<b>mean of {n} languages</b>"
 
 
-def _range(points: pd.DataFrame, name: str, intervals: str) -> list[float]:
+def _range(
+    points: pd.DataFrame, name: str, intervals: str, *, with_zero: bool = True
+) -> list[float]:
     """Room for all points with their bars, and for zero."""
     if intervals == "sd":
         spread = points[f"{name}_sd"].fillna(0.0)
@@ -140,7 +147,9 @@ def _range(points: pd.DataFrame, name: str, intervals: str) -> list[float]:
     else:
         # A mean over languages has no spread if they have no seed in common.
         lows, highs = (points[name + end].fillna(points[name]) for end in ("_low", "_high"))
-    low, high = min(0.0, lows.min()), max(0.0, highs.max())
+    low, high = lows.min(), highs.max()
+    if with_zero:
+        low, high = min(0.0, low), max(0.0, high)
     edge = 0.09 * (high - low) or 1.0
     return [low - edge, high + edge]
 
