@@ -14,7 +14,7 @@ test: $(STAMP)
 
 # Builds the site, runs every block of the documentation and every notebook.
 docs: $(STAMP)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m pytest -m docs -n 2
 
 figures: $(STAMP)

@@ -334,9 +334,9 @@ def compare(
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]
         _out.print(pairs_table(pairs, reference))
-    run.report()
     _out.print(f"Tables: {out}", soft_wrap=True)
-    _out.print(f"Report: {folder / 'report.html'}", soft_wrap=True)
+    if (folder / "report.html").is_file():
+        _out.print(f"Report: {run.report()}", soft_wrap=True)
     if result.errors:
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")

@@ -2,8 +2,8 @@
 
     python -m figures.draw
 
-Every folder here with a ``comparison.json`` gets its figures as SVG and PDF at page width, each with
-the numbers that it shows as CSV, and a report.
+Every folder here with a ``comparison.json`` gets its figures as SVG and PDF at page width, each
+with the numbers that it shows as CSV.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ def cli(monkeypatch, capsys):
         from circuitlens.cli import main
 
         monkeypatch.setattr(sys, "argv", ["circuitlens", *map(str, arguments)])
+        capsys.readouterr()  # what the test itself printed, such as a bar while it saved a model
         code = 0
         try:
             main()

@@ -6,18 +6,25 @@ from pathlib import Path
 
 import pytest
 
+import circuitlens as cl
 from circuitlens.tasks import toy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch):
+def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch, toy_proxy):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
-    # Enough to learn the toy language; the last epochs only polish.
-    monkeypatch.setitem(toy.TOY_FINETUNE, "epochs", 10)
+
+    def finetune(model, task, **options):
+        # What the fixture has done already.
+        assert (model.fingerprint(), task.language) == (toy.toy_model().fingerprint(), "source")
+        assert options == toy.TOY_FINETUNE
+        return toy_proxy.clone()
+
+    monkeypatch.setattr(cl, "finetune", finetune)
     gains = []
     for block in blocks:
         names: dict[str, object] = {}

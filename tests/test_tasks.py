@@ -23,6 +23,7 @@ import circuitlens as cl
 from circuitlens.tasks import Encoded, Example, Pools, Task
 from circuitlens.tasks.encoding import encode, label_tokens
 from circuitlens.tasks.examples import split_pools
+from circuitlens.tasks.task import _file_name
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
 
 POOLS = ("pool_a", "pool_b", "validation", "test")
@@ -879,3 +880,18 @@ def test_two_files_of_one_split_are_refused(tmp_path):
         Task.from_file(tmp_path)
     with pytest.raises(cl.InputError, match="two validation splits"):
         Task.from_records({"train": [], "valid": [], "dev": []})
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("reviews.csv", "reviews"),
+        ("data/reviews_{language}.csv", "reviews"),
+        ("data/{language}.csv", "data"),
+        ("data/{language}/reviews.csv", "reviews"),
+        ("{language}.csv", "task"),
+        ("data/{language}/{language}.csv", "task"),
+    ],
+)
+def test_a_task_is_named_after_its_file(path, name):
+    assert _file_name(Path(path)) == name

@@ -214,7 +214,7 @@ class Task:
         words = options.pop("labels", None) or {
             value: f" {value}" for value in source.labels(language)
         }
-        name = options.pop("name", None) or Path(str(path).replace("{language}", "")).stem
+        name = options.pop("name", None) or _file_name(Path(path))
         return cls.from_source(
             source, language, name=name, template=template, labels=words, **options
         )
@@ -321,3 +321,9 @@ class Task:
         counts = self.to_frame().groupby(["pool", "label"], sort=False).size().unstack()
         title = html.escape(f"{self.name}/{self.language}: {self.template}")
         return f"<p><b>Task</b> {title}</p>{counts.to_html()}"
+
+
+def _file_name(path: Path) -> str:
+    """A task's name from that of its file, or where only the language tells files apart, folder."""
+    own = path.stem.replace("{language}", "").strip("-_. ")
+    return own or path.parent.name.replace("{language}", "").strip("-_. ") or "task"

@@ -118,7 +118,9 @@ def token_relevance(
     for k, (line, start, width) in enumerate(places):
         box = (line, slice(start * _FINE, (start + width) * _FINE - 1))
         cells[box], owner[box] = numbers[k], k
-    fig = figure(title, mode=mode, width=20 + 9 * columns, height=110 + _LINE * n_lines)
+    # The title's margin comes on top of that of the lines.
+    height = (140 if title else 110) + _LINE * n_lines
+    fig = figure(title, mode=mode, width=20 + 9 * columns, height=height)
     escaped = [plain(token) for token in visible(tokens)]
     fig.add_heatmap(
         z=cells,
