@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -188,3 +189,47 @@ def test_curves_of_several_methods_share_one_figure(results):
     expected = [(100 * r.source_change, 100 * r.target_gain) for r in transfers]
     for one, other in zip(sorted(points), sorted(expected), strict=True):
         assert one == pytest.approx(other)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_report_works_in_a_browser_from_disk(tmp_path, toy_scores, results, compared):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "report.html"
+    evil = "<img src=x onerror=console.error('run')>"
+    file.write_text(render(toy_scores, results, comparison=compared, title=evil))
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        complaints, asked = [], []
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        page.wait_for_selector("#fig-heads .heatmaplayer image, #fig-heads .hm")
+        assert page.title() == evil
+        # Hovering over a head says which it is.
+        box = page.locator("#fig-heads .nsewdrag").first.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2, steps=4)
+        page.wait_for_selector("#fig-heads .hoverlayer .hovertext")
+        assert re.search(r"a\d\.h\d", page.text_content("#fig-heads .hoverlayer"))
+        # A click on the legend hides a curve.
+        toggle = page.locator("#fig-faithfulness .legendtoggle").first
+        toggle.scroll_into_view_if_needed()
+        toggle.click(force=True)
+        page.wait_for_function(
+            "document.getElementById('fig-faithfulness').data"
+            ".some(trace => trace.visible === 'legendonly')"
+        )
+        # Links of the navigation lead to their sections.
+        page.click("nav a[href='#comparison']")
+        page.wait_for_function(
+            "Math.abs(document.getElementById('comparison').getBoundingClientRect().top) < 200"
+        )
+        browser.close()
+    assert complaints == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
