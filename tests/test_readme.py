@@ -19,7 +19,7 @@ def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch, toy_proxy)
     monkeypatch.chdir(tmp_path)
 
     def finetune(model, task, **options):
-        # What the fixture has done already.
+        # A smaller one that a fixture has trained: that saves a minute.
         assert (model.fingerprint(), task.language) == (toy.toy_model().fingerprint(), "source")
         assert options == toy.TOY_FINETUNE
         return toy_proxy.clone()
