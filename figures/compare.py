@@ -23,21 +23,22 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 # Near to Indonesian (much of the vocabulary in common) and far.
 NUSAX = ("javanese", "sundanese", "minangkabau", "acehnese", "toba_batak", "buginese")
-TOY = ("near", "far")
+# Nothing but training everything gets far in the third language, "far".
+TOY = ("near",)
 
 
 def nusax(shared: Path, languages: tuple[str, ...]) -> cl.Comparison:
     """Sentiment: from Indonesian to local languages, 8 of 32 heads."""
     task = cl.load_task("nusax", "indonesian", data=shared / "data" / "nusax")
     model = cl.load(shared / "models" / "nusa-tiny-ind")
-    return _compare("nusax", model, task, languages or NUSAX, (3e-4, 1e-3, 3e-3), 10)
+    return _compare("nusax", model, task, languages or NUSAX, (3e-4, 1e-3, 3e-3), 10, 3)
 
 
 def toy_languages(languages: tuple[str, ...]) -> cl.Comparison:
     """The built-in artificial languages, a quarter of the heads."""
     task = cl.load_task("toy")
     model = cl.finetune(toy.toy_model(), task, **toy.TOY_FINETUNE)
-    return _compare("toy", model, task, languages or TOY, (1e-3, 3e-3, 1e-2), 30)
+    return _compare("toy", model, task, languages or TOY, (1e-3, 3e-3, 1e-2), 20, 20)
 
 
 def _compare(
@@ -47,6 +48,7 @@ def _compare(
     languages: tuple[str, ...],
     rates: tuple[float, ...],
     epochs: int,
+    patience: int,
 ) -> cl.Comparison:
     baseline = cl.label_balanced_mean(model, task)
     scores = cl.relevance(model, task, baseline)
@@ -69,7 +71,7 @@ def _compare(
             out=HERE.parent / "runs" / name,
             learning_rates=rates,
             epochs=epochs,
-            patience=3,
+            patience=patience,
             accumulation=2,
         )
     return cl.Comparison.load(HERE.parent / "runs" / name)
