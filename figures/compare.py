@@ -3,13 +3,14 @@
     python -m figures.compare nusax ../shared
     python -m figures.compare toy
 
-Computes the cells that are not in runs/ yet, so an interrupted run goes on, and writes the tables,
-and the scores and faithfulness of the circuit, to figures/NAME/. Languages named at the end are the
+Computes the cells that are neither in figures/NAME/ nor in runs/ yet, so an interrupted run goes on,
+and writes the tables, and the scores and faithfulness of the circuit, to figures/NAME/. Languages named at the end are the
 only ones that this process computes.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
+from circuitlens.experiments.folder import CellFolder, Key
 from circuitlens.tasks import toy
 
 HERE = Path(__file__).parent
@@ -50,6 +52,7 @@ def _compare(
     epochs: int,
     patience: int,
 ) -> cl.Comparison:
+    _restore(name)
     baseline = cl.label_balanced_mean(model, task)
     scores = cl.relevance(model, task, baseline)
     circuit = scores.top(0.25)
@@ -77,6 +80,18 @@ def _compare(
     return cl.Comparison.load(HERE.parent / "runs" / name)
 
 
+def _restore(name: str) -> None:
+    """Put the cells of the tables here into runs/, so that only what they lack is computed."""
+    here, there = HERE / name, HERE.parent / "runs" / name
+    if there.exists() or not (here / "grid.json").is_file():
+        return
+    there.mkdir(parents=True)
+    shutil.copyfile(here / "grid.json", there / "grid.json")
+    folder = CellFolder.open(there, {}, {})
+    for cell in cl.Comparison.load(here).cells:
+        folder.write(Key(cell["target_language"], cell["strategy"], cell["seed"]), cell)
+
+
 def main(name: str, *rest: str) -> None:
     """Compute and write one of the comparisons."""
     # Side by side with other work one thread is faster than two, and sums are the same everywhere.
@@ -86,6 +101,7 @@ def main(name: str, *rest: str) -> None:
     else:
         found = toy_languages(rest)
     found.save(HERE / name)
+    shutil.copyfile(HERE.parent / "runs" / name / "grid.json", HERE / name / "grid.json")
     found.pairs().to_csv(HERE / name / "pairs.csv", index=False)
     found.regret().to_csv(HERE / name / "regret.csv", index=False)
     print(found.summary().to_string(float_format="{:.3f}".format))
