@@ -3,9 +3,9 @@
     python -m figures.compare nusax ../shared
     python -m figures.compare toy
 
-Computes the cells that are neither in figures/NAME/ nor in runs/ yet, so an interrupted run goes on,
-and writes the tables, and the scores and faithfulness of the circuit, to figures/NAME/. Languages named at the end are the
-only ones that this process computes.
+Computes the cells that are neither in figures/NAME/ nor in runs/ yet, so an interrupted run goes
+on, and writes the tables, and the scores and faithfulness of the circuit, to figures/NAME/.
+Languages named at the end are the only ones that this process computes.
 """
 
 from __future__ import annotations
