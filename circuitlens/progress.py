@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 def interactive() -> bool:
     """Whether somebody is watching: a terminal on standard error, or a notebook kernel."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    # Not whether ipykernel is imported: libraries do so anywhere.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
 def hush_transformers() -> None:
