@@ -328,8 +328,7 @@ def compare(
     )
     _out.print(summary_table(result.summary()))
     if len(result.strategies) > 1:
-        known = result.strategies
-        reference = "circuit" if "circuit" in known else known[0]
+        reference = result.reference
         pairs = result.pairs(reference)
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]

@@ -24,8 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from circuitlens.adapt import STRATEGIES, TransferResult, finetune, is_competent, transfer
-from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES, training_options
+from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
+from circuitlens.adapt.strategies import NAMES, place_of
+from circuitlens.adapt.transfer import DEFAULT_RATES, training_options
 from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.batch import Positions
 from circuitlens.circuit import Circuit
@@ -89,11 +90,10 @@ class RunSettings:
             raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
-        known = (*STRATEGIES, AUTO)
         for strategy in self.strategies:
-            if strategy not in known:
+            if strategy not in NAMES:
                 raise InputError(
-                    f"There is no strategy {strategy!r}; known are {', '.join(known)}."
+                    f"There is no strategy {strategy!r}; known are {', '.join(NAMES)}."
                 )
         training_options(self.learning_rates, 0.0, **self.training)
 
@@ -350,12 +350,11 @@ class RunFolder:
         results = [self._load_transfer(path.parent) for path in found]
         source = self.task.source
         own = [source.resolve(name) if source else name for name in self.settings.targets]
-        strategies = [*STRATEGIES, AUTO]
 
-        def place(result: TransferResult) -> tuple[int, str, int]:
+        def place(result: TransferResult) -> tuple[int, str, tuple[int, str]]:
             language = result.target_language
             first = own.index(language) if language in own else len(own)
-            return first, language, strategies.index(result.strategy)
+            return first, language, place_of(result.strategy)
 
         return sorted(results, key=place)
 

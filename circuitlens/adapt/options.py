@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from circuitlens.errors import InputError
 
-__all__ = ["TrainingLog", "TrainingOptions"]
+__all__ = ["TrainingLog", "TrainingOptions", "rank"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,9 @@ class TrainingLog:
     best: dict[str, float]
     steps: int
     seconds: float
+
+
+def rank(entry: Mapping[str, float]) -> tuple[float, float]:
+    """Sort key of the entries of a history: the best epoch and the best rate are the largest."""
+    # Accuracy on a hundred examples ties often; the margin then decides.
+    return entry["accuracy"], entry["margin"]

@@ -19,7 +19,16 @@ from circuitlens.geometry import Head, WeightSlice
 from circuitlens.model import HookedModel
 from circuitlens.scores import HeadScores
 
-__all__ = ["STRATEGIES", "Choice", "KVPolicy", "Strategy", "strategy_of"]
+__all__ = [
+    "AUTO",
+    "NAMES",
+    "STRATEGIES",
+    "Choice",
+    "KVPolicy",
+    "Strategy",
+    "place_of",
+    "strategy_of",
+]
 
 KVPolicy = Literal["shared", "group", "frozen"]
 
@@ -224,6 +233,16 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("full", "all weights", _everything),
     )
 }
+
+
+# Not a strategy of its own: it chooses one.
+AUTO = "auto"
+NAMES = (*STRATEGIES, AUTO)
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Sort key of strategies: the order of the registry, then ``auto``, then unknown ones."""
+    return (NAMES.index(name) if name in NAMES else len(NAMES)), name
 
 
 def strategy_of(name: str) -> Strategy:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from circuitlens.adapt.options import rank
 from circuitlens.adapt.parts import AsIs, Part, Parts
 from circuitlens.batch import Batch
 from circuitlens.evaluation import predict, summarise
@@ -165,7 +166,7 @@ class KeepBest(TrainerCallback):
             "margin": metrics["eval_margin"],
         }
         self.history.append(entry)
-        if self.best is None or _rank(entry) > _rank(self.best):
+        if self.best is None or rank(entry) > rank(self.best):
             self.best = entry
             self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         elif self.exhausted:
@@ -191,8 +192,3 @@ class KeepBest(TrainerCallback):
         """Put the best epoch's weights back."""
         if self.weights:
             put(self.parameters, self.weights)
-
-
-def _rank(entry: Mapping[str, float]) -> tuple[float, float]:
-    # Accuracy on a hundred examples ties often; the margin then decides.
-    return entry["accuracy"], entry["margin"]

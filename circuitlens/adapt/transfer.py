@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
-from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.options import TrainingLog, TrainingOptions, rank
 from circuitlens.adapt.result import TransferResult
 from circuitlens.adapt.retention import (
     Retained,
@@ -25,7 +25,7 @@ from circuitlens.adapt.retention import (
     evaluate_all,
     weight_drift,
 )
-from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
+from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
@@ -36,12 +36,11 @@ from circuitlens.provenance import Provenance
 from circuitlens.scores import HeadScores
 from circuitlens.tasks import Encoded, Task
 
-__all__ = ["AUTO", "DEFAULT_RATES", "check_circuit", "training_options", "transfer"]
+__all__ = ["DEFAULT_RATES", "check_circuit", "training_options", "transfer"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
-AUTO = "auto"
 # Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
 # Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
 _GRADUAL = (1.0, 0.5, 0.25, 0.0)
@@ -159,11 +158,11 @@ def transfer(
                 quiet=True,
             )
             seconds += log.seconds
-        if not tried or _score(log) > max(_score(earlier) for earlier, _ in tried):
+        if not tried or rank(log.best) > max(rank(earlier.best) for earlier, _ in tried):
             best = trainable.state()
         tried.append((log, option.learning_rate))
     trainable.load(best)
-    log, rate = max(tried, key=lambda pair: _score(pair[0]))
+    log, rate = max(tried, key=lambda pair: rank(pair[0].best))
     n_trainable = trainable.n_entries
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     trainable.write(Path(scratch.name))
@@ -272,7 +271,3 @@ def _stages(
     order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).tolist()
     counts = [min(len(old), round(share * len(data))) for share in shares]
     return [data + old.take(order[:count]) for count in counts]
-
-
-def _score(log: TrainingLog) -> tuple[float, float]:
-    return log.best["accuracy"], log.best["margin"]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from circuitlens.adapt import STRATEGIES
+from circuitlens.adapt.strategies import place_of
 from circuitlens.errors import InputError
 from circuitlens.experiments.table import Comparison
 from circuitlens.storage import read_json, write_json
@@ -128,15 +128,9 @@ class CellFolder:
             else:
                 cell = read_json(file, _CELL)
                 cells[Key(cell["target_language"], cell["strategy"], cell["seed"])] = cell
-        order = list(STRATEGIES)
 
-        def place(key: Key) -> tuple[int, int, Key]:
-            known = key.strategy in order
-            return (
-                self.languages.index(key.language),
-                order.index(key.strategy) if known else len(order),
-                key,
-            )
+        def place(key: Key) -> tuple[int, tuple[int, str], Key]:
+            return self.languages.index(key.language), place_of(key.strategy), key
 
         return Comparison(
             tuple(cells[key] for key in sorted(cells, key=place)),

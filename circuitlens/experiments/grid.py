@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from circuitlens.adapt import transfer
-from circuitlens.adapt.strategies import Choice, KVPolicy, strategy_of
-from circuitlens.adapt.transfer import AUTO, DEFAULT_RATES, check_circuit, training_options
+from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
+from circuitlens.adapt.transfer import (
+    DEFAULT_RATES,
+    check_circuit,
+    training_options,
+    transfer,
+)
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.experiments.folder import CellFolder, Key

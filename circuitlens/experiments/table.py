@@ -57,6 +57,11 @@ class Comparison:
         """Strategies that have a finished cell."""
         return tuple(dict.fromkeys(cell["strategy"] for cell in self.cells))
 
+    @property
+    def reference(self) -> str:
+        """The strategy that others are compared with unless told otherwise."""
+        return "circuit" if "circuit" in self.strategies else self.strategies[0]
+
     # -- tables ----------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from circuitlens.adapt import STRATEGIES, TransferResult
+from circuitlens.adapt import TransferResult
+from circuitlens.adapt.strategies import place_of
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
@@ -170,17 +171,11 @@ def _results(source: Path, targets: Sequence[str]) -> list[TransferResult]:
     """Transfers of a run, its own targets first. Unlike the run itself, needs no data set."""
     files = sorted((source / "transfers").glob("*/*/result.json"))
     results = [TransferResult.load(file.parent) for file in files]
-    order = [*STRATEGIES, "auto"]
 
-    def place(result: TransferResult) -> tuple[int, str, int, str]:
-        language, strategy = result.target_language, result.strategy
+    def place(result: TransferResult) -> tuple[int, str, tuple[int, str]]:
+        language = result.target_language
         first = targets.index(language) if language in targets else len(targets)
-        return (
-            first,
-            language,
-            order.index(strategy) if strategy in order else len(order),
-            strategy,
-        )
+        return first, language, place_of(result.strategy)
 
     return sorted(results, key=place)
 
@@ -208,8 +203,7 @@ def _transfers(results: Results, columns: int, mode: Mode) -> dict[str, Drawn]:
         fig = strategy_table(results, value, mode=mode)
         found[name] = Drawn(fig, points[keep].dropna(subset=[value]))
     if isinstance(results, Comparison) and len(results.strategies) > 1:
-        known = results.strategies
-        reference = "circuit" if "circuit" in known else known[0]
+        reference = results.reference
         if len(pairs := results.pairs(reference)):
             fig = paired_differences(results, reference, columns=columns, mode=mode)
             found["pairs"] = Drawn(fig, pairs)

@@ -11,7 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from circuitlens.adapt import STRATEGIES, TransferResult
+from circuitlens.adapt import TransferResult
+from circuitlens.adapt.strategies import NAMES
 from circuitlens.errors import InputError
 from circuitlens.experiments.table import Comparison
 from circuitlens.view.theme import LEGEND_BELOW, PALETTE, Mode, figure, look, plain
@@ -73,8 +74,7 @@ def strategy_styles(strategies: Iterable[str]) -> dict[str, Style]:
         strategies: names; unknown ones follow the known ones, in the order of the alphabet.
     """
     named = list(strategies)
-    known = [*STRATEGIES, "auto"]
-    order = known + sorted(set(named) - set(known))
+    order = [*NAMES, *sorted(set(named) - set(NAMES))]
     return {
         name: Style(PALETTE[i % len(PALETTE)], _SYMBOLS[i % len(_SYMBOLS)])
         for name in named

@@ -151,7 +151,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
     if any(cell["source_language"] for cell in comparison.cells):
         figures["grid-tradeoff"] = transfer_tradeoff(comparison)
     known = comparison.strategies
-    reference = "circuit" if "circuit" in known else known[0]
+    reference = comparison.reference
     if len(known) > 1:
         figures["paired"] = paired_differences(comparison, reference)
     rows = comparison.summary().to_dict("records")

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from circuitlens.adapt import TransferResult
+from circuitlens.adapt.options import rank
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.view.panels import Results, below, cells_of, panels, shown, strategy_styles
@@ -30,8 +31,8 @@ def history_frame(results: Results | TransferResult) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for cell in cells_of(results):
         history: list[Mapping[str, float]] = list(cell["history"])
-        # As in training: the margin decides between equal accuracies, then the earlier epoch.
-        ranks = [(entry["accuracy"], entry["margin"]) for entry in history]
+        # As in training, of equal ones the earlier.
+        ranks = list(map(rank, history))
         best = ranks.index(max(ranks)) if ranks else None
         rows += [
             {

@@ -11,7 +11,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from circuitlens.errors import InputError
-from circuitlens.view.languages import paired_differences, strategy_table
 from circuitlens.view.panels import (
     MEAN,
     Results,
@@ -24,15 +23,8 @@ from circuitlens.view.panels import (
     transfer_points,
 )
 from circuitlens.view.theme import Mode, look
-from circuitlens.view.training import training_curves, weight_drift
 
-__all__ = [
-    "paired_differences",
-    "strategy_table",
-    "training_curves",
-    "transfer_tradeoff",
-    "weight_drift",
-]
+__all__ = ["transfer_tradeoff"]
 
 _BARS = {"sd": "± standard deviation over", "range": "least to largest of"}
 
