@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
 def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch, toy_proxy):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks

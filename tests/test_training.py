@@ -138,6 +138,15 @@ def test_the_best_epoch_is_kept_and_training_stops_early(toy_task):
     assert now.margin == pytest.approx(log.best["margin"], rel=1e-5)
 
 
+def test_epochs_of_the_warm_up_do_not_count_as_patience(toy_task):
+    model = toy.toy_model(n_layers=1)
+    data = toy_task.encode(model, toy_task["pool_a"][:64])
+    validation = toy_task.encode(model, toy_task["validation"][:60])
+    # A rate at which nothing moves: no epoch is better than the first.
+    options = TrainingOptions(1e-12, epochs=12, batch_size=32, warmup=0.5, patience=2)
+    assert len(train(model, data, validation, options).history) == 6 + 2
+
+
 def test_training_is_repeatable_and_leaves_the_global_seeds_alone(toy_task):
     fingerprints = []
     for noise in (1, 2):

@@ -21,7 +21,8 @@ class TrainingOptions:
         batch_size: examples per step, over all processes.
         weight_decay: decoupled (AdamW), on trained entries only.
         warmup: share of the steps in which the rate rises.
-        patience: stop after this many epochs without a better validation score.
+        patience: stop after this many epochs without a better validation score, not counting
+            those of the warm-up.
         max_grad_norm: gradients are clipped to this norm (after masking).
         accumulation: parts of a batch that are run one after another, gradients accumulated: less
             memory, and less padding where lengths differ, at the same result up to rounding.

@@ -134,12 +134,14 @@ class LabelTokenTrainer(Trainer):
 class KeepBest(TrainerCallback):
     """Keep the trained weights of the best epoch in memory; stop when none gets better.
 
-    The Trainer's own way writes whole checkpoints to disk and reads one back.
+    The Trainer's own way writes whole checkpoints to disk and reads one back, and counts the epochs
+    of the warm-up as patience, in which a model hardly moves.
     """
 
-    def __init__(self, model: HookedModel, patience: int) -> None:
+    def __init__(self, model: HookedModel, patience: int, warmup_epochs: int) -> None:
         self.parameters = trained(model.hf)
         self.patience = patience
+        self.warmup_epochs = warmup_epochs
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.weights: dict[str, Tensor] = {}
@@ -152,10 +154,11 @@ class KeepBest(TrainerCallback):
 
     @property
     def exhausted(self) -> bool:
-        """Whether ``patience`` epochs have gone by without a better one."""
+        """Whether ``patience`` epochs have gone by since the best one, and since the warm-up."""
         if self.best is None:
             return False
-        return len(self.history) - 1 - self.history.index(self.best) >= self.patience
+        since = max(self.history.index(self.best) + 1, self.warmup_epochs)
+        return len(self.history) - since >= self.patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare an epoch with the best one."""

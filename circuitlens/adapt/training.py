@@ -67,7 +67,9 @@ def train(
     masks = None if trainable is None else trainable.masks
     freeze = nullcontext() if masks is None else only_selected_train(model.hf, masks)
     with _own_randomness(), freeze, tempfile.TemporaryDirectory() as scratch:
-        keeper = KeepBest(model, options.patience)
+        steps_per_epoch = -(-len(data) // options.batch_size)
+        warmup_steps = round(options.warmup * options.epochs * steps_per_epoch)
+        keeper = KeepBest(model, options.patience, -(-warmup_steps // steps_per_epoch))
         kept = None if checkpoints is None else Checkpoints(checkpoints, model, data, options)
         if kept is not None and (log := kept.finished()) is not None:
             return log
@@ -85,7 +87,6 @@ def train(
                 weight_decay=options.weight_decay,
             )
         )
-        steps = options.epochs * -(-len(data) // options.batch_size)
         trainer = LabelTokenTrainer(
             model,
             data,
@@ -98,7 +99,7 @@ def train(
                 num_train_epochs=options.epochs,
                 gradient_accumulation_steps=options.accumulation,
                 bf16=options.bf16,
-                warmup_steps=round(options.warmup * steps),
+                warmup_steps=warmup_steps,
                 lr_scheduler_type="linear",
                 max_grad_norm=options.max_grad_norm,
                 seed=options.seed,
