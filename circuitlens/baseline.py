@@ -198,7 +198,7 @@ def label_balanced_mean(
     accuracy = len(correct) / len(encoded)
     if chance and not allow_chance:
         raise CompetenceError(
-            f"{model.name} answers {accuracy:.1%} of {len(encoded)} {task.name}/{task.language} "
+            f"{model.name} answers {accuracy:.1%} of {len(encoded)} {task.full_name} "
             f"examples correctly, which is near chance (the most frequent label has "
             f"{majority:.1%}): train it with cl.finetune first, or pass allow_chance=True.",
             model,
@@ -229,7 +229,7 @@ def label_balanced_mean(
         provenance=Provenance(
             model.name,
             model.fingerprint(),
-            f"{task.name}/{task.language}",
+            task.full_name,
             task.fingerprint(),
             task.seed,
             settings,

@@ -199,7 +199,7 @@ def minimality(
         provenance=Provenance(
             model.name,
             baseline.provenance.model_fingerprint,
-            f"{task.name}/{task.language}",
+            task.full_name,
             task.fingerprint(),
             seed,
             {"positions": baseline.positions, "pooling": baseline.pooling},

@@ -130,7 +130,7 @@ def faithfulness(
         provenance=Provenance(
             model.name,
             baseline.provenance.model_fingerprint,
-            f"{task.name}/{task.language}",
+            task.full_name,
             task.fingerprint(),
             seed,
             settings,

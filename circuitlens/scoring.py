@@ -104,7 +104,7 @@ def relevance(
         provenance=Provenance(
             model.name,
             baseline.provenance.model_fingerprint,
-            f"{task.name}/{task.language}",
+            task.full_name,
             task.fingerprint(),
             seed,
             settings,
@@ -126,7 +126,7 @@ def discovery_examples(
     if unknown := [i for i in baseline.example_ids if i not in by_id]:
         raise InputError(
             f"The baseline was taken on example {unknown[0]!r}, which is not in pool A of "
-            f"{task.name}/{task.language}: take the baseline on this task."
+            f"{task.full_name}: take the baseline on this task."
         )
     if max_examples is not None and max_examples < 1:
         raise InputError(f"max_examples must be positive, but is {max_examples}.")

@@ -81,7 +81,7 @@ def finetune(
     if chance:
         raise CompetenceError(
             f"After fine-tuning, {model.name} answers {log.best['accuracy']:.1%} of the "
-            f"{task.name}/{task.language} validation split, which is near chance (the most "
+            f"{task.full_name} validation split, which is near chance (the most "
             f"frequent label has {majority:.1%}), so a circuit would be noise: train longer, "
             "change the learning rate, or give more data.",
             trained,

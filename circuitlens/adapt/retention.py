@@ -85,7 +85,7 @@ def evaluate_all(
     Raises:
         InputError: if two of them have the same name and language.
     """
-    names = [f"{task.name}/{task.language}" for task in tasks]
+    names = [task.full_name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"Retention of {twice[0]} was asked for twice: name every task once.")
     return [evaluate(model, task, task["test"], quiet=quiet) for task in tasks]

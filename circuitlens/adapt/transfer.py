@@ -211,7 +211,7 @@ def transfer(
         provenance=Provenance(
             model.name,
             model.fingerprint(),
-            f"{task.name}/{task.language}",
+            task.full_name,
             task.fingerprint(),
             seed,
             settings,

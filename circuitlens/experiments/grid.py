@@ -115,8 +115,8 @@ def compare(
             "model": model.fingerprint(),
             "circuit": [str(head) for head in circuit],
             "scores": None if scores is None else digest(scores.per_example),
-            "task": f"{_name(task)} {task.fingerprint()}",
-            "retain": [f"{_name(other)} {other.fingerprint()}" for other in retain],
+            "task": f"{task.full_name} {task.fingerprint()}",
+            "retain": [f"{other.full_name} {other.fingerprint()}" for other in retain],
             "learning_rates": list(learning_rates),
             **options,
             "replay": replay,
@@ -171,10 +171,6 @@ def compare(
     return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
 
 
-def _name(task: Task) -> str:
-    return f"{task.name}/{task.language}"
-
-
 def _check_strategies(
     strategies: Sequence[str], circuit: Circuit, scores: HeadScores | None
 ) -> None:
@@ -193,7 +189,7 @@ def _check_strategies(
 
 def _check_inputs(model: HookedModel, circuit: Circuit, task: Task, retain: Sequence[Task]) -> None:
     check_circuit(model, circuit)
-    names = [_name(other) for other in (task, *retain)]
+    names = [other.full_name for other in (task, *retain)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(
             f"Retention of {twice[0]} was asked for twice: the source task is always measured."

@@ -275,6 +275,11 @@ class Task:
         return examples
 
     @property
+    def full_name(self) -> str:
+        """Name and language, such as ``nusax/indonesian``."""
+        return f"{self.name}/{self.language}"
+
+    @property
     def held_out(self) -> tuple[Example, ...]:
         """Examples that competence and discovery never see: pool B and validation.
 
