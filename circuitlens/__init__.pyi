@@ -11,6 +11,7 @@ from .errors import (
     CircuitLensError,
     CompetenceError,
     InputError,
+    NotFiniteError,
     UnsupportedModelError,
 )
 from .evaluation import Evaluation, evaluate
@@ -46,6 +47,7 @@ __all__ = [
     "InputError",
     "MeanBaseline",
     "Minimality",
+    "NotFiniteError",
     "RuleSet",
     "ScorerComparison",
     "Stability",

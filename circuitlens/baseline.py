@@ -19,7 +19,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuitlens.batch import Batch, Positions
-from circuitlens.errors import CompetenceError, InputError
+from circuitlens.errors import CompetenceError, InputError, check_choice
 from circuitlens.evaluation import near_chance
 from circuitlens.hooks import recording
 from circuitlens.means import NodeMeans
@@ -35,9 +35,9 @@ from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
-from circuitlens.tasks import Example, Task
+from circuitlens.tasks import Example, Pool, Task
 
-__all__ = ["MeanBaseline", "label_balanced_mean"]
+__all__ = ["MeanBaseline", "examples_by_id", "label_balanced_mean"]
 
 _SCHEMA = "circuitlens.baseline/2"
 
@@ -46,7 +46,7 @@ _TENSORS = ("mean", "mlp_mean", "by_position", "mlp_by_position")
 Pooling = Literal["pooled", "position"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeanBaseline:
     """Mean output of every head and MLP over a task, and the examples it was taken on.
 
@@ -125,6 +125,13 @@ class MeanBaseline:
             }
         )
 
+    def __repr__(self) -> str:
+        n_layers, n_heads, _ = self.mean.shape
+        return (
+            f"MeanBaseline({self.provenance.task}: {n_layers} layers of {n_heads} heads, "
+            f"{self.positions} positions, {self.pooling}, {len(self.example_ids)} examples)"
+        )
+
     def _repr_html_(self) -> str:
         counts = ", ".join(f"{html.escape(k)}: {v}" for k, v in self.n_per_label.items())
         return (
@@ -144,6 +151,24 @@ class MeanBaseline:
                 f"The baseline was taken from other weights than those of {model.name}: "
                 "call cl.label_balanced_mean on this model first."
             )
+
+    def check_task(self, task: Task) -> None:
+        """Refuse a task other than the one the means were taken on.
+
+        Ids do not tell tasks apart: parallel corpora share them between languages.
+
+        Raises:
+            InputError: if language, template, label words or examples differ.
+        """
+        if task.fingerprint() == self.provenance.data_fingerprint:
+            return
+        if task.full_name != self.provenance.task:
+            how = f"{self.provenance.task}, not on {task.full_name}"
+        else:
+            how = f"{task.full_name} with another template, other label words or other examples"
+        raise InputError(
+            f"The baseline was taken on {how}: call cl.label_balanced_mean on this task first."
+        )
 
 
 @torch.no_grad()
@@ -167,20 +192,25 @@ def label_balanced_mean(
             once, whatever its length), or take the ``"decision"`` position only.
         pooling: one mean for all these positions, or one for each ``"position"``, counted from
             the decision (of use where prompts are aligned there, as templates are).
-        examples: use these instead of pool A.
+        examples: use these instead of pool A. Those of other pools of the task can be scored by
+            :func:`circuitlens.relevance` too; others, with ids of their own, give means only.
         batch_size: examples per forward pass; the result does not depend on it.
         allow_chance: go on although the model does no better than chance.
         quiet: no progress bar.
 
     Raises:
         CompetenceError: if the accuracy is near chance.
-        InputError: if no example of a label is answered correctly; the label is named.
+        InputError: for unknown positions or pooling; if there are no examples, or one has the id
+            of another of the task; or if no example of a label is answered correctly, which is
+            named.
     """
+    check_choice("positions", positions, get_args(Positions))
+    check_choice("pooling", pooling, get_args(Pooling))
     if pooling == "position" and positions == "decision":
         raise InputError(
             "pooling='position' has nothing to tell apart at positions='decision': leave one out."
         )
-    examples = task["pool_a"] if examples is None else tuple(examples)
+    examples = task["pool_a"] if examples is None else _checked(task, examples)
     encoded = task.encode(model, examples)
     labels = list(task.labels)
     width = max(map(len, encoded.tokens)) if pooling == "position" else 0
@@ -237,6 +267,28 @@ def label_balanced_mean(
         by_position=heads_at.unflatten(-1, (g.n_heads, g.d_head)) if each else None,
         mlp_by_position=mlps_at if each else None,
     )
+
+
+def examples_by_id(task: Task) -> dict[str, Example]:
+    """All examples of a task; an id occurs once in it."""
+    return {e.id: e for pool in get_args(Pool) for e in task[pool]}
+
+
+def _checked(task: Task, examples: Sequence[Example]) -> tuple[Example, ...]:
+    examples = tuple(examples)
+    if not examples:
+        raise InputError(
+            "There are no examples to take means of: give some, or leave examples out to use "
+            "pool A."
+        )
+    own = examples_by_id(task)
+    # Discovery looks the examples up by their ids, and would score other texts than these.
+    if foreign := [e for e in examples if own.get(e.id, e) != e]:
+        raise InputError(
+            f"Example {foreign[0].id!r} has the id of another example of {task.full_name}: take "
+            "the examples from this task, or give yours ids of their own."
+        )
+    return examples
 
 
 def _node_outputs(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from circuitlens.errors import check_choice
 
 __all__ = ["Batch", "Positions", "at_least_float32", "label_logits", "margin", "task_margin"]
 
@@ -55,7 +57,11 @@ class Batch:
 
         ``"all"`` is every prompt token but ``<s>`` in front, where the attention sink sits (its
         activations are the same for every prompt), and what follows the decision position.
+
+        Raises:
+            InputError: for other positions than these.
         """
+        check_choice("positions", positions, get_args(Positions))
         if positions == "decision":
             chosen = torch.zeros_like(self.attention_mask, dtype=torch.bool)
             chosen[:, self.decision] = True

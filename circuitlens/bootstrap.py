@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from circuitlens.errors import InputError
 
-__all__ = ["percentiles", "resampled_means"]
+__all__ = ["check_level", "percentiles", "resampled_means"]
 
 
 def resampled_means(
@@ -35,7 +35,16 @@ def percentiles(
     Raises:
         InputError: if ``level`` is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise InputError(f"The level of an interval lies between 0 and 1, but is {level}.")
+    check_level(level)
     tail = (1 - level) / 2
     return np.asarray(np.quantile(draws, [tail, 1 - tail], axis=0))
+
+
+def check_level(level: float) -> None:
+    """Refuse a level of confidence that is none.
+
+    Raises:
+        InputError: if ``level`` is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"A level of confidence lies between 0 and 1, but is {level}.")

@@ -6,11 +6,14 @@ modules around the same parameters and buffers. Three things are then put right:
 * the tokenizer is set afterwards, because the builder would load it anew by its name;
 * projections that the bridge split off a fused weight *by copying* read the fused weight instead;
 * float64 models get float64 attention patterns.
+
+The copy does not notice what happens to the model's own modules: :class:`Wiring` does.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from itertools import chain
 from typing import Any, cast
@@ -19,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from circuitlens.errors import UnsupportedModelError
+from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.families import Family, tested_types
 from circuitlens.geometry import HeadGeometry, Projection
 
-__all__ = ["boot", "first_line"]
+__all__ = ["Wiring", "boot", "first_line"]
 
 
 def first_line(error: Exception) -> str:
@@ -58,6 +61,52 @@ def boot(family: Family, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any
     if hf.dtype == torch.float64:
         _softmax_in_float64(bridge)
     return bridge, geometry
+
+
+class Wiring:
+    """The parameters that a hooked view was built on, and where their data were."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        self._names = dict(hf.named_parameters(remove_duplicate=False))
+        # Held on to, so that no new parameter can have the id of one that is gone.
+        self._parameters = _parameters(hf)
+        self._data = _data(self._parameters)
+
+    def holds(self, hf: PreTrainedModel) -> bool:
+        """Whether the view can still be used; if not, the data moved, and it must be built anew.
+
+        Moved to another device or type, parameters remain the same objects, but buffers do not,
+        and parts of fused weights would stay what and where they were.
+
+        Raises:
+            InputError: if the model has other parameters now.
+        """
+        parameters = _parameters(hf)
+        same = len(parameters) == len(self._parameters)
+        if same and all(map(operator.is_, parameters, self._parameters)):
+            return _data(parameters) == self._data
+        names = dict(hf.named_parameters(remove_duplicate=False))
+        changed = [n for n in self._names | names if names.get(n) is not self._names.get(n)]
+        raise InputError(
+            f"The {type(hf).__name__} was rewired after it was hooked "
+            f"({changed[0] if changed else 'a parameter'} is not what it was), as an adapter, "
+            "resize_token_embeddings and load_state_dict(assign=True) do, so the hooks would show "
+            "another model: merge an adapter into it (merge_and_unload), and call cl.load again."
+        )
+
+
+def _parameters(hf: nn.Module) -> list[nn.Parameter]:
+    # On every use of the hooked view, and hf.parameters() is seven times as slow.
+    found: list[nn.Parameter] = []
+    modules: list[nn.Module] = [hf]
+    for module in modules:
+        found += [p for p in module._parameters.values() if p is not None]
+        modules += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def _data(parameters: list[nn.Parameter]) -> list[tuple[int, torch.dtype]]:
+    return [(p.data_ptr(), p.dtype) for p in parameters]
 
 
 def _build(hf: PreTrainedModel, family: Family) -> Any:

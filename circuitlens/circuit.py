@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,10 @@ _SCHEMA = "circuitlens.circuit/2"
 class Circuit:
     """A set of heads of one model, in order of layer and index.
 
-    Make one from scores (:meth:`circuitlens.HeadScores.top`) or with :meth:`of`.
+    Make one from scores (:meth:`circuitlens.HeadScores.top`) or with :meth:`of`. Circuits are equal
+    if their heads are and the sizes of their models, wherever they come from. ``|``, ``&``, ``-``
+    and ``^`` combine and ``<=``, ``<``, ``>=`` and ``>`` compare circuits of models of one size as
+    sets; on their right may stand a set of heads.
 
     Attributes:
         heads: the heads, sorted and without repetition.
@@ -40,7 +46,7 @@ class Circuit:
     heads: tuple[Head, ...]
     n_layers: int
     n_heads: int
-    selection: str = "by hand"
+    selection: str = field(default="by hand", compare=False)
     provenance: Provenance | None = field(default=None, compare=False)
     levels: Mapping[Head, int] = field(default_factory=dict, compare=False)
     edges: Mapping[tuple[Head, Head], float] = field(default_factory=dict, compare=False)
@@ -55,10 +61,15 @@ class Circuit:
                 )
 
     @classmethod
-    def of(cls, heads: Iterable[Head | str], n_layers: int, n_heads: int) -> Circuit:
-        """Make a circuit from heads or names such as ``"a3.h5"``."""
-        parsed = tuple(h if isinstance(h, Head) else Head.parse(h) for h in heads)
-        return cls(parsed, n_layers, n_heads)
+    def of(
+        cls, heads: Iterable[Head | str | tuple[int, int]], n_layers: int, n_heads: int
+    ) -> Circuit:
+        """Make a circuit from heads, names such as ``"a3.h5"``, or pairs (layer, index).
+
+        Raises:
+            InputError: for anything else, or a head that the model does not have.
+        """
+        return cls(tuple(map(_head, heads)), n_layers, n_heads)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -67,7 +78,7 @@ class Circuit:
         return iter(self.heads)
 
     def __contains__(self, head: object) -> bool:
-        return head in set(self.heads)
+        return (_head(head) if isinstance(head, Sequence) else head) in self.heads
 
     def __repr__(self) -> str:
         names = ", ".join(map(str, self.heads))
@@ -75,34 +86,78 @@ class Circuit:
 
     # -- set algebra -----------------------------------------------------------------------
 
-    def _combine(self, other: Circuit, heads: set[Head], sign: str) -> Circuit:
+    def _other(self, other: object) -> Circuit | None:
+        """The other side of an operator as a circuit, or None if it is no set of heads.
+
+        Raises:
+            InputError: for a circuit of a model of another size.
+        """
+        if isinstance(other, AbstractSet):
+            return Circuit.of(other, self.n_layers, self.n_heads)
+        if not isinstance(other, Circuit):
+            return None
         if (self.n_layers, self.n_heads) != (other.n_layers, other.n_heads):
             raise InputError(
-                f"Circuits of different models cannot be combined: {self.n_layers} × "
+                f"Circuits of different models cannot be combined or compared: {self.n_layers} × "
                 f"{self.n_heads} heads and {other.n_layers} × {other.n_heads}."
             )
+        return other
+
+    def _combine(
+        self, other: Circuit, by: Callable[[set[Head], set[Head]], set[Head]], sign: str
+    ) -> Circuit:
         selection = f"({self.selection}) {sign} ({other.selection})"
+        heads = by(set(self.heads), set(other.heads))
         return Circuit(tuple(heads), self.n_layers, self.n_heads, selection)
 
-    def __or__(self, other: Circuit) -> Circuit:
+    def __or__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
         """Union."""
-        return self._combine(other, set(self.heads) | set(other.heads), "|")
+        right = self._other(other)
+        return NotImplemented if right is None else self._combine(right, operator.or_, "|")
 
-    def __and__(self, other: Circuit) -> Circuit:
+    def __and__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
         """Intersection."""
-        return self._combine(other, set(self.heads) & set(other.heads), "&")
+        right = self._other(other)
+        return NotImplemented if right is None else self._combine(right, operator.and_, "&")
 
-    def __sub__(self, other: Circuit) -> Circuit:
+    def __sub__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
         """Difference."""
-        return self._combine(other, set(self.heads) - set(other.heads), "-")
+        right = self._other(other)
+        return NotImplemented if right is None else self._combine(right, operator.sub, "-")
+
+    def __xor__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
+        """Heads that are in one of the two only."""
+        right = self._other(other)
+        return NotImplemented if right is None else self._combine(right, operator.xor, "^")
+
+    def __le__(self, other: Circuit | AbstractSet[Head]) -> bool:
+        """Whether all heads are in the other too."""
+        right = self._other(other)
+        return NotImplemented if right is None else set(self.heads) <= set(right.heads)
+
+    def __lt__(self, other: Circuit | AbstractSet[Head]) -> bool:
+        """Whether all heads are in the other, which has more."""
+        right = self._other(other)
+        return NotImplemented if right is None else set(self.heads) < set(right.heads)
+
+    def __ge__(self, other: Circuit | AbstractSet[Head]) -> bool:
+        """Whether all heads of the other are here too."""
+        right = self._other(other)
+        return NotImplemented if right is None else set(self.heads) >= set(right.heads)
+
+    def __gt__(self, other: Circuit | AbstractSet[Head]) -> bool:
+        """Whether all heads of the other are here, and more."""
+        right = self._other(other)
+        return NotImplemented if right is None else set(self.heads) > set(right.heads)
 
     def complement(self) -> Circuit:
         """All heads of the model that are not in the circuit."""
+        own = set(self.heads)
         rest = tuple(
             head
             for layer in range(self.n_layers)
             for index in range(self.n_heads)
-            if (head := Head(layer, index)) not in self
+            if (head := Head(layer, index)) not in own
         )
         return Circuit(rest, self.n_layers, self.n_heads, f"all but ({self.selection})")
 
@@ -198,3 +253,13 @@ class Circuit:
             f"<p><b>Circuit</b> ({html.escape(self.selection)}): {len(self)} of "
             f"{self.n_layers * self.n_heads} heads: {names}</p>"
         )
+
+
+def _head(head: object) -> Head:
+    if isinstance(head, Head):
+        return head
+    if isinstance(head, str):
+        return Head.parse(head)
+    if isinstance(head, Sequence) and len(head) == 2 and all(isinstance(n, Integral) for n in head):
+        return Head(int(head[0]), int(head[1]))
+    raise InputError(f"{head!r} is no head: write cl.Head(3, 5), 'a3.h5' or (3, 5).")

@@ -233,19 +233,16 @@ def discover(
     from circuitlens.pipeline import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
-    if (folder / "circuit.json").is_file():
-        if not redo:
-            raise InputError(
-                f"{folder} has a circuit already: add --redo to replace it, which also removes "
-                "the faithfulness and the transfers that came of it."
-            )
-        run.discard_discovery()
+    if (folder / "circuit.json").is_file() and not redo:
+        raise InputError(
+            f"{folder} has a circuit already: add --redo to replace it, which also removes the "
+            "faithfulness, the transfers, the comparison and the report that came of it."
+        )
     changes: dict[str, Any] = {"method": method or run.settings.method}
     if size is not None:
         changes["size"] = _size(size)
-    run.settings = replace(run.settings, **changes)
+    run.discover_anew(replace(run.settings, **changes))
     _out.print(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
-    run.write_record(finished=False)
 
 
 @app.command()
@@ -265,7 +262,7 @@ def faithfulness(
     columns += ["layer_matched_faithfulness", "completeness"]
     table = run.curve.to_frame()[columns]
     _out.print(table.to_string(index=False, float_format="{:.3f}".format))
-    run.write_record(finished=False)
+    run.write_record()
 
 
 @app.command()
@@ -288,7 +285,7 @@ def transfer(
     tasks = [run.task.to(name) for name in targets]
     results = [run.transfer(t.language, s) for t in tasks for s in strategies]
     run.report()
-    run.write_record(finished=True)
+    run.write_record()
     _finish(run, results)
 
 

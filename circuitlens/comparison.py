@@ -25,12 +25,12 @@ from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt import RuleSet
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
-from circuitlens.measuring import faithfulness
+from circuitlens.measuring import faithfulness, unseen_examples
 from circuitlens.model import HookedModel
 from circuitlens.peak_memory import PeakMemory
 from circuitlens.provenance import Provenance
 from circuitlens.scorers import SCORERS, scorer
-from circuitlens.scores import HeadScores
+from circuitlens.scores import HeadScores, head_count
 from circuitlens.scoring import relevance
 from circuitlens.storage import read_json, write_json
 from circuitlens.tasks import Example, Task
@@ -45,7 +45,7 @@ _DRAWS = 500
 _GREEDY_LIMIT = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScorerComparison:
     """A row of figures for every scorer.
 
@@ -71,8 +71,8 @@ class ScorerComparison:
     n_examples: int
     n_held_out: int
     provenance: Provenance
-    scores: Mapping[str, HeadScores] = field(default_factory=dict, compare=False, repr=False)
-    curves: Mapping[str, FaithfulnessCurve] = field(default_factory=dict, compare=False, repr=False)
+    scores: Mapping[str, HeadScores] = field(default_factory=dict)
+    curves: Mapping[str, FaithfulnessCurve] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table."""
@@ -121,6 +121,9 @@ class ScorerComparison:
             shown.add_row(*(_cell(value) for value in row))
         (console or Console()).print(shown)
 
+    def __repr__(self) -> str:
+        return f"ScorerComparison({self._title()}; {', '.join(self.table['scorer'])})"
+
     def _repr_html_(self) -> str:
         table = self.table.to_html(index=False, float_format="{:.3f}".format, na_rep="")
         return f"<p><b>ScorerComparison</b> {html.escape(self._title())}</p>{table}"
@@ -168,10 +171,23 @@ def compare_scorers(
         quiet: print nothing.
 
     Raises:
-        InputError: for an unknown method.
+        InputError: for an unknown method, two rule sets of one name or one with the name of
+            another method, an impossible ``top``, a baseline of another model or task, or
+            examples that are none or were used for discovery.
     """
-    chosen = [scorer(m) for m in (_default(model) if methods is None else methods)]
-    own = {m.name: m for m in methods or () if isinstance(m, RuleSet)}
+    asked = [*(_default(model) if methods is None else methods)]
+    chosen = [scorer(m) for m in asked]
+    own: dict[str, RuleSet] = {}
+    for rules in (m for m in asked if isinstance(m, RuleSet)):
+        if own.setdefault(rules.name, rules) != rules:
+            raise InputError(
+                f"Two different rule sets are named {rules.name!r}, and the table has a row for "
+                "each name: name one of them otherwise."
+            )
+    if not (n_top := head_count(top, len(model.geometry))):
+        raise InputError("An overlap of no heads is undefined: let top be 1 at least.")
+    # Faithfulness would say so too, but only after the first scoring.
+    unseen_examples(task, examples, baseline.example_ids)
     names = list(dict.fromkeys(["ablation", *(s.name for s in chosen)]))
     scores: dict[str, HeadScores] = {}
     curves: dict[str, FaithfulnessCurve] = {}
@@ -213,7 +229,7 @@ def compare_scorers(
             quiet=quiet,
         )
         logger.info("%s scored in %.1f s.", name, seconds)
-    exact, n_top = scores["ablation"], len(scores["ablation"].top(top))
+    exact = scores["ablation"]
     best = set(exact.top(n_top))
     rows = []
     for name in names:

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from scipy.integrate import trapezoid
 
 from circuitlens.bootstrap import percentiles, resampled_means
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_choice
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
 
@@ -42,7 +42,7 @@ _METRICS = ("margin", "accuracy", "probability")
 _KINDS = ("", "random_", "layer_matched_", "without_")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FaithfulnessCurve:
     """Task performance of circuits of growing size.
 
@@ -144,10 +144,8 @@ class FaithfulnessCurve:
         Raises:
             InputError: for another metric or scale.
         """
-        if metric not in (known := ("faithfulness", "accuracy", "probability")):
-            raise InputError(f"There is no metric {metric!r}; known are {', '.join(known)}.")
-        if scale not in ("linear", "log"):
-            raise InputError(f"The scale is 'linear' or 'log', but is {scale!r}.")
+        check_choice("metric", metric, ("faithfulness", "accuracy", "probability"))
+        check_choice("scale", scale, ("linear", "log"))
         y = getattr(self, metric)
         if scale == "linear":
             return float(trapezoid(y, self.shares))
@@ -246,6 +244,13 @@ class FaithfulnessCurve:
             example_ids=tuple(meta["example_ids"]),
             provenance=Provenance.from_dict(meta["provenance"]),
             **{name: tensor.numpy() for name, tensor in tensors.items()},
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"FaithfulnessCurve({self.method} on {self.provenance.task}: {len(self.sizes)} sizes "
+            f"up to {self.n_heads} heads, {len(self.example_ids)} examples, "
+            f"{len(self.random_margin)} random circuits of each kind and size)"
         )
 
     def _repr_html_(self) -> str:

@@ -6,12 +6,20 @@ prints it without a traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from circuitlens.model import HookedModel
 
-__all__ = ["CircuitLensError", "CompetenceError", "InputError", "UnsupportedModelError"]
+__all__ = [
+    "CircuitLensError",
+    "CompetenceError",
+    "InputError",
+    "NotFiniteError",
+    "UnsupportedModelError",
+    "check_choice",
+]
 
 
 class CircuitLensError(Exception):
@@ -20,6 +28,10 @@ class CircuitLensError(Exception):
 
 class InputError(CircuitLensError, ValueError):
     """An argument, a file or a data set cannot be used as it is."""
+
+
+class NotFiniteError(InputError):
+    """A model gives NaN or infinity: its training diverged, or its numbers overflow."""
 
 
 class UnsupportedModelError(CircuitLensError):
@@ -36,3 +48,14 @@ class CompetenceError(CircuitLensError):
     def __init__(self, message: str, model: HookedModel | None = None) -> None:
         super().__init__(message)
         self.model = model
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Refuse the value of an argument that is none of the known ones.
+
+    Raises:
+        InputError: naming the argument, its value and the known ones.
+    """
+    choices = tuple(known)
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")

@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from circuitlens.batch import label_logits
+from circuitlens.errors import NotFiniteError
 from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.tasks import Encoded, Example, Task
@@ -52,25 +53,47 @@ class Evaluation:
 def predict(
     model: HookedModel, encoded: Encoded, *, batch_size: int = 64, quiet: bool = True
 ) -> Float[Tensor, "example label"]:
-    """Label logits of all examples from the Hugging Face view, in the order given."""
+    """Label logits of all examples from the Hugging Face view, in the order given.
+
+    Raises:
+        NotFiniteError: if any of them is NaN or infinite, as no accuracy would mean anything.
+    """
     found = torch.empty(len(encoded), len(encoded.label_tokens))
     batches = encoded.batches(batch_size, model.device)
     for index, batch in progress(
         batches, "Evaluating", quiet=quiet, total=encoded.n_batches(batch_size)
     ):
         found[index] = label_logits(model.hf_logits(batch), batch).float().cpu()
+    if n_bad := int((~found.isfinite()).any(1).sum()):
+        raise NotFiniteError(
+            f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of "
+            f"{len(found)} examples: load it with dtype float32 if float16 overflows, or go back "
+            "to weights that have not diverged."
+        )
     return found
 
 
 def evaluate(
     model: HookedModel,
     task: Task,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | str,
     *,
     batch_size: int = 64,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on examples of a task."""
+    """Evaluate a model on examples of a task.
+
+    Args:
+        model: the model.
+        task: gives prompt and labels.
+        examples: what to evaluate on: examples, or the name of a pool of the task, such as
+            ``"test"``.
+        batch_size: examples per forward pass; the result does not depend on it.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: if there are no examples, one does not fit the task, or there is no such pool.
+    """
     encoded = task.encode(model, examples)
     logits = predict(model, encoded, batch_size=batch_size, quiet=quiet)
     return summarise(logits, torch.tensor(encoded.gold))

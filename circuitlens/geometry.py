@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from circuitlens.errors import InputError, UnsupportedModelError
 
-__all__ = ["Head", "HeadGeometry", "Projection", "WeightSlice", "norm_parameters"]
+__all__ = ["Head", "HeadGeometry", "Projection", "WeightSlice", "made_by", "norm_parameters"]
 
 Projection = Literal["q", "k", "v", "o"]
 
@@ -184,10 +184,7 @@ class HeadGeometry:
         for kind, (part, starts) in layout.items():
             module = attention.get_submodule(part)
             if not isinstance(module, nn.Linear | Conv1D):
-                raise UnsupportedModelError(
-                    f"{name}.{part} is a {type(module).__name__}, not a plain linear map, so its "
-                    "rows do not belong to single heads (merge adapters or dequantise first)."
-                )
+                _refuse(module, f"{name}.{part} of {type(hf).__name__}")
             places[kind] = _Projection(
                 f"{name}.{part}", isinstance(module, Conv1D), tuple(s * self.d_head for s in starts)
             )
@@ -239,6 +236,29 @@ class HeadGeometry:
                     f"{place.module} has {found} entries where {expected} were expected from "
                     f"{self.n_heads} heads of size {self.d_head}, so heads cannot be told apart."
                 )
+
+
+def _refuse(module: nn.Module, where: str) -> NoReturn:
+    """Refuse a projection that is no plain linear map."""
+    if made_by(module, "peft"):
+        raise UnsupportedModelError(
+            f"{where} is a layer of a PEFT adapter, whose rows do not belong to single heads: "
+            "merge the adapter first (merge_and_unload() of the PeftModel)."
+        )
+    kind = type(module)
+    # The name alone may be that of a plain one, as in many libraries of quantisation.
+    raise UnsupportedModelError(
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, not a plain linear map, so its rows "
+        "do not belong to single heads: load the model without quantisation."
+    )
+
+
+def made_by(thing: object, library: str) -> bool:
+    """Whether the class of ``thing``, or one that it derives from, is of that library.
+
+    Looked up by name, because an import takes seconds, and most models need none.
+    """
+    return any(kind.__module__.split(".")[0] == library for kind in type(thing).__mro__)
 
 
 def norm_parameters(hf: nn.Module) -> list[str]:

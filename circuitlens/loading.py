@@ -1,11 +1,12 @@
-"""Weights and tokenizers from the hub or a folder."""
+"""Weights and tokenizers from the hub or a folder, and what may be given instead."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,9 +19,105 @@ from transformers import (
 from circuitlens.bridging import first_line
 from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.families import is_encoder, tested_types
+from circuitlens.geometry import made_by
 from circuitlens.progress import hush_transformers
 
-__all__ = ["load_tokenizer", "load_weights"]
+__all__ = ["find_device", "find_dtype", "load_tokenizer", "load_weights", "plain_model"]
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def find_device(device: torch.device | str | None) -> torch.device | None:
+    """Return the device of that name.
+
+    Raises:
+        InputError: if this machine has none.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        # A name can be right, and the device not be there: only this tells.
+        torch.empty(0, device=found)
+        # Tensors there have no data.
+        usable = found.type != "meta"
+    except Exception:
+        usable = False
+    if not usable:
+        there = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            assert kind is not None
+            there += [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
+        raise InputError(
+            f"There is no device {str(device)!r} here: give device={', '.join(there)}, or leave it "
+            "out."
+        )
+    return found
+
+
+def find_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
+    """Return the floating-point type of that name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in [getattr(torch, name) for name in _DTYPES]:
+        raise InputError(
+            f"A model cannot be loaded in the dtype {str(dtype)!r}: give one of auto, "
+            f"{', '.join(_DTYPES)}."
+        )
+    return cast(torch.dtype, found)
+
+
+def plain_model(model: object) -> PreTrainedModel:
+    """Return ``model`` if it is a Hugging Face model as Hugging Face builds it.
+
+    Raises:
+        InputError: saying what it is instead, and what to give.
+    """
+    kind = type(model).__name__
+    if made_by(model, "transformer_lens"):
+        raise InputError(
+            f"cl.load got a {kind} of TransformerLens: give the name or folder of its weights, or "
+            "the Hugging Face model loaded anew (TransformerLens rewires the one it is given)."
+        )
+    if made_by(model, "peft"):
+        remedy = (
+            "merge the adapter first, cl.load(model.merge_and_unload(), …)"
+            if hasattr(model, "merge_and_unload")
+            else "its method cannot be merged into weights, so give the model without it"
+        )
+        raise InputError(
+            f"cl.load got a {kind}, the wrapper that PEFT puts around models: {remedy}."
+        )
+    if not isinstance(model, PreTrainedModel):
+        remedy = "a hub name, a local folder or a transformers.PreTrainedModel"
+        # Where torch keeps what it compiles, or trains on several devices.
+        for name in ("_orig_mod", "module"):
+            if isinstance(getattr(model, name, None), PreTrainedModel):
+                remedy = f"the one inside it, cl.load(model.{name}, …)"
+        raise InputError(f"cl.load got a {kind}, which is no Hugging Face model: give {remedy}.")
+    _refuse_foreign_parts(model)
+    return model
+
+
+def _refuse_foreign_parts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if made_by(module, "peft"):
+            raise InputError(
+                f"{path} of {type(model).__name__} is a layer of a PEFT adapter "
+                f"({type(module).__name__}): merge the adapter first, and give cl.load what "
+                "merge_and_unload() of the PeftModel returns."
+            )
+        if made_by(module, "transformer_lens"):
+            raise InputError(
+                f"{path} of {type(model).__name__} is a {type(module).__name__}: TransformerLens "
+                "has rewired this model, so load the Hugging Face model anew."
+            )
 
 
 def load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> PreTrainedModel:
@@ -59,7 +156,8 @@ def load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> P
         raise InputError(
             f"The weights of {name} could not be loaded ({first_line(error)})."
         ) from error
-    return cast(PreTrainedModel, model)
+    # A folder that holds an adapter as well comes with it inside.
+    return plain_model(model)
 
 
 def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:

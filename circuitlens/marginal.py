@@ -31,7 +31,7 @@ from circuitlens.bootstrap import percentiles, resampled_means
 from circuitlens.circuit import Circuit
 from circuitlens.curve import normalised
 from circuitlens.errors import InputError
-from circuitlens.measuring import refuse_seen
+from circuitlens.measuring import unseen_examples
 from circuitlens.model import HookedModel
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
@@ -44,7 +44,7 @@ _SCHEMA = "circuitlens.minimality/1"
 _TENSORS = ("empty_margin", "full_margin", "circuit_margin", "without_margin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Minimality:
     """What a circuit loses with each of its heads. Margins are in logits.
 
@@ -125,6 +125,12 @@ class Minimality:
             **{name: tensor.numpy() for name, tensor in tensors.items()},
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"Minimality({self.provenance.task}: {len(self.circuit)} heads, "
+            f"{len(self.example_ids)} examples)"
+        )
+
     def _repr_html_(self) -> str:
         table = self.to_frame()[["head", "loss", "low", "high"]]
         return (
@@ -162,8 +168,9 @@ def minimality(
 
     Raises:
         InputError: if the circuit is empty or of a model of another size, the baseline is of
-            another model, or an example was used for discovery.
+            another model or task, there are no examples, or one was used for discovery.
     """
+    baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry
     if (circuit.n_layers, circuit.n_heads) != (g.n_layers, g.n_heads):
@@ -173,8 +180,7 @@ def minimality(
         )
     if not len(circuit):
         raise InputError("The circuit has no heads to take away: choose a larger one.")
-    examples = task.held_out if examples is None else tuple(examples)
-    refuse_seen(examples, set(baseline.example_ids))
+    examples = unseen_examples(task, examples, set(baseline.example_ids))
     encoded = task.encode(model, examples)
     sets = [(), tuple(g), circuit.heads]
     sets += [tuple(h for h in circuit if h != head) for head in circuit]

@@ -26,7 +26,7 @@ from circuitlens.provenance import Provenance
 from circuitlens.scores import HeadScores
 from circuitlens.tasks import Example, Task
 
-__all__ = ["DEFAULT_SHARES", "default_sizes", "faithfulness", "refuse_seen"]
+__all__ = ["DEFAULT_SHARES", "default_sizes", "faithfulness", "refuse_seen", "unseen_examples"]
 
 DEFAULT_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -72,9 +72,11 @@ def faithfulness(
         quiet: no progress bar.
 
     Raises:
-        InputError: if an example was used for discovery, the baseline or the scores are of another
-            model, or a size or ``n_random`` is impossible.
+        InputError: if there are no examples or one was used for discovery, the baseline or the
+            scores are of another model, the baseline is of another task, or a size or
+            ``n_random`` is impossible.
     """
+    baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry
     total = len(g)
@@ -83,12 +85,16 @@ def faithfulness(
             f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
             f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."
         )
+    if scores.provenance.model_fingerprint != baseline.provenance.model_fingerprint:
+        raise InputError(
+            f"The scores are of other weights than those of {model.name}: call cl.relevance on "
+            "this model."
+        )
     if n_random < 0:
         raise InputError(f"n_random cannot be negative, but is {n_random}.")
     wanted = default_sizes(total) if sizes is None else sizes
     counts = sorted({0, total, *(len(scores.top(size)) for size in wanted)})
-    examples = task.held_out if examples is None else tuple(examples)
-    refuse_seen(examples, {*scores.example_ids, *baseline.example_ids})
+    examples = unseen_examples(task, examples, {*scores.example_ids, *baseline.example_ids})
     encoded = task.encode(model, examples)
     generator = torch.Generator().manual_seed(seed)
     ranking = scores.ranking()
@@ -148,6 +154,24 @@ def _measure(
         "accuracy": (labels.argmax(-1) == gold).double(),
         "probability": labels.softmax(-1).gather(-1, index)[..., 0],
     }
+
+
+def unseen_examples(
+    task: Task, examples: Sequence[Example] | None, seen: Collection[str]
+) -> tuple[Example, ...]:
+    """The examples to measure on: those given, or the held-out ones of the task.
+
+    Raises:
+        InputError: if there are none, or the id of one of them is in ``seen``.
+    """
+    chosen = task.held_out if examples is None else tuple(examples)
+    if not chosen:
+        raise InputError(
+            "There are no examples to measure on: give some, or leave examples out to use the "
+            "held-out ones."
+        )
+    refuse_seen(chosen, seen)
+    return chosen
 
 
 def refuse_seen(examples: Sequence[Example], seen: Collection[str]) -> None:

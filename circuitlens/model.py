@@ -14,7 +14,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -27,12 +27,18 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.batch import Batch, at_least_float32, label_logits
-from circuitlens.bridging import boot
+from circuitlens.bridging import Wiring, boot
 from circuitlens.errors import InputError, UnsupportedModelError
-from circuitlens.families import Family, family_of, is_tested
+from circuitlens.families import Family, family_of
 from circuitlens.geometry import HeadGeometry
 from circuitlens.hooks import Hook, recording
-from circuitlens.loading import load_tokenizer, load_weights
+from circuitlens.loading import (
+    find_device,
+    find_dtype,
+    load_tokenizer,
+    load_weights,
+    plain_model,
+)
 from circuitlens.progress import hush_transformers
 from circuitlens.selfcheck import check_hooks
 from circuitlens.storage import digest
@@ -52,17 +58,27 @@ class HookedModel:
     Attributes:
         hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
         name: name or folder it was loaded from.
+        origin: where the weights come from, ``"hub"`` (as ``name`` stands there), ``"folder"``,
+            ``"memory"`` or a revision; or what changed them since, ``"fine-tuned"`` or
+            ``"adapted"``. Set it if you change them yourself: model cards say what it says.
     """
 
     def __init__(
-        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        origin: str = "memory",
     ) -> None:
         self.hf = hf.eval()
+        self.origin = origin
         self.name = name or str(hf.config.name_or_path) or type(hf).__name__
         self._tokenizer = tokenizer
+        self._view: tuple[Any, HeadGeometry, Wiring] | None = None
 
     def __repr__(self) -> str:
-        g = self.geometry
+        # Not through the property: a model that was rewired can still be named.
+        g = self.geometry if self._view is None else self._view[1]
         return (
             f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
             f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device})"
@@ -92,19 +108,35 @@ class HookedModel:
         """Floating-point type of the weights."""
         return cast(torch.dtype, self.hf.dtype)
 
-    @cached_property
-    def _hooked_view(self) -> tuple[Any, HeadGeometry]:
-        return boot(self.family, self._tokenizer)
+    def _hooked_view(self) -> tuple[Any, HeadGeometry, Wiring]:
+        if self._view is None or not self._view[2].holds(self.hf):
+            self._view = (*boot(self.family, self._tokenizer), Wiring(self.hf))
+        return self._view
 
     @property
     def bridge(self) -> Any:
-        """The hooked view, a ``TransformerBridge``; built when first used."""
-        return self._hooked_view[0]
+        """The hooked view, a ``TransformerBridge``, always in evaluation mode.
+
+        It is built when first used, and anew when the weights were moved to another device or
+        type since.
+
+        Raises:
+            InputError: if :attr:`hf` was given other parameters since, as adapters do.
+            UnsupportedModelError: if the model has no heads that can be hooked or told apart.
+        """
+        bridge = self._hooked_view()[0]
+        if bridge.training:
+            bridge.eval()
+        return bridge
 
     @property
     def geometry(self) -> HeadGeometry:
-        """Sizes of the heads and the weight slices that each one owns."""
-        return self._hooked_view[1]
+        """Sizes of the heads and the weight slices that each one owns.
+
+        Raises:
+            InputError, UnsupportedModelError: as :attr:`bridge`.
+        """
+        return self._hooked_view()[1]
 
     @cached_property
     def family(self) -> Family:
@@ -133,8 +165,9 @@ class HookedModel:
         """
         arguments = self._arguments(batch)
         tokens = arguments.pop("input_ids")
-        with self.hooked(hooks or {}), self._only_decision(self.bridge.unembed, batch):
-            return cast(Tensor, self.bridge(tokens, **arguments))[:, 0]
+        bridge = self.bridge
+        with self.hooked(hooks or {}), self._only_decision(bridge.unembed, batch):
+            return cast(Tensor, bridge(tokens, **arguments))[:, 0]
 
     def label_logits(
         self, batch: Batch, hooks: Mapping[str, Hook] | None = None
@@ -166,9 +199,11 @@ class HookedModel:
 
         Args:
             batch: the prompts.
-            model: the Hugging Face model as a training framework has wrapped it.
+            model: the Hugging Face model as a training framework has wrapped it, which runs in the
+                mode that it is in. Without it there is no dropout, whatever mode :attr:`hf` is in.
         """
-        with self._only_decision(self.hf.get_output_embeddings(), batch):
+        mode = _evaluating(self.hf) if model is None else nullcontext()
+        with mode, self._only_decision(self.hf.get_output_embeddings(), batch):
             return cast(Tensor, (model or self.hf)(**self._arguments(batch)).logits)[:, 0]
 
     @cached_property
@@ -208,7 +243,8 @@ class HookedModel:
     @contextmanager
     def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
         """Attach hooks for the block's forward pass and make sure that each one fired."""
-        points = self.bridge.hook_dict
+        bridge = self.bridge
+        points = bridge.hook_dict
         fired: set[str] = set()
 
         def wrap(name: str, function: Hook) -> Callable[..., Tensor | None]:
@@ -224,7 +260,7 @@ class HookedModel:
             )
         with (
             warnings.catch_warnings(),
-            self.bridge.hooks(fwd_hooks=[(n, wrap(n, f)) for n, f in hooks.items()]),
+            bridge.hooks(fwd_hooks=[(n, wrap(n, f)) for n, f in hooks.items()]),
         ):
             # A held norm scale is meant to leave the native norm for the hooked one.
             warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
@@ -341,9 +377,10 @@ class HookedModel:
         Summed over heads and with b_O added this is the attention output of the layer (in
         models with a norm behind attention, such as Gemma 2: the input of that norm).
         """
-        weights = torch.stack(
-            [self.geometry.output_weight(self.hf, head) for head in self.geometry]
-        ).unflatten(0, (self.geometry.n_layers, self.geometry.n_heads))
+        g = self.geometry
+        weights = torch.stack([g.output_weight(self.hf, head) for head in g]).unflatten(
+            0, (g.n_layers, g.n_heads)
+        )
         return torch.einsum("lbphd,lhdm->lbphm", self.head_outputs(batch), weights)
 
     def unlabelled(self, tokens: Int[Tensor, "batch pos"]) -> Batch:
@@ -356,7 +393,7 @@ class HookedModel:
 
     def clone(self) -> HookedModel:
         """Return an independent copy with weights of its own."""
-        return HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name)
+        return HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin)
 
     def save(self, folder: str | Path) -> None:
         """Write weights, configuration and tokenizer the Hugging Face way."""
@@ -366,8 +403,21 @@ class HookedModel:
             self._tokenizer.save_pretrained(folder)
 
 
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off within the block; then every module is again in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def load(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | PreTrainedModel | HookedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | str = "auto",
@@ -376,31 +426,44 @@ def load(
 ) -> HookedModel:
     """Load a language model for circuit work.
 
-    Encoders such as BERT come with their masked-language-model head.
+    Encoders such as BERT come with their masked-language-model head. On a few random tokens the
+    hooked view is compared with Hugging Face's, which takes three small forward passes.
 
     Args:
         model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
         tokenizer: needed only for a model in memory, and only where text is encoded; for a name
             or a folder it overrides the tokenizer found there.
-        dtype: any floating-point type, or ``"auto"`` for the checkpoint's own. A model in memory
-            keeps its type.
+        dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A
+            model in memory keeps its type.
         device: where to put the weights; the default leaves them where loading put them.
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        InputError: if nothing can be loaded from there, or no tokenizer is found.
-        UnsupportedModelError: if the model has no attention heads that can be hooked, or is of a
-            type that the tests do not cover and fails the self-check.
+        InputError: if nothing can be loaded from there, no tokenizer is found, there is no such
+            device or type, or ``model`` is wrapped or rewired by another library.
+        UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
+            fail the self-check.
     """
-    if isinstance(model, PreTrainedModel):
-        hooked = HookedModel(model, tokenizer)
+    where, kind = find_device(device), find_dtype(dtype)
+    if isinstance(model, HookedModel):
+        if tokenizer is None and where is None and revision is None and kind == "auto":
+            return model
+        raise InputError(
+            f"{model.name} is a HookedModel already: use it without cl.load, or load what it holds "
+            "with other options, cl.load(model.hf, …)."
+        )
+    if isinstance(model, str | Path):
+        hf = load_weights(str(model), kind, revision)
+        elsewhere = "hub" if revision is None else f"revision {revision}"
+        origin = "folder" if Path(model).exists() else elsewhere
+        tokenizer = tokenizer or load_tokenizer(str(model), revision)
+        hooked = HookedModel(hf, tokenizer, str(model), origin)
     else:
-        hf = load_weights(str(model), dtype, revision)
-        hooked = HookedModel(hf, tokenizer or load_tokenizer(str(model), revision), str(model))
-    if device is not None:
-        hooked.hf.to(torch.device(device))
-    logger.info("Loaded %r.", hooked)  # building the geometry checks that heads can be hooked
+        hooked = HookedModel(plain_model(model), tokenizer)
+    if where is not None:
+        hooked.hf.to(where)
+    # Before anything else, because it checks that heads can be hooked.
     _ = hooked.geometry
-    if not is_tested(hooked.hf.config):
-        check_hooks(hooked)
+    check_hooks(hooked)
+    logger.info("Loaded %r.", hooked)
     return hooked

@@ -33,11 +33,12 @@ from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
+from circuitlens.loading import find_device
 from circuitlens.measuring import default_sizes, faithfulness
 from circuitlens.model import HookedModel, load
 from circuitlens.provenance import library_versions
 from circuitlens.scorers import METHODS
-from circuitlens.scores import HeadScores
+from circuitlens.scores import HeadScores, head_count
 from circuitlens.scoring import relevance
 from circuitlens.storage import read_json, write_json
 from circuitlens.tasks import Task, load_task
@@ -49,8 +50,8 @@ __all__ = ["RunFolder", "RunSettings"]
 logger = logging.getLogger(__name__)
 
 _SCHEMA = "circuitlens.run/1"
+_COLUMNS = ("label", "id", "group")
 TOY = "toy"
-
 
 # What a run compares unless told otherwise; all of STRATEGIES would take twice as long.
 DEFAULT_STRATEGIES = ("circuit", "near-zero", "random", "norms", "lora", "full")
@@ -88,6 +89,11 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
+        if unknown := sorted(set(self.columns or ()) - set(_COLUMNS)):
+            raise InputError(
+                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_COLUMNS)}; "
+                "texts are the columns that the template names."
+            )
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
         for strategy in self.strategies:
@@ -123,13 +129,13 @@ class RunSettings:
     def open_model(self) -> HookedModel:
         """Load the model; the name ``toy`` makes the untrained toy model."""
         if self.model == TOY:
-            return toy_model(self.seed)
-        import torch
-
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype, None)
-        if dtype is None:
-            raise InputError(f"There is no dtype {self.dtype!r}; use float32, bfloat16 or float64.")
-        return load(self.model, dtype=dtype, device=self.device)
+            if self.dtype not in ("auto", "float32"):
+                raise InputError(f"The toy model is made in float32, not in {self.dtype}.")
+            toy = toy_model(self.seed)
+            if (device := find_device(self.device)) is not None:
+                toy.hf.to(device)
+            return toy
+        return load(self.model, dtype=self.dtype, device=self.device)
 
 
 class RunFolder:
@@ -154,7 +160,7 @@ class RunFolder:
         if not path.exists() or not any(path.iterdir()):
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
             run.check()
-            run.write_record(finished=False)
+            run.write_record()
             return run
         if not (path / "run.json").is_file():
             raise InputError(
@@ -198,6 +204,8 @@ class RunFolder:
         """Find mistakes in the settings before any work is done."""
         for target in self.settings.targets:
             self.task.to(target)
+        if not head_count(self.settings.size, len(self._start.geometry)):
+            raise InputError("A circuit of no heads was asked for: give a larger size.")
         # Encoding one example checks the tokenizer and the label words.
         self.task.encode(self._start, self.task["validation"][:1])
 
@@ -267,17 +275,20 @@ class RunFolder:
         path = self.path / "scores.safetensors"
         if path.is_file():
             return HeadScores.load(path)
-        scores = relevance(
+        scores = self._score(self.settings)
+        scores.save(path)
+        return scores
+
+    def _score(self, settings: RunSettings) -> HeadScores:
+        return relevance(
             self.model,
             self.task,
             self.baseline,
-            method=self.settings.method,
-            max_examples=self.settings.max_examples,
-            seed=self.settings.seed,
+            method=settings.method,
+            max_examples=settings.max_examples,
+            seed=settings.seed,
             quiet=self.quiet,
         )
-        scores.save(path)
-        return scores
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -348,8 +359,7 @@ class RunFolder:
         """All finished transfers of the folder, the run's own targets first."""
         found = sorted((self.path / "transfers").glob("*/*/result.json"))
         results = [self._load_transfer(path.parent) for path in found]
-        source = self.task.source
-        own = [source.resolve(name) if source else name for name in self.settings.targets]
+        own = self._targets()
 
         def place(result: TransferResult) -> tuple[int, str, tuple[int, str]]:
             language = result.target_language
@@ -358,9 +368,37 @@ class RunFolder:
 
         return sorted(results, key=place)
 
-    def discard_discovery(self) -> None:
-        """Remove scores, circuit and all that was derived from them."""
-        for name in ("scores.safetensors", "circuit.json", "faithfulness.safetensors"):
+    def _targets(self) -> list[str]:
+        """The run's target languages, as the source of the data names them."""
+        source = self.task.source
+        return [source.resolve(name) if source else name for name in self.settings.targets]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that the settings ask for is there."""
+        files = (self.path / name for name in ("faithfulness.safetensors", "report.html"))
+        return all(file.is_file() for file in files) and all(
+            (self._transfer_path(target, strategy) / "result.json").is_file()
+            for target in self._targets()
+            for strategy in self.settings.strategies
+        )
+
+    def discover_anew(self, settings: RunSettings) -> None:
+        """Score the heads and choose the circuit by other settings.
+
+        All that came of the old ones is removed, once the new circuit is there.
+        """
+        scores = self._score(settings)
+        circuit = scores.top(settings.size)
+        self._discard_discovery()
+        self.settings = settings
+        scores.save(self.path / "scores.safetensors")
+        circuit.save(self.path / "circuit.json")
+        self.write_record()
+
+    def _discard_discovery(self) -> None:
+        files = ("scores.safetensors", "circuit.json", "faithfulness.safetensors", "report.html")
+        for name in files:
             (self.path / name).unlink(missing_ok=True)
         for name in ("transfers", "compare"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -396,10 +434,10 @@ class RunFolder:
             competence=self.competence_sentence(),
         )
 
-    def write_record(self, *, finished: bool) -> None:
+    def write_record(self) -> None:
         """Write ``run.json`` with all numbers that are there."""
         record: dict[str, Any] = {
-            "finished": finished,
+            "finished": self.finished,
             "settings": asdict(self.settings),
             "versions": library_versions(),
         }
@@ -433,12 +471,12 @@ class RunFolder:
             at["accuracy"],
             self.curve.accuracy[-1],
         )
-        self.write_record(finished=False)
+        self.write_record()
         results = [
             self.transfer(target, strategy)
             for target in self.settings.targets
             for strategy in self.settings.strategies
         ]
         self.report()
-        self.write_record(finished=True)
+        self.write_record()
         return results

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ from circuitlens.cdt import (
     relevance_by_difference,
     relevance_by_gradient,
 )
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_choice
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
 from circuitlens.model import HookedModel
@@ -53,6 +54,10 @@ class Request:
     path: Path = "total"
     steps: int = 5
     budget: RowBudget = field(default_factory=lambda: RowBudget(32))
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, get_args(Positions))
+        check_choice("path", self.path, get_args(Path))
 
 
 BatchScorer = Callable[[HookedModel, Batch, NodeMeans, Request], Relevances]
@@ -168,6 +173,7 @@ def _published(model: HookedModel, batch: Batch, means: NodeMeans, request: Requ
             batch.input_ids[row : row + 1, -length:],
             [[(head, column) for column in columns] for head in g],
             mean,
+            "hsu2024",
             batch_size=request.budget.rows,
             quiet=True,
         )
@@ -268,9 +274,15 @@ def scorer(method: str | RuleSet) -> Scorer:
     """Look a scorer up, or make one of a rule set.
 
     Raises:
-        InputError: if there is none of that name; the known ones are listed.
+        InputError: if there is none of that name (the known ones are listed), or a rule set has
+            the name of another scorer, whose place it would take in tables and files.
     """
-    if isinstance(method, RuleSet):
+    if isinstance(method, RuleSet) and method != RULES.get(method.name):
+        if method.name in SCORERS:
+            raise InputError(
+                f"There is a method {method.name!r} already, and this rule set is another: name "
+                "it otherwise, as in dataclasses.replace(rules, name='mine')."
+            )
         return Scorer(
             method.name,
             "a rule set of your own",
@@ -279,6 +291,6 @@ def scorer(method: str | RuleSet) -> Scorer:
             by_position=True,
             direct=method.activation != "difference",
         )
-    if method not in SCORERS:
-        raise InputError(f"There is no method {method!r}; known are {', '.join(SCORERS)}.")
-    return SCORERS[method]
+    name = method.name if isinstance(method, RuleSet) else method
+    check_choice("method", name, SCORERS)
+    return SCORERS[name]

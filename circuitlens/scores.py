@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,16 +21,18 @@ from scipy.stats import false_discovery_control, spearmanr, ttest_1samp
 from torch import Tensor
 
 from circuitlens.batch import Positions
-from circuitlens.bootstrap import percentiles, resampled_means
+from circuitlens.bootstrap import check_level, percentiles, resampled_means
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_choice
 from circuitlens.geometry import Head
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
 
-__all__ = ["HeadScores", "Stability"]
+__all__ = ["HeadScores", "Stability", "head_count"]
 
 _SCHEMA = "circuitlens.scores/2"
+
+Control = Literal["each", "fdr"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Stability:
     n_splits: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Relevance of every head on every example.
 
@@ -149,7 +151,7 @@ class HeadScores:
         r = float(np.mean(found))
         return Stability(r, float(low), float(high), 2 * r / (1 + r), n_splits)
 
-    def significant(self, level: float = 0.95, control: Literal["each", "fdr"] = "each") -> Circuit:
+    def significant(self, level: float = 0.95, control: Control = "each") -> Circuit:
         """Heads that support the task beyond chance.
 
         Args:
@@ -158,7 +160,12 @@ class HeadScores:
                 ``"fdr"`` takes all together: among the heads returned no more than a share of
                 1 − level is expected to be there by chance (t-tests over examples, two-sided;
                 Benjamini-Hochberg).
+
+        Raises:
+            InputError: for a level that is not between 0 and 1, or another control.
         """
+        check_level(level)
+        check_choice("control", control, get_args(Control))
         if control == "fdr":
             p = ttest_1samp(self.per_example.double().flatten(1).numpy(), 0, axis=0).pvalue
             # A head without any effect has no variance, and a p-value that is not a number.
@@ -179,16 +186,7 @@ class HeadScores:
         return self._heads(self.mean.flatten().argsort(descending=True, stable=True))
 
     def _count(self, size: int | float | np.integer) -> int:
-        total = self.n_layers * self.n_heads
-        if isinstance(size, int | np.integer):
-            count = int(size)
-        elif 0 < size <= 1:
-            count = max(1, round(size * total))
-        else:
-            raise InputError(f"A share of heads lies between 0 and 1, but {size} was given.")
-        if not 0 <= count <= total:
-            raise InputError(f"{count} heads were asked for, but the model has {total}.")
-        return count
+        return head_count(size, self.n_layers * self.n_heads)
 
     def _circuit(self, heads: Sequence[Head], how: str) -> Circuit:
         return Circuit(
@@ -291,10 +289,36 @@ class HeadScores:
         )
         return frame.sort_values("relevance", ascending=False, ignore_index=True)
 
+    def __repr__(self) -> str:
+        more = [", MLPs"] * (self.mlps is not None)
+        more += [", single positions"] * (self.by_position is not None)
+        return (
+            f"HeadScores({self.method} on {self.provenance.task}: {self.n_layers} layers of "
+            f"{self.n_heads} heads{''.join(more)}, {self.positions} positions, "
+            f"{len(self.example_ids)} examples)"
+        )
+
     def _repr_html_(self) -> str:
         title = html.escape(f"{self.method} on {self.provenance.task}")
         table = self.to_frame().head(10).to_html(index=False, float_format="{:.4f}".format)
         return f"<p><b>HeadScores</b> {title}, {len(self.example_ids)} examples</p>{table}"
+
+
+def head_count(size: int | float | np.integer, total: int) -> int:
+    """How many of ``total`` heads an integer (a count) or a float (a share) asks for.
+
+    Raises:
+        InputError: if the model has not as many, or the share is not between 0 and 1.
+    """
+    if isinstance(size, int | np.integer):
+        count = int(size)
+    elif 0 < size <= 1:
+        count = max(1, round(size * total))
+    else:
+        raise InputError(f"A share of heads lies between 0 and 1, but {size} was given.")
+    if not 0 <= count <= total:
+        raise InputError(f"{count} heads were asked for, but the model has {total}.")
+    return count
 
 
 def _draws(values: Float[Tensor, "example *node"], seed: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from circuitlens.baseline import MeanBaseline
+from circuitlens.baseline import MeanBaseline, examples_by_id
 from circuitlens.batch import Batch
 from circuitlens.cdt import Path, Relevances, RuleSet
 from circuitlens.errors import CircuitLensError, InputError
@@ -60,8 +60,8 @@ def relevance(
         quiet: no progress bar.
 
     Raises:
-        InputError: for an unknown method or one that cannot do what is asked, or a baseline of
-            another model or task.
+        InputError: for an unknown method or path, a method that cannot do what is asked, a rule
+            set with the name of another method, or a baseline of another model or task.
     """
     by = scorer(method)
     request = Request(
@@ -74,6 +74,7 @@ def relevance(
         budget=RowBudget(batch_size * (2 if model.device.type == "cpu" else 16)),
     )
     by.check(request)
+    baseline.check_task(task)
     baseline.check_model(model)
     examples = discovery_examples(task, baseline, max_examples, seed)
     encoded = task.encode(model, examples)
@@ -120,13 +121,17 @@ def discovery_examples(
     """The correctly answered examples of a baseline, or a random part of them.
 
     Raises:
-        InputError: if one is not in the task's pool A, or ``max_examples`` is not positive.
+        InputError: if there are none, one is not of the task, or ``max_examples`` is not positive.
     """
-    by_id = {example.id: example for example in task["pool_a"]}
+    if not baseline.example_ids:
+        raise InputError(
+            "The baseline names no examples to score: take it with cl.label_balanced_mean."
+        )
+    by_id = examples_by_id(task)
     if unknown := [i for i in baseline.example_ids if i not in by_id]:
         raise InputError(
-            f"The baseline was taken on example {unknown[0]!r}, which is not in pool A of "
-            f"{task.full_name}: take the baseline on this task."
+            f"The baseline was taken on example {unknown[0]!r}, which is in no pool of "
+            f"{task.full_name}: take the baseline on examples of this task."
         )
     if max_examples is not None and max_examples < 1:
         raise InputError(f"max_examples must be positive, but is {max_examples}.")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
 import circuitlens as cl
+from circuitlens.scorers import Request, scorer
 from circuitlens.tasks import toy
 
 
@@ -137,9 +139,15 @@ def test_saving_and_loading(tmp_path, toy_proxy, toy_baseline):
     again = cl.MeanBaseline.load(tmp_path / "b.safetensors")
     assert torch.equal(again.mean, toy_baseline.mean)
     assert torch.equal(again.mlp_mean, toy_baseline.mlp_mean)
-    same = {"mean": toy_baseline.mean, "mlp_mean": toy_baseline.mlp_mean}
-    assert replace(again, **same) == toy_baseline
+    for name in ("positions", "example_ids", "n_per_label", "accuracy", "provenance"):
+        assert getattr(again, name) == getattr(toy_baseline, name)
+    assert again != toy_baseline  # an answer, though none about the tensors
+    assert repr(again) == (
+        "MeanBaseline(toy/source: 2 layers of 8 heads, all positions, pooled, "
+        f"{len(again.example_ids)} examples)"
+    )
     again.check_model(toy_proxy)
+    again.check_task(cl.load_task("toy"))
     assert "264" in again._repr_html_() or "correct" in again._repr_html_()
     assert len(again.to_frame()) == len(toy_proxy.geometry)
 
@@ -148,3 +156,70 @@ def test_means_of_other_weights_are_refused(toy_baseline, toy_task):
     other = toy.toy_model(n_layers=2)
     with pytest.raises(cl.InputError, match="other weights"):
         cl.relevance(other, toy_task, toy_baseline)
+
+
+def _other_tasks(task: cl.Task) -> dict[str, cl.Task]:
+    """Tasks whose examples have the ids of those of ``task``."""
+    first, *others = task.labels.values()
+    swapped = dict(zip(task.labels, [*others, first], strict=True))
+    return {
+        "on toy/source, not on toy/near:": task.to("near"),
+        "on toy/source with another template": replace(task, template="{text} ="),
+        "on toy/source with .* other label words": replace(task, labels=swapped),
+    }
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["language", "template", "label words"])
+def test_means_of_another_task_are_refused(toy_proxy, toy_task, toy_baseline, toy_scores, which):
+    words, other = list(_other_tasks(toy_task).items())[which]
+    assert set(toy_baseline.example_ids) <= {e.id for e in other["pool_a"]}
+    circuit = toy_scores.top(4)
+    for call in (
+        lambda: cl.relevance(toy_proxy, other, toy_baseline, max_examples=4),
+        lambda: cl.discover(toy_proxy, other, toy_baseline, max_examples=4),
+        lambda: cl.compare_scorers(toy_proxy, other, toy_baseline, methods=["cdt"], quiet=True),
+        lambda: cl.faithfulness(toy_proxy, other, toy_scores, toy_baseline, sizes=[4], n_random=0),
+        lambda: cl.minimality(toy_proxy, other, circuit, toy_baseline),
+    ):
+        with pytest.raises(cl.InputError, match=rf"baseline was taken {words}.* call cl\.label"):
+            call()
+
+
+def test_discovery_scores_the_examples_of_the_baseline_whatever_their_pool(toy_proxy, toy_task):
+    examples = toy_task["pool_b"][:60]
+    baseline = cl.label_balanced_mean(toy_proxy, toy_task, examples=examples)
+    assert set(baseline.example_ids) <= {e.id for e in examples}
+    scores = cl.relevance(toy_proxy, toy_task, baseline, method="ablation")
+    assert scores.example_ids == baseline.example_ids
+    first = next(e for e in examples if e.id == baseline.example_ids[0])
+    batch = toy_task.encode(toy_proxy, [first]).batch([0])
+    by_hand = scorer("ablation").batch(toy_proxy, batch, baseline.means(), Request()).heads[0]
+    torch.testing.assert_close(scores.per_example[0], by_hand, rtol=1e-3, atol=1e-4)
+    # What is held out by default holds them, so others are asked for.
+    with pytest.raises(cl.InputError, match="was used for discovery"):
+        cl.faithfulness(toy_proxy, toy_task, scores, baseline)
+    options = {"examples": toy_task["validation"][:10], "sizes": [4], "n_random": 0}
+    assert cl.faithfulness(toy_proxy, toy_task, scores, baseline, **options).sizes == (0, 4, 16)
+
+
+def test_examples_of_ones_own_need_ids_of_their_own(toy_proxy, toy_task):
+    translated = toy_task.to("near")["pool_a"][:40]
+    with pytest.raises(cl.InputError, match="has the id of another example of toy/source"):
+        cl.label_balanced_mean(toy_proxy, toy_task, examples=translated)
+    mine = [replace(e, id=f"mine:{e.id}") for e in toy_task["pool_a"][:40]]
+    baseline = cl.label_balanced_mean(toy_proxy, toy_task, examples=mine)
+    assert set(baseline.example_ids) <= {e.id for e in mine}
+    with pytest.raises(cl.InputError, match=r"example 'mine:.*, which is in no pool of toy/source"):
+        cl.relevance(toy_proxy, toy_task, baseline)
+
+
+def test_means_of_nothing_and_misspelt_choices_are_refused(toy_proxy, toy_task, toy_baseline):
+    with pytest.raises(cl.InputError, match="no examples to take means of: give some"):
+        cl.label_balanced_mean(toy_proxy, toy_task, examples=[])
+    with pytest.raises(cl.InputError, match="names no examples to score"):
+        cl.relevance(toy_proxy, toy_task, replace(toy_baseline, example_ids=()))
+    # The type checks of the tests would be first to complain; users do not have them.
+    take = inspect.unwrap(cl.label_balanced_mean)
+    for misspelt, known in (({"positions": "last"}, "all, decision"), ({"pooling": "p"}, "pooled")):
+        with pytest.raises(cl.InputError, match=f"is unknown: choose one of {known}"):
+            take(toy_proxy, toy_task, **misspelt)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import numpy as np
@@ -74,6 +75,20 @@ def test_set_algebra_is_that_of_the_sets_of_heads(one, other):
     assert set(a | b) == one | other
     assert set(a & b) == one & other
     assert set(a - b) == one - other
+    assert set(a ^ b) == one ^ other
+    assert (a <= b, a < b, a >= b, a > b) == (
+        one <= other,
+        one < other,
+        one >= other,
+        one > other,
+    )
+    assert (a | other, a & other, a - other, a ^ other) == (a | b, a & b, a - b, a ^ b)
+    assert (a <= other, a > other) == (one <= other, one > other)
+    # Equal as sets, though they were made in another way.
+    assert (a | b) == (b | a)
+    assert (a - b) == (a & b.complement())
+    assert hash(a ^ b) == hash((a | b) - (a & b))
+    assert (a == b) == (one == other)
     assert set(a.complement()) == set(GRID) - one
     assert a.complement().complement().heads == a.heads
     assert (a - b).heads == (a & b.complement()).heads
@@ -81,7 +96,8 @@ def test_set_algebra_is_that_of_the_sets_of_heads(one, other):
     assert a.overlap(b) == b.overlap(a) == (len(one & other) / union if union else 1.0)
     assert len(a) == len(one)
     for head in GRID:
-        assert (head in a) == (head in one)
+        place = (head.layer, head.index)
+        assert (head in a) == (str(head) in a) == (place in a) == (head in one)
 
 
 @quick
@@ -92,6 +108,8 @@ def test_order_and_repetition_do_not_matter(heads, rng):
     assert circuit(heads) == circuit(shuffled)
     assert list(circuit(shuffled)) == sorted(set(heads))
     assert Circuit.of([str(head) for head in shuffled], LAYERS, HEADS) == circuit(heads)
+    pairs = [(head.layer, head.index) for head in shuffled]
+    assert Circuit.of(pairs, LAYERS, HEADS) == circuit(heads)
     assert hash(circuit(heads)) == hash(circuit(shuffled))
 
 
@@ -113,6 +131,27 @@ def test_a_head_that_the_model_does_not_have_is_refused(head):
         circuit([Head(-1, 0)])
 
 
+def test_what_is_no_head_is_refused_or_not_in_a_circuit():
+    a = circuit([Head(0, 0), Head(1, 3)])
+    # The type checks of the tests would be first to complain; users do not have them.
+    make = inspect.unwrap(Circuit.of.__func__)
+    for wrong in ((1, 3, 5), (1, "3"), 13, None, 1.5):
+        with pytest.raises(cl.InputError, match=r"is no head: write cl\.Head\(3, 5\), 'a3.h5' or"):
+            make(Circuit, [wrong], LAYERS, HEADS)
+    assert 13 not in a
+    assert None not in a
+    assert cl.MLP(1) not in a
+    assert "a9.h9" not in a
+    with pytest.raises(cl.InputError, match="'head 3' is no head name"):
+        _ = "head 3" in a
+    for operation in ("or", "and", "sub", "xor", "le", "lt", "ge", "gt"):
+        method = inspect.unwrap(getattr(Circuit, f"__{operation}__"))
+        assert method(a, 3) is NotImplemented
+        assert method(a, [Head(0, 0)]) is NotImplemented
+    with pytest.raises(TypeError):
+        _ = a | 3
+
+
 @pytest.mark.parametrize("size", [(3, 5), (4, 4), (4, 3)])
 def test_circuits_of_models_of_other_sizes_are_not_combined(size):
     a, b = circuit([Head(0, 0)]), circuit([Head(0, 0)], *size)
@@ -120,6 +159,9 @@ def test_circuits_of_models_of_other_sizes_are_not_combined(size):
         lambda: a | b,
         lambda: a & b,
         lambda: b - a,
+        lambda: a ^ b,
+        lambda: a <= b,
+        lambda: a > b,
         lambda: a.overlap(b),
     ):
         with pytest.raises(cl.InputError, match="Circuits of different models"):
@@ -136,6 +178,7 @@ def test_a_saved_circuit_is_read_back_whole(heads, selection, origin, tmp_path_f
     saved.save(path)
     again = Circuit.load(path)
     assert again == saved
+    assert again.selection == selection
     assert again.provenance == given_origin
     assert json.loads(path.read_text(encoding="utf-8"))["heads"] == [str(h) for h in saved]
 

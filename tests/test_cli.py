@@ -113,12 +113,51 @@ def test_single_stages_on_a_finished_run(cli, finished, tmp_path):
     assert code == 0
     assert len(cl.Circuit.load(folder / "circuit.json")) == 2
     assert not (folder / "transfers").exists()
+    assert not json.loads((folder / "run.json").read_text())["finished"]
     # What was redone is what later stages see.
     assert RunFolder.open(folder).settings.method == "cdt-linear"
     code, out, _ = cli("report", folder, "-q")
     assert code == 0
     assert "report.html" in out
     assert "cdt-linear" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--size", "abc"), "--size takes a number of heads"),
+        (("--size", "2.5"), "share of heads lies between 0 and 1"),
+        (("--size", "99"), "99 heads were asked for"),
+        (("--method", "magic"), "magic"),
+        (("--method", "hsu2024"), "GPT2"),
+    ],
+)
+def test_a_mistake_costs_no_finished_work(cli, finished, tmp_path, option, message):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    code, _, err = cli("discover", folder, "--redo", "-q", *option)
+    assert (code, message in err) == (2, True), err
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_run_is_finished_when_all_it_was_asked_for_is_there(cli, finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+
+    def is_finished():
+        return json.loads((folder / "run.json").read_text())["finished"]
+
+    (folder / "faithfulness.safetensors").unlink()
+    shutil.rmtree(folder / "transfers" / "near" / "norms")
+    cli("transfer", folder, "--target", "near", "--strategy", "norms", "-q")
+    assert not is_finished()
+    assert cli("faithfulness", folder, "-q")[0] == 0
+    assert is_finished()
 
 
 def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
@@ -259,6 +298,15 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
         ],
         r"There is no task 'poetry'; known are nusax": [*model, "--task", "poetry", *out],
         r"--size takes a number of heads": [*model, "--task", "toy", "--size", "few", *out],
+        r"share of heads lies between 0 and 1": [*model, "--task", "toy", "--size", "2.5", *out],
+        r"99 heads were asked for": [*model, "--task", "toy", "--size", "99", *out],
+        r"circuit of no heads": [*model, "--task", "toy", "--size", "0", *out],
+        r"There is no column 'foo'": [*model, "--task", "toy", "--column", "foo=x", *out],
+        r"'gpu'.*cpu": ["--model", "toy", "--task", "toy", "--device", "gpu", *out],
+        r"toy model is made in float32": [
+            *("--model", "toy", "--task", "toy", "--dtype", "float64"),
+            *out,
+        ],
         r"There is no strategy 'magic'": [*model, "--task", "toy", "--strategy", "magic", *out],
         r"--label takes name=value": [*model, "--task", "toy", "--label", "positive", *out],
     }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,12 +83,39 @@ def test_it_prints_saves_and_loads(comparison, tmp_path):
     again = cl.ScorerComparison.load(tmp_path / "c.json")
     assert again.to_frame().equals(comparison.to_frame())
     assert again.provenance == comparison.provenance
+    assert again != comparison
+    assert repr(again) == repr(comparison)
+    assert "30 examples scored" in repr(again)
+    assert len(repr(again)) < 300
     assert "random circuits" in again._repr_html_()
 
 
 def test_unknown_scorers_are_refused(toy_proxy, toy_task, toy_baseline):
-    with pytest.raises(cl.InputError, match="no method 'magic'"):
+    with pytest.raises(cl.InputError, match="method='magic' is unknown"):
         cl.compare_scorers(toy_proxy, toy_task, toy_baseline, methods=["magic"])
+
+
+def test_methods_of_one_name_are_refused(toy_proxy, toy_task, toy_baseline):
+    def compare(*methods: str | cl.RuleSet, **options):
+        options = {"max_examples": 4, "n_random": 0, "sizes": [4], "quiet": True} | options
+        return cl.compare_scorers(toy_proxy, toy_task, toy_baseline, methods=methods, **options)
+
+    live = replace(cl.RULES["cdt"], freeze_scales=False)
+    with pytest.raises(cl.InputError, match="is a method 'cdt' already"):
+        compare("cdt", live, "cdt-live")
+    with pytest.raises(cl.InputError, match="is a method 'ablation' already"):
+        compare(replace(live, name="ablation"))
+    mine = replace(live, name="mine")
+    with pytest.raises(cl.InputError, match="Two different rule sets are named 'mine'"):
+        compare(mine, cl.RULES["cdt"], replace(mine, freeze_patterns=False))
+    # The same one twice is one row, and rows differ where rules do.
+    examples = toy_task.held_out[:10]
+    table = compare("cdt", cl.RULES["cdt"], mine, mine, examples=examples, mlps=False).table
+    assert list(table["scorer"]) == ["ablation", "cdt", "mine"]
+    with pytest.raises(cl.InputError, match="no examples to measure on"):
+        compare("cdt", examples=())
+    with pytest.raises(cl.InputError, match="overlap of no heads is undefined"):
+        compare("cdt", top=0)
 
 
 def test_peak_memory_sees_what_was_freed_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import replace
 
@@ -26,12 +27,20 @@ from circuitlens.cdt import (
 )
 from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
+from circuitlens.provenance import Provenance
 from circuitlens.scorers import Request, scorer
 
 CAUSAL = [name for name in ALL if name not in MASKED]
 HEADS = (cl.Head(0, 1), cl.Head(1, 3), cl.Head(2, 0))
 # Norms are float32 inside, whatever the type; in float32 models everything is.
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def unchecked(kind: type, *arguments, **options):
+    """Make an object without the type checks of the tests, which users do not have."""
+    made = object.__new__(kind)
+    inspect.unwrap(kind.__init__)(made, *arguments, **options)
+    return made
 
 
 def node_means(model: cl.HookedModel) -> NodeMeans:
@@ -185,6 +194,54 @@ def test_source_sets_of_any_nodes_at_any_positions(name):
     assert found.check() < 1e-4
 
 
+def baseline_of(model: cl.HookedModel, n_pos: int) -> cl.MeanBaseline:
+    """Means by hand, of ``n_pos`` single positions too."""
+    g, means = model.geometry, node_means(model)
+    return cl.MeanBaseline(
+        means.heads[:, 0],
+        means.mlps[:, 0],
+        "all",
+        ("a",),
+        {"positive": 1},
+        1.0,
+        Provenance(model.name, model.fingerprint(), "task", "data", 0),
+        torch.randn(n_pos, g.n_layers, g.n_heads, g.d_head, dtype=model.dtype),
+        torch.randn(n_pos, g.n_layers, g.d_model, dtype=model.dtype),
+    )
+
+
+def test_a_baseline_gives_the_means_of_heads_and_mlps():
+    model = loaded("gpt2")
+    tokens, baseline = batch_of(model, 6, 6).input_ids, baseline_of(model, 4)
+    # The prompts are longer than the positions that have means of their own.
+    heads, mlps = (
+        torch.cat([mean.expand(2, *mean.shape), at]).transpose(0, 1)
+        for mean, at in (
+            (baseline.mean, baseline.by_position),
+            (baseline.mlp_mean, baseline.mlp_by_position),
+        )
+    )
+    sets = [[(cl.Head(0, 1), None), (cl.MLP(1), 2)], [(cl.Head(2, 0), -1)]]
+    found = cl.decompose(model, tokens, sets, baseline)
+    expected = cl.decompose(model, tokens, sets, heads, "cdt", mlp_means=mlps)
+    assert torch.equal(found.relevant, expected.relevant)
+    assert found.relevant.abs().max() > 1e-3
+    zero = torch.zeros_like(mlps)
+    found = cl.decompose(model, tokens, sets, baseline, mlp_means=zero)
+    expected = cl.decompose(model, tokens, sets, heads, "cdt", mlp_means=zero)
+    assert torch.equal(found.relevant, expected.relevant)
+    published = cl.decompose(model, tokens, sets[1:], baseline, "hsu2024")
+    expected = cl.decompose(model, tokens, sets[1:], heads, "hsu2024")
+    assert torch.equal(published.relevant, expected.relevant)
+    assert repr(published) == (
+        "Decomposition(1 source sets on 2 prompts: logits of 97 tokens, 0 targets, 0 activations)"
+    )
+    with pytest.raises(cl.InputError, match="taken from other weights than"):
+        cl.decompose(loaded("qwen2"), tokens, sets, baseline)
+    with pytest.raises(cl.InputError, match=r"source m1 is an MLP, .* give mlp_means= too"):
+        cl.decompose(model, tokens, sets, heads)
+
+
 _nodes = st.one_of(
     st.builds(cl.Head, st.integers(0, 2), st.integers(0, 3)), st.builds(cl.MLP, st.integers(0, 2))
 )
@@ -329,6 +386,7 @@ def test_the_published_rules_score_padded_prompts():
             alone.input_ids,
             [[(cl.Head(1, 2), p) for p in range(1, n)]],
             means.heads.expand(-1, n, -1, -1),
+            "hsu2024",
         )
         expected = task_margin(result.relevant[0], alone)[0]
         torch.testing.assert_close(found.heads[index, 1, 2], expected)
@@ -383,5 +441,28 @@ def test_what_a_scorer_cannot_do_is_refused():
         scorer("cdt").check(Request(path="direct"))
     model = loaded("llama")
     tokens, means = batch_of(model, 6).input_ids, node_means(model).heads.expand(-1, 6, -1, -1)
+    for misspelt in ({"path": "dircet"}, {"positions": "last"}):
+        with pytest.raises(cl.InputError, match=r"='\w+' is unknown: choose one of \w+, "):
+            unchecked(Request, **misspelt)
+    with pytest.raises(cl.InputError, match="path='dircet' is unknown: choose one of total, dire"):
+        inspect.unwrap(relevance_by_gradient)(
+            model, batch_of(model, 6), node_means(model), RULES["cdt-linear"], path="dircet"
+        )
     with pytest.raises(cl.InputError, match="takes gradients, which give relevances"):
         cl.decompose(model, tokens, [[]], means, "attribution")
+
+
+def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
+    for fields, words in (
+        (("x", True, True, "differnce"), r"activation='differnce' is unknown: .* difference, grad"),
+        (("x", True, "no", "secant"), r"freeze_scales of a rule set is .* but is 'no'"),
+        (("", True, True, "secant"), "name of a rule set is a text, but is ''"),
+    ):
+        with pytest.raises(cl.InputError, match=words):
+            unchecked(cl.RuleSet, *fields)
+    # Tables and files know a method by its name only.
+    for name in ("cdt", "ablation", "greedy", "hsu2024"):
+        with pytest.raises(cl.InputError, match=f"is a method '{name}' already"):
+            scorer(cl.RuleSet(name, True, False, "secant"))
+    assert scorer(replace(RULES["cdt"])) is scorer("cdt")
+    assert scorer(replace(RULES["cdt"], name="mine", freeze_scales=False)).name == "mine"

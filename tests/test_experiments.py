@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -374,18 +375,51 @@ def test_mistakes_are_found_before_any_work(parts, fake, tmp_path):
         "no language 'mars'": {"languages": ["near", "mars"]},
         "no strategy 'magic'": {"strategies": ["norms", "magic"]},
         "'near-zero' chooses by the heads' scores": {"strategies": ["norms", "near-zero"]},
-        "epochs must be positive, but is 0": {"epochs": 0},
+        "epochs must be a whole number of at least 1, but is 0": {"epochs": 0},
         "replay is a number": {"replay": -1.0},
         "model with 3 × 4 heads": {"circuit": cl.Circuit.of(["a0.h0"], 3, 4)},
         "Retention of toy/source was asked for twice": {"retain": [task]},
+        "Retention of toy/far was asked for twice": {"retain": ["far", task.to("far")]},
+        r"languages is a list: give \['near'\]": {"languages": "near"},
+        r"seeds is a list: give \[0\]": {"seeds": 0},
+        "seed must be a whole number of at least 0, but is -1": {"seeds": [0, -1]},
+        "There is no kv_policy 'gruop'": {"kv_policy": "gruop"},
+        "scores are of a model with 1 × 4 heads": {
+            "scores": replace(scores_of(model), per_example=scores_of(model).per_example[:, :, :4])
+        },
         "holds no comparison": {"out": tmp_path / "used"},
     }
     for pattern, change in cases.items():
         options = {"circuit": circuit, "languages": ["near"], "out": out, **GRID, **FAST, **change}
         with pytest.raises(cl.InputError, match=pattern):
-            cl.compare(model, task=task, **options)
+            # Without the type checks of the tests.
+            inspect.unwrap(cl.compare)(model, task=task, **options)
         assert not out.exists(), pattern
     assert not fake
+
+
+def test_numpy_numbers_are_numbers(parts, fake, tmp_path):
+    options = {**FAST, "learning_rates": np.array([1e-3]), "strategies": ["norms"]}
+    compare = inspect.unwrap(cl.compare)  # without the type checks of the tests
+    found = compare(*parts, ["near"], **options, seeds=np.arange(2), out=tmp_path / "grid")
+    assert [cell["seed"] for cell in found.cells] == [0, 1]
+    again = compare(*parts, ["near"], **options, seeds=[0, 1], out=tmp_path / "grid")
+    assert (again, len(fake)) == (found, 2)
+
+
+def test_another_process_may_add_languages_meanwhile(parts, fake, tmp_path, monkeypatch):
+    out, works = tmp_path / "grid", grid.transfer
+    options = {**FAST, "strategies": ["norms"], "seeds": [0], "out": out}
+
+    def beside(*arguments, **settings):
+        monkeypatch.setattr(grid, "transfer", works)
+        cl.compare(*parts, ["far"], **options)
+        return works(*arguments, **settings)
+
+    monkeypatch.setattr(grid, "transfer", beside)
+    found = cl.compare(*parts, ["near"], **options)
+    assert [cell["target_language"] for cell in found.cells] == ["near"]
+    assert cl.Comparison.load(out).languages == ("near", "far")
 
 
 def test_a_failure_is_recorded_and_tried_again(parts, fake, tmp_path, monkeypatch):

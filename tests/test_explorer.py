@@ -35,7 +35,8 @@ def baseline_of(model: cl.HookedModel, task: str = "toy/source") -> MeanBaseline
     dtype = torch.promote_types(model.dtype, torch.float32)
     mean = 0.2 * torch.randn(g.n_layers, g.n_heads, g.d_head, generator=generator, dtype=dtype)
     mlps = 0.2 * torch.randn(g.n_layers, g.d_model, generator=generator, dtype=dtype)
-    origin = Provenance(model.name, model.fingerprint(), task, "data", 0)
+    data = cl.load_task("toy").fingerprint()
+    origin = Provenance(model.name, model.fingerprint(), task, data, 0)
     return MeanBaseline(mean, mlps, "all", (), {"positive": 1}, 1.0, origin)
 
 
@@ -328,6 +329,16 @@ def test_the_state_can_be_sent(explorer):
 
 
 # -- the circuit -----------------------------------------------------------------------------------
+
+
+def test_choices_are_those_that_there_are(explorer):
+    for name, value in (("method", "magic"), ("language", "mars")):
+        before = getattr(explorer, name)
+        with pytest.raises(cl.InputError, match=f"{name}='{value}' is unknown: choose one of"):
+            setattr(explorer, name, value)
+        assert getattr(explorer, name) == before
+    explorer.language = "near"
+    assert explorer.language == "near"
 
 
 def test_an_edited_circuit_says_so(explorer, scores):

@@ -155,12 +155,24 @@ def test_random_circuits_can_be_left_out(toy_proxy, toy_task, toy_scores, toy_ba
         cl.faithfulness(toy_proxy, toy_task, other, toy_baseline)
 
 
+def test_scores_of_another_model_are_refused(toy_proxy, toy_task, toy_scores, toy_baseline):
+    origin = replace(toy_scores.provenance, model_fingerprint="another")
+    other = replace(toy_scores, provenance=origin)
+    with pytest.raises(cl.InputError, match=r"scores are of other weights .* call cl\.relevance"):
+        cl.faithfulness(toy_proxy, toy_task, other, toy_baseline)
+    with pytest.raises(cl.InputError, match="no examples to measure on: give some"):
+        cl.faithfulness(toy_proxy, toy_task, toy_scores, toy_baseline, examples=[])
+
+
 def test_saving_and_loading(tmp_path, curve):
     curve.save(tmp_path / "f.safetensors")
     again = cl.FaithfulnessCurve.load(tmp_path / "f.safetensors")
     assert again.to_frame().equals(curve.to_frame())
     assert again.provenance == curve.provenance
     np.testing.assert_array_equal(again.example_margin, curve.example_margin)
+    assert again != curve  # an answer, though none about the arrays
+    assert repr(again).startswith("FaithfulnessCurve(cdt-linear on toy/source: 5 sizes up to 16")
+    assert len(repr(again)) < 200
     assert "10 random circuits" in again._repr_html_()
     with pytest.raises(cl.InputError, match=r"no size 5; it has \[0, 2, 4, 8, 16\]"):
         again.at(5)
@@ -228,9 +240,9 @@ def test_areas_by_hand():
     assert curve.area(scale="log") == pytest.approx((1.0 + 1.25) / 2)
     assert curve.area("accuracy", "log") == pytest.approx((2.0 + 2.25) / 2)
     assert curve.area("probability") == pytest.approx(0.01 * 0.25 + 0.09 * 0.4 + 0.9 * 0.45)
-    with pytest.raises(cl.InputError, match="no metric 'f1'"):
+    with pytest.raises(cl.InputError, match="metric='f1' is unknown"):
         curve.area("f1")
-    with pytest.raises(cl.InputError, match="'linear' or 'log', but is 'square'"):
+    with pytest.raises(cl.InputError, match="scale='square' is unknown: choose one of linear, log"):
         curve.area(scale="square")
     only_ends = hand_made((0, 3), [0.0, 2.0])
     assert only_ends.area(scale="log") == 1.0

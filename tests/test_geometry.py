@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ALL, MASKED, loaded, tiny
+from peft import LoraConfig, get_peft_model
 from test_model import batch_of
 
 import circuitlens as cl
-from circuitlens.geometry import Head, norm_parameters, selection_masks
+from circuitlens.geometry import Head, HeadGeometry, norm_parameters, selection_masks
 
 
 def pieces(model: cl.HookedModel, head: Head, kind: str) -> list[torch.Tensor]:
@@ -111,3 +112,25 @@ def test_heads_the_model_does_not_have_are_refused():
     g = cl.load(tiny("gpt2")).geometry
     with pytest.raises(cl.InputError, match=r"no head a3\.h0: it has 3 layers of 4 heads"):
         g.slices(Head(3, 0))
+
+
+@pytest.mark.parametrize("layer", ["Linear", "adapter"])
+def test_a_projection_that_is_no_plain_map_is_named_by_its_path(layer):
+    hf = tiny("qwen2")
+    if layer == "adapter":
+        get_peft_model(hf, LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]))
+        expected = r"v_proj of Qwen2ForCausalLM is a layer of a PEFT adapter.*merge_and_unload"
+    else:
+        # Called as the plain one is, like those of PEFT and of quantisation.
+        kind = type("Linear", (torch.nn.Identity,), {})
+        hf.model.layers[1].self_attn.v_proj = kind()
+        expected = r"v_proj of Qwen2ForCausalLM is a test_geometry\.Linear, not.*quantisation"
+    with pytest.raises(cl.UnsupportedModelError, match=rf"model\.layers\.1\.self_attn\.{expected}"):
+        HeadGeometry(
+            hf,
+            [f"model.layers.{layer}.self_attn" for layer in range(3)],
+            n_heads=4,
+            n_kv_heads=2,
+            d_head=8,
+            d_model=32,
+        )

@@ -77,6 +77,8 @@ def test_the_frame_is_sorted_and_files_hold_everything(found, tmp_path):
     assert again.to_frame().equals(frame)
     assert again.provenance == found.provenance
     assert again.circuit == found.circuit
+    assert again != found
+    assert repr(again) == "Minimality(toy/source: 5 heads, 40 examples)"
     assert "40 examples" in again._repr_html_()
 
 
@@ -92,6 +94,8 @@ def test_held_out_examples_are_the_default(toy_proxy, toy_task, toy_baseline):
 def test_what_cannot_be_measured_is_refused(toy_proxy, toy_task, toy_baseline, circuit):
     with pytest.raises(cl.InputError, match="was used for discovery"):
         cl.minimality(toy_proxy, toy_task, circuit, toy_baseline, toy_task["pool_a"][:300])
+    with pytest.raises(cl.InputError, match="no examples to measure on"):
+        cl.minimality(toy_proxy, toy_task, circuit, toy_baseline, [])
     with pytest.raises(cl.InputError, match="has no heads"):
         cl.minimality(toy_proxy, toy_task, replace(circuit, heads=()), toy_baseline)
     with pytest.raises(cl.InputError, match="of a 3 × 8 model"):

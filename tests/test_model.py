@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import inspect
+import logging
 import resource
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 
+import peft
 import pytest
 import torch
 from conftest import ALL, FLOAT32_ONLY, loaded, prompts, tiny
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import (
     AutoModelForCausalLM,
     MambaConfig,
@@ -19,7 +23,19 @@ from transformers import (
 )
 
 import circuitlens as cl
+from circuitlens.adapt.precision import in_float32
 from circuitlens.batch import Batch
+from circuitlens.model import HookedModel
+
+TIED = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 
 
 def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
@@ -197,6 +213,211 @@ def test_a_hook_that_does_not_exist_or_fire_is_an_error():
         pass
 
 
+def adapt_in_place(hf):
+    peft.get_peft_model(hf, peft.LoraConfig(target_modules=["v_proj"]))
+
+
+def assign(hf):
+    hf.load_state_dict({name: 2 * value for name, value in hf.state_dict().items()}, assign=True)
+
+
+def resize(hf):
+    hf.resize_token_embeddings(120)
+
+
+@pytest.mark.parametrize(
+    ("rewire", "changed"),
+    [
+        (adapt_in_place, r"model\.layers\.0\.self_attn\.v_proj\.weight"),
+        (assign, r"model\.embed_tokens\.weight"),
+        (resize, r"lm_head\.weight"),
+    ],
+)
+def test_a_model_rewired_after_it_was_hooked_is_refused(rewire, changed):
+    model = cl.load(tiny("qwen2"))
+    batch = batch_of(model, 5)
+    rewire(model.hf)
+    assert "Qwen2ForCausalLM, 3 layers" in repr(model)
+    uses = [
+        lambda: model.bridge,
+        lambda: model.geometry,
+        lambda: model.logits(batch),
+        lambda: model.label_logits(batch),
+        lambda: model.head_outputs(batch),
+        lambda: model.head_contributions(batch),
+    ]
+    for use in uses:
+        with pytest.raises(cl.InputError, match=rf"rewired.*\({changed} .*call cl\.load again"):
+            use()
+
+
+def test_tied_embeddings_that_were_resized_show_in_the_hooks():
+    # Hugging Face keeps the parameter here, and gives it other data.
+    config = Qwen2Config(**TIED)
+    model = cl.load(Qwen2ForCausalLM(config))
+    resize(model.hf)
+    hooked, native = (logits(batch_of(model, 5)) for logits in (model.logits, model.hf_logits))
+    assert native.shape == (1, 120)
+    torch.testing.assert_close(hooked, native)
+
+
+def test_a_merged_adapter_shows_in_the_hooks():
+    model = cl.load(tiny("phi3"))
+    batch = batch_of(model, 5)
+    before = model.logits(batch).detach()
+    adapted = peft.get_peft_model(model.hf, peft.LoraConfig(target_modules=["qkv_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert adapted.merge_and_unload() is model.hf
+    with torch.no_grad():
+        after = model.logits(batch)
+        torch.testing.assert_close(after, model.hf_logits(batch), rtol=1e-9, atol=1e-9)
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_hooks_follow_weights_to_another_type(name):
+    model = cl.load(tiny(name, torch.float32))
+    batch = batch_of(model, 7, 5)
+    objects = list(model.hf.parameters())
+    with torch.no_grad():
+        model.hf.to(torch.bfloat16)
+        hooked, native = model.logits(batch), model.hf_logits(batch)
+        assert hooked.dtype == torch.bfloat16
+        assert (hooked - native).abs().max() < 0.1 * native.abs().max()
+        for parameter in model.hf.to(torch.float32).parameters():
+            parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+        hooked, native = model.logits(batch), model.hf_logits(batch)
+    torch.testing.assert_close(hooked, native, rtol=2e-5, atol=2e-5)
+    assert all(a is b for a, b in zip(objects, model.hf.parameters(), strict=True))
+
+
+def test_the_hooked_view_is_kept_while_weights_stay():
+    model = cl.load(tiny("gpt2", torch.bfloat16))
+    bridge = model.bridge
+    with in_float32(model.hf):
+        assert model.dtype == torch.float32
+    model.hf.requires_grad_(False)
+    next(model.hf.parameters()).add_(1)
+    assert model.bridge is bridge
+
+
+def test_hugging_face_s_view_has_dropout_only_in_a_trainer_s_hands():
+    model = cl.load(tiny("gpt2"))
+    batch = batch_of(model, 6, 6)
+    with torch.no_grad():
+        expected = model.hf_logits(batch)
+        model.hf.train()
+        model.hf.lm_head.eval()
+        modes = [module.training for module in model.hf.modules()]
+        assert torch.equal(model.hf_logits(batch), expected)
+        assert [module.training for module in model.hf.modules()] == modes
+        assert (model.hf_logits(batch, model.hf) - expected).abs().max() > 1e-3
+        # Only part of it is in training.
+        model.hf.eval()
+        model.hf.transformer.h.train()
+        assert torch.equal(model.hf_logits(batch), expected)
+
+
+def test_the_hooked_view_has_no_dropout():
+    batch = prompts(6, 6)
+    # Built of a model that is in training.
+    model = HookedModel(tiny("gpt2"))
+    model.hf.train()
+    with torch.no_grad():
+        expected = HookedModel(tiny("gpt2")).logits(batch)
+        assert torch.equal(model.logits(batch), expected)
+        model.bridge.train()
+        assert torch.equal(model.logits(batch), expected)
+
+
+def test_a_model_is_said_to_be_loaded_when_it_is(caplog):
+    caplog.set_level(logging.INFO, "circuitlens")
+    cl.load(tiny("qwen2"))
+    assert caplog.messages == [message for message in caplog.messages if "Qwen2" in message] != []
+    caplog.clear()
+    with pytest.raises(cl.UnsupportedModelError):
+        cl.load(MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50)))
+    assert not [record for record in caplog.records if "Loaded" in str(record.msg)]
+
+
+def rewired(hf):
+    build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name="x")
+    return hf
+
+
+WRAPPED = {
+    "PeftModel": lambda hf: peft.get_peft_model(hf, peft.LoraConfig(target_modules=["v_proj"])),
+    "prompt": lambda hf: peft.get_peft_model(
+        hf, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ),
+    "adapter": lambda hf: WRAPPED["PeftModel"](hf) and hf,
+    "bridge": lambda hf: HookedModel(hf).bridge,
+    "rewired": rewired,
+    "compiled": torch.compile,
+    "parallel": torch.nn.DataParallel,
+    "module": lambda hf: hf.model.layers,
+    "weights": lambda hf: hf.state_dict(),
+    "nothing": lambda hf: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("PeftModel", r"PeftModel\b.*cl\.load\(model\.merge_and_unload\(\), …\)"),
+        ("prompt", r"PeftModelForCausalLM\b.*give the model without it"),
+        ("adapter", r"model\.layers\.0\.self_attn\.v_proj of Qwen2ForCausalLM.*merge_and_unload"),
+        ("bridge", r"TransformerBridge of TransformerLens.*loaded anew"),
+        ("rewired", r"model\.\S+ of Qwen2ForCausalLM is a \w+Bridge.*load .* anew"),
+        ("compiled", r"OptimizedModule.*cl\.load\(model\._orig_mod, …\)"),
+        ("parallel", r"DataParallel.*cl\.load\(model\.module, …\)"),
+        ("module", r"ModuleList.*hub name, a local folder or a transformers\.PreTrainedModel"),
+        ("weights", r"OrderedDict.*hub name"),
+        ("nothing", r"NoneType.*hub name"),
+    ],
+)
+def test_what_is_no_plain_model_is_named_with_the_remedy(kind, message):
+    # As users call it: tests check the types of arguments beforehand.
+    load = inspect.unwrap(cl.load)
+    with pytest.raises(cl.InputError, match=message):
+        load(WRAPPED[kind](tiny("qwen2")))
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_unawares(tmp_path):
+    hf = tiny("qwen2", torch.float32)
+    hf.save_pretrained(tmp_path)
+    WRAPPED["PeftModel"](hf).save_pretrained(tmp_path)
+    with pytest.raises(cl.InputError, match=r"v_proj .* is a layer of a PEFT adapter"):
+        cl.load(tmp_path)
+
+
+def test_a_loaded_model_is_loaded_already():
+    model = cl.load(tiny("qwen2"))
+    assert cl.load(model) is model
+    with pytest.raises(cl.InputError, match=r"is a HookedModel already.*cl\.load\(model\.hf, …\)"):
+        cl.load(model, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_devices_that_are_not_there_are_refused_before_anything_is_loaded(device):
+    with pytest.raises(cl.InputError, match=rf"no device '{device}' here: give device=cpu"):
+        cl.load("no/model", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "nn", torch.int8])
+def test_dtypes_that_are_none_are_refused(dtype):
+    with pytest.raises(cl.InputError, match=rf"dtype '{dtype}': .*auto, float32, bfloat16"):
+        cl.load("no/model", dtype=dtype)
+
+
+def test_dtypes_are_taken_by_name(shared):
+    folder = shared / "models" / "nusa-tiny-ind"
+    assert cl.load(folder, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert cl.load(folder, dtype=torch.float64).dtype == torch.float64
+
+
 def test_float64_is_refused_where_softmax_cannot_be_reached():
     with pytest.raises(cl.UnsupportedModelError, match="load it in float32"):
         cl.load(tiny("opt", torch.float64))
@@ -231,16 +452,7 @@ def test_a_model_in_memory_asks_for_a_tokenizer_only_when_text_is_encoded(toy_ta
 
 
 def test_a_tied_embedding_stays_tied():
-    config = Qwen2Config(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    model = cl.load(Qwen2ForCausalLM(config))
+    model = cl.load(Qwen2ForCausalLM(Qwen2Config(**TIED)))
     inner = model.bridge.original_model
     assert inner.get_input_embeddings().weight is not None
     pointers = {

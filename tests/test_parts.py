@@ -10,8 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import circuitlens as cl
 from circuitlens.adapt.checkpoints import Checkpoints
+from circuitlens.adapt.headslice import HeadSliceConfig
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.parts import Parts
+from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest
 from circuitlens.adapt.training import train
 from circuitlens.tasks import Encoded, toy
@@ -115,7 +117,7 @@ def test_bf16_and_accumulation_reach_a_transfer(toy_proxy, toy_task, toy_scores)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulation": 0}, "accumulation must be positive"),
+        ({"accumulation": 0}, "accumulation must be a whole number"),
         ({"accumulation": 17}, "cannot be more than batch_size"),
     ],
 )
@@ -234,3 +236,37 @@ def test_checkpoints_of_another_training_are_refused(tmp_path, change):
         other = model
     with pytest.raises(cl.InputError, match=rf"another training \({change} was"):
         train(other, data, None, options, checkpoints=tmp_path)
+
+
+@pytest.mark.parametrize("change", ["heads", "mask", "frozen weights", "validation"])
+def test_checkpoints_are_of_what_is_trained_and_of_what_is_not(tmp_path, change):
+    # Slices begin at zero, so which heads they are of does not show in their weights.
+    data, options = _data(), TrainingOptions(1e-3, epochs=1, batch_size=8)
+    model = cl.load(tiny("gpt2"))
+
+    def slices(head, of=model):
+        return Trainable.of_adapter(of, HeadSliceConfig(heads=[head]), seed=0)
+
+    def masked(column, of=model):
+        mask = torch.zeros(96, dtype=torch.bool)
+        mask[column] = True
+        return Trainable.of_entries(of, {"transformer.h.0.attn.c_attn.bias": mask})
+
+    make = masked if change == "mask" else slices
+    first = make(1 if change == "mask" else "a0.h1")
+    train(first.model, data, data, options, trainable=first, checkpoints=tmp_path)
+    again = make(1 if change == "mask" else "a0.h1")
+    train(again.model, data, data, options, trainable=again, checkpoints=tmp_path)
+    assert all(torch.equal(first.state()[name], w) for name, w in again.state().items())
+    validation, other = data, again
+    if change == "validation":
+        validation, other = data.take(range(39)), slices("a0.h1")
+    elif change == "frozen weights":
+        proxy = model.clone()
+        with torch.no_grad():
+            proxy.hf.lm_head.weight[0] += 1
+        other = slices("a0.h1", proxy)
+    else:
+        other = make(2 if change == "mask" else "a0.h2")
+    with pytest.raises(cl.InputError, match="holds checkpoints of another training"):
+        train(other.model, data, validation, options, trainable=other, checkpoints=tmp_path)

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from test_engine import unchecked
 
 import circuitlens as cl
+from circuitlens import scoring
 from circuitlens.batch import task_margin
+from circuitlens.scorers import Request
 
 
 @pytest.mark.parametrize("method", [name for name in cl.METHODS if name != "hsu2024"])
@@ -53,11 +58,18 @@ def test_scores_of_a_rule_set_of_ones_own(toy_proxy, toy_task, toy_baseline):
 
 
 def test_unknown_methods_and_foreign_baselines_are_refused(toy_proxy, toy_task, toy_baseline):
-    with pytest.raises(cl.InputError, match="no method 'magic'; known are cdt, cdt-linear"):
+    with pytest.raises(cl.InputError, match="method='magic' is unknown: choose one of cdt, cdt-l"):
         cl.relevance(toy_proxy, toy_task, toy_baseline, method="magic")
     foreign = replace(toy_baseline, example_ids=("nowhere:1",))
-    with pytest.raises(cl.InputError, match="'nowhere:1', which is not in pool A"):
+    with pytest.raises(cl.InputError, match="'nowhere:1', which is in no pool of"):
         cl.relevance(toy_proxy, toy_task, foreign)
+
+
+def test_a_misspelt_path_is_refused(toy_proxy, toy_task, toy_baseline, monkeypatch):
+    # The type checks of the tests would be first to complain; users do not have them.
+    monkeypatch.setattr(scoring, "Request", partial(unchecked, Request))
+    with pytest.raises(cl.InputError, match="path='foo' is unknown: choose one of total, direct"):
+        inspect.unwrap(cl.relevance)(toy_proxy, toy_task, toy_baseline, path="foo")
 
 
 def test_the_random_method_follows_its_seed(toy_proxy, toy_task, toy_baseline):
@@ -91,6 +103,11 @@ def test_mlps_and_positions_are_scored_on_request(tmp_path, toy_proxy, toy_task,
     loaded = cl.HeadScores.load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.mlps, scores.mlps)
     assert torch.equal(loaded.by_position, scores.by_position)
+    assert loaded != scores  # an answer, though none about the tensors
+    assert repr(loaded) == (
+        "HeadScores(cdt-linear on toy/source: 2 layers of 8 heads, MLPs, single positions, "
+        "all positions, 24 examples)"
+    )
     plain = cl.relevance(toy_proxy, toy_task, toy_baseline, max_examples=4)
     with pytest.raises(cl.InputError, match=r"call cl\.relevance with mlps=True"):
         plain.mlp_frame()
@@ -121,6 +138,11 @@ def test_significant_heads_are_those_whose_interval_lies_above_zero(toy_scores):
     assert len(by_hand(toy_scores, torch.zeros(9, 2, 8)).significant(control="fdr")) == 0
     with pytest.raises(cl.InputError, match="between 0 and 1, but is 95"):
         scores.significant(95.0)
+    for level in (95.0, 0.0):
+        with pytest.raises(cl.InputError, match="level of confidence lies between 0 and 1, but is"):
+            scores.significant(level, control="fdr")
+    with pytest.raises(cl.InputError, match=r"control='bonferroni' is unknown: .* each, fdr"):
+        inspect.unwrap(cl.HeadScores.significant)(scores, control="bonferroni")
 
 
 def test_stability_is_one_without_noise_and_nothing_without_signal(toy_scores):

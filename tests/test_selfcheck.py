@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import circuitlens as cl
 from circuitlens import families, selfcheck
+from circuitlens.model import HookedModel
+
+RIGHT = HookedModel.unlabelled
 
 SIZES = {
     "vocab_size": 50,
@@ -83,8 +86,82 @@ def test_heads_that_cannot_be_replaced_are_found(monkeypatch):
         selfcheck.check_hooks(model)
 
 
-def test_tested_types_are_not_checked_again(monkeypatch):
-    monkeypatch.setattr(selfcheck, "_fault", lambda model: "never mind")
-    cl.load(tiny("qwen2"))
-    with pytest.raises(cl.UnsupportedModelError, match=r"its hooks: never mind\."):
-        cl.load(build(UNTESTED["phi"]()))
+def configured(name: str, dtype: torch.dtype = torch.float32, **options) -> hf.PreTrainedModel:
+    """A tiny model of a tested type with other options."""
+    config = CONFIGS[name]()
+    for key, value in options.items():
+        setattr(config, key, value)
+    return build(config, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("gemma3", {"attn_logit_softcapping": 50.0}),
+        ("gemma3", {"use_bidirectional_attention": True}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"_remove_final_layer_norm": True}),
+        # Its last norm would have no hooks.
+        ("opt", {"word_embed_proj_dim": 16}),
+    ],
+)
+def test_options_that_the_hooked_view_would_not_have_are_refused(name, options, dtype):
+    (option,) = options
+    with pytest.raises(cl.UnsupportedModelError, match=f"{option}.*: use a checkpoint"):
+        cl.load(configured(name, dtype, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"reorder_and_upcast_attn": True}),
+        # OPT-350m.
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ],
+)
+def test_unusual_options_that_are_right_are_taken(name, options):
+    cl.load(configured(name, **options))
+
+
+def test_options_of_tested_types_that_nobody_thought_of_are_found():
+    hf_model = configured("bloom", slow_but_exact=True, pretraining_tp=2)
+    # Random weights make it differ.
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.raises(cl.UnsupportedModelError, match=r"does not give.*type bloom with usual"):
+        cl.load(hf_model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("part", "broken", "message"),
+    [
+        ("hf_logits", lambda self, batch: 2 * self.logits(batch), "of Hugging Face"),
+        ("unlabelled", lambda self, tokens: RIGHT(self, tokens + (len(tokens) == 1)), "padding"),
+        ("logits", lambda self, batch, hooks=None: 1 / 0, "division by zero"),
+    ],
+)
+def test_tested_types_are_compared_with_hugging_face(monkeypatch, part, broken, message, dtype):
+    monkeypatch.setattr(HookedModel, part, broken)
+    with pytest.raises(cl.UnsupportedModelError, match=message) as caught:
+        cl.load(tiny("qwen2", dtype))
+    assert ("load it in float32" in str(caught.value)) == (dtype is torch.bfloat16)
+
+
+def test_weights_that_overflow_are_not_the_fault_of_hooks():
+    model = tiny("qwen2", torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    cl.load(model)
+
+
+def test_experts_chosen_by_rounding_in_16_bits_are_not_the_fault_of_hooks(monkeypatch):
+    monkeypatch.setattr(HookedModel, "hf_logits", lambda self, batch: 2 * self.logits(batch))
+    cl.load(tiny("mixtral", torch.bfloat16))
+    with pytest.raises(cl.UnsupportedModelError, match="of Hugging Face"):
+        cl.load(tiny("mixtral", torch.float32))

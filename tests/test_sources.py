@@ -154,6 +154,27 @@ def test_a_missing_data_folder_is_named(tmp_path):
             source.splits(source.resolve(language))
 
 
+def test_a_folder_without_any_language_is_named_with_what_it_should_hold(tmp_path):
+    (tmp_path / "readme").mkdir()
+    for name, example in (("nusax", "indonesian/train.csv"), ("americasnli", "dev/quy.tsv")):
+        with pytest.raises(cl.InputError, match="holds no language of") as caught:
+            cl.load_task(name, data=tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert example in str(caught.value)
+
+
+@needs_data
+def test_encoding_nusax_by_default_warns_of_no_indonesian_texts(caplog):
+    folder = DATA.parent / "models" / "nusa-tiny"
+    if not folder.is_dir():
+        pytest.skip("the shared checkpoints are not beside the project")
+    model, task = cl.load(folder), nusax()
+    caplog.clear()
+    for pool in POOLS:
+        task.encode(model, pool)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
+
+
 def test_a_missing_split_of_nusax_is_named(tmp_path):
     (tmp_path / "english").mkdir()
     (tmp_path / "english" / "train.csv").write_text("id,text,label\n1,fine,positive\n")

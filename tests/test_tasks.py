@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 import circuitlens as cl
 from circuitlens.tasks import Encoded, Example, Pools, Task
-from circuitlens.tasks.encoding import encode, label_tokens
+from circuitlens.tasks.encoding import _report_truncation, encode, label_tokens
 from circuitlens.tasks.examples import split_pools
 from circuitlens.tasks.task import _file_name
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
@@ -442,6 +445,60 @@ def test_batches_hold_every_example_once_and_agree_with_it(texts, size):
     assert widths == sorted(widths)
 
 
+@pytest.mark.parametrize("size", [0, -1, True, 2.5, float("nan"), "2", None])
+def test_a_batch_size_that_is_no_positive_whole_number_is_refused(size):
+    encoded = encode_texts("bada", "gu")
+    message = rf"batch_size must be a whole number of at least 1, but is {size!r}\."
+    for ask in (Encoded.n_batches, Encoded.batches):
+        with pytest.raises(cl.InputError, match=message):
+            list([inspect.unwrap(ask)(encoded, size)][0])
+
+
+def test_a_batch_size_may_come_from_numpy():
+    encoded = encode_texts("bada", "gu", "zevo")
+    size = np.int64(2)
+    assert inspect.unwrap(Encoded.n_batches)(encoded, size) == 2
+    assert [len(index) for index, _ in inspect.unwrap(Encoded.batches)(encoded, size)] == [2, 1]
+
+
+def test_no_result_is_made_of_memory_that_no_batch_has_filled():
+    task = small_task()
+    with pytest.raises(cl.InputError, match="batch_size must be a whole number"):
+        cl.evaluate(toy_model(n_layers=1), task, task["test"], batch_size=-1)
+
+
+def cut_texts(caplog, n_long: int, n: int, **options: int) -> tuple[str, str]:
+    """Encode ``n`` texts, of which some are too long; return the level and text of the one line."""
+    # A line is logged once in a process.
+    _report_truncation.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="circuitlens"):
+        encoded = encode_texts(*["bada " * 9] * n_long, *["bada"] * (n - n_long), **options)
+    assert encoded.n_truncated == n_long
+    (record,) = caplog.records
+    return record.levelname, record.getMessage()
+
+
+def test_a_warning_says_once_how_many_texts_were_cut_and_what_to_raise(caplog):
+    level, said = cut_texts(caplog, 42, 42, limit=6)
+    assert level == "WARNING"
+    assert "42 of 42 texts were cut to 6 tokens" in said
+    assert "raise max_text_tokens=6" in said
+
+
+@pytest.mark.parametrize(("n_long", "level"), [(2, "INFO"), (5, "INFO"), (6, "WARNING")])
+def test_a_few_cut_texts_are_no_warning(n_long, level, caplog):
+    found, said = cut_texts(caplog, n_long, 100, limit=6)
+    assert found == level
+    assert f"{n_long} of 100 texts" in said
+
+
+def test_raising_max_text_tokens_is_not_advised_where_the_context_is_full(caplog):
+    _, said = cut_texts(caplog, 3, 3, context=12)
+    assert "the model's context has no room for more, whatever max_text_tokens is" in said
+    assert "raise" not in said
+
+
 def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
     """One token a word, no <s> and no padding token."""
     vocabulary = {word: n for n, word in enumerate(("<unk>", *words))}
@@ -574,6 +631,58 @@ def test_a_task_without_source_knows_no_other_language():
         small_task().to("two")
 
 
+def test_a_task_and_what_it_is_made_of_have_short_names():
+    task = Task.from_records(records(), name="reviews", language="one")
+    sizes = ", ".join(f"{pool}={len(task[pool])}" for pool in POOLS)
+    assert repr(task) == (f"Task(name='reviews', language='one', labels=['bad', 'good'], {sizes})")
+    assert repr(task.pools) == f"Pools({sizes})"
+    assert len(repr(task.source)) < 200
+    assert repr(encode_texts("bada", "bada " * 9, limit=6)) == (
+        "Encoded(2 examples, 2 labels, n_truncated=1)"
+    )
+
+
+def test_pools_can_be_asked_for_by_name_and_unknown_ones_are_refused():
+    task, model = small_task(), toy_model(n_layers=1)
+    for pool in POOLS:
+        assert task.encode(model, pool) == task.encode(model, task[pool])
+        found = cl.evaluate(model, task, pool, quiet=True)
+        assert found == cl.evaluate(model, task, task[pool], quiet=True)
+    # The last is an attribute of what holds the pools.
+    for name in ("train", "", "size"):
+        message = f"no pool '{name}'; known are pool_a, pool_b, validation, test"
+        with pytest.raises(cl.InputError, match=message):
+            cl.evaluate(model, task, name)
+        with pytest.raises(cl.InputError, match=message):
+            task[name]
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_nothing_cannot_be_evaluated(nothing):
+    with pytest.raises(cl.InputError, match="no examples of small/one to encode: give one"):
+        cl.evaluate(toy_model(n_layers=1), small_task(), nothing)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (Example("odd", {"body": "x"}, "negative"), r"Example odd .* no field 'text'.*\['body'\]"),
+        (example("odd", " "), "Example odd .* has an empty text"),
+        (
+            Example("odd", {"a": "", "text": 3}, "negative"),
+            "Example odd .* has the text 3, which is no str",
+        ),
+        (example("odd", label="pos"), r"'pos', which is none of \['negative', 'positive'\]"),
+        ("a text", r"'a text' is no example of small/one: make one with .*Example\("),
+        ({"text": "x"}, r"is no example of small/one"),
+    ],
+)
+def test_examples_of_ones_own_are_checked_before_they_are_encoded(odd, message):
+    task, model = small_task(), toy_model(n_layers=1)
+    with pytest.raises(cl.InputError, match=message):
+        inspect.unwrap(Task.encode)(task, model, [*task["test"], odd])
+
+
 # -- records, files and data sets ----------------------------------------------------------
 
 
@@ -607,6 +716,131 @@ def test_a_group_column_keeps_rows_together():
     task = Task.from_records(rows, id="id", group="about")
     assert all(len(pools) == 1 for pools in places(task.pools).values())
     assert len(places(task.pools)) == 100
+
+
+def test_labels_that_are_numbers_get_the_words_given_for_numbers(tmp_path):
+    rows = [{**row, "label": n % 3} for n, row in enumerate(records())]
+    words = {0: " negatif", 1: " netral", 2: " positif"}
+    expected = {"0": " negatif", "1": " netral", "2": " positif"}
+    path = write(tmp_path / "data.csv", rows)
+    for task in (
+        Task.from_records(rows, id="id", labels=words),
+        Task.from_file(path, id="id", labels=words),
+        small_task(labels={"0": " negatif", 1: " netral"}, pools=Pools(**with_labels("0", "1"))),
+    ):
+        assert list(task.labels) == list(expected)[: len(task.labels)]
+        assert {e.label for e in everything(task.pools)} == task.labels.keys()
+    assert Task.from_records(rows, labels=words).labels == expected
+
+
+def with_labels(*labels: str) -> dict[str, tuple[Example, ...]]:
+    return {
+        pool: tuple(replace(e, label=label) for e, label in zip(rows, labels, strict=True))
+        for pool, rows in small_pools().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["bad", "good"], r"must be a mapping from every label to its answer word.*\['bad', 'go"),
+        ("bad", "must be a mapping"),
+        ({"bad": 1, "good": 2}, "answer word of the label 'bad' must be a string, such as ' bad'"),
+        ({0: " a", "0": " b"}, "label '0' stands in labels twice"),
+        ({None: " a", "good": " b"}, "label None of the word ' a' is empty"),
+        ({" ": " a", "good": " b"}, "label ' ' of the word ' a' is empty"),
+        ({}, r"two labels or more, but has \[\]"),
+    ],
+)
+def test_labels_without_words_are_refused(labels, message):
+    make = inspect.unwrap(Task.from_source.__func__)
+    source = Corpus({"one": ANCHORS})
+    with pytest.raises(cl.InputError, match=message):
+        make(Task, source, "one", name="n", template=TEMPLATE, labels=labels)
+    if labels == {}:
+        with pytest.raises(cl.InputError, match=message):
+            Task.from_records(records(), labels=labels)
+
+
+def test_a_data_frame_gives_the_task_of_its_rows():
+    rows = records()
+    frame = pd.DataFrame(rows)
+    expected = Task.from_records(rows, id="id")
+    # The second has strings that know pd.NA.
+    for given_frame in (frame, frame.convert_dtypes()):
+        assert Task.from_records(given_frame, id="id").pools == expected.pools
+    splits = {"train": frame[:80], "dev": frame[80:90], "test": frame[90:]}
+    lists = {name: part.to_dict("records") for name, part in splits.items()}
+    assert Task.from_records(splits, id="id").pools == Task.from_records(lists, id="id").pools
+
+
+def test_a_data_frame_with_two_columns_of_one_name_is_refused():
+    frame = pd.DataFrame(records())
+    doubled = pd.concat([frame, frame[["text"]]], axis=1)
+    with pytest.raises(cl.InputError, match="records has 2 columns named 'text'"):
+        Task.from_records(doubled)
+
+
+def test_records_that_are_no_mappings_are_refused():
+    make = inspect.unwrap(Task.from_records.__func__)
+    rows = [*records(), "just a text with a label"]
+    with pytest.raises(cl.InputError, match="Row 121 of records is 'just a text"):
+        # A generator, of which checks of types do not see the rows.
+        make(Task, (row for row in rows))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT, "", "  "])
+def test_a_row_without_label_is_named(missing):
+    rows = [*records(), {"id": "x", "text": "t", "label": missing}]
+    for given_rows in (rows, pd.DataFrame(rows)):
+        for labels in (None, {"bad": " bad", "good": " good"}):
+            with pytest.raises(cl.InputError, match=r"no 'label' in row 121: every row needs one"):
+                Task.from_records(given_rows, labels=labels)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_file_with_a_row_without_label_is_refused(suffix, tmp_path):
+    rows = records()
+    rows[4]["label"] = "" if suffix == ".csv" else None
+    path = write(tmp_path / f"data{suffix}", rows)
+    with pytest.raises(cl.InputError, match=r"data\.\w+ has no 'label' in row 5"):
+        Task.from_file(path)
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_labels_that_a_data_set_withholds_are_refused(hidden):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(60)]
+    parts = {"train": rows, "test": [{"text": "t", "label": hidden}]}
+    split = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part, features=features) for name, part in parts.items()}
+    )
+    with pytest.raises(cl.InputError, match="/test has no 'label' in row 1: every row needs one"):
+        Task.from_dataset(split)
+
+
+def test_an_unknown_option_is_named_with_the_known_ones(tmp_path):
+    path = write(tmp_path / "data.csv", records())
+    columns = {"label", "id", "group"}
+    common = {"template", "labels", "seed", "share_a", "max_text_tokens", "tokenizer"}
+    for make, known in (
+        (lambda: Task.from_records(records(), foo="x"), {"name", "language"} | columns | common),
+        (lambda: Task.from_dataset(datasets.Dataset.from_list(records()), foo="x"), common),
+        (lambda: Task.from_file(path, foo="x"), {"name"} | columns | common),
+        (lambda: cl.load_task(str(path), foo="x"), columns | common),
+        (lambda: cl.load_task("toy", foo="x"), common),
+        # Before anything is downloaded.
+        (lambda: cl.load_task("nusax", foo="x"), common),
+    ):
+        with pytest.raises(cl.InputError, match="takes no option 'foo'; known are") as caught:
+            make()
+        listed = str(caught.value).partition("known are ")[2].rstrip(".").split(", ")
+        assert known <= set(listed)
+    assert "id" not in listed
+    with pytest.raises(cl.InputError, match="The task toy takes no option 'id'"):
+        cl.load_task("toy", id="x")
 
 
 @pytest.mark.parametrize(
@@ -751,12 +985,41 @@ def test_a_path_without_a_place_for_the_language_holds_one(tmp_path):
         ("data.tsv", "text\tlabel\nalone\n", "fewer cells in line 2"),
         ("data.csv", "body,label\nfine,good\n", r"no column 'text'; its columns are \['body'"),
         ("data.csv", "text,label\n", "two labels or more"),
+        ("data.csv", "text,label,text\na,b,c\n", r"data\.csv has 2 columns named 'text': rename"),
+        ("data.tsv", "text\tlabel\tlabel\na\tb\tc\n", "has 2 columns named 'label'"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(cl.InputError, match=message):
         Task.from_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.jsonl"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-8-sig", "utf-8"])
+def test_files_in_another_encoding_are_told_from_those_in_utf8(name, encoding, tmp_path):
+    rows = [{**row, "text": f"ñandú {row['id']}"} for row in records()]
+    path = write(tmp_path / name, rows)
+    path.write_bytes(path.read_bytes().decode("utf-8").encode(encoding))
+    if encoding.startswith("utf-8"):
+        assert content(Task.from_file(path, id="id")) == as_content(rows)
+    else:
+        with pytest.raises(cl.InputError, match=rf"{name} is not in UTF-8: save it as UTF-8"):
+            Task.from_file(path)
+
+
+def test_utf16_without_a_mark_is_found_even_if_it_decodes(tmp_path):
+    path = write(tmp_path / "data.csv", records())
+    path.write_bytes(path.read_bytes().decode("utf-8").encode("utf-16-le"))
+    with pytest.raises(cl.InputError, match="is not in UTF-8: save it as UTF-8"):
+        Task.from_file(path)
+
+
+def test_columns_without_a_name_at_the_end_do_no_harm(tmp_path):
+    path = write(tmp_path / "data.csv", records())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{line},,\n" for line in lines), encoding="utf-8")
+    assert content(Task.from_file(path, id="id")) == as_content(records())
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -843,7 +1106,7 @@ def test_a_template_that_leaves_no_room_for_the_text_is_refused():
             encode(
                 examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=96, context=context
             )
-    with pytest.raises(cl.InputError, match="max_text_tokens must be positive"):
+    with pytest.raises(cl.InputError, match="max_text_tokens must be a whole number"):
         encode(examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=0)
 
 

@@ -288,6 +288,7 @@ def test_every_prompt_fits_the_context_of_the_model():
     model, task = toy_model(n_layers=1), cl.load_task("toy", "far")
     for pool in ("pool_a", "test"):
         encoded = task.encode(model, task[pool])
+        # So there is nothing to warn of either.
         assert encoded.n_truncated == 0
         assert encoded.pad_token == model.tokenizer.pad_token_id
         assert max(map(len, encoded.tokens)) <= model.hf.config.max_position_embeddings

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import replace
 
@@ -349,7 +350,7 @@ def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_t
         toy_scores.top(4),
         toy_task.to("near"),
         scores=toy_scores,
-        retain=[far],
+        retain=["far"],
         rediscover=True,
         learning_rates=[3e-3],
         epochs=1,
@@ -364,17 +365,100 @@ def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_t
     assert len(shift.after) == 4
     assert shift.overlap == toy_scores.top(4).overlap(shift.after)
     assert -1 <= shift.rank_correlation <= 1
-    with pytest.raises(cl.InputError, match="toy/far was asked for twice"):
-        cl.transfer(toy_proxy, toy_scores.top(4), toy_task.to("near"), retain=[far, far])
 
 
-def test_a_circuit_of_another_model_is_refused(toy_proxy, toy_task):
-    circuit = cl.Circuit.of(["a0.h0"], 12, 12)
-    with pytest.raises(cl.InputError, match="12 × 12 heads"):
-        cl.transfer(toy_proxy, circuit, toy_task.to("near"))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("cdt-linear", {"path": "direct"}), ("integrated-gradients", {"steps": 1})],
+)
+def test_the_circuit_is_searched_anew_as_it_was_found(
+    toy_proxy, toy_task, toy_baseline, method, options
+):
+    scores = cl.relevance(toy_proxy, toy_task, toy_baseline, method=method, **options)
+    again = cl.relevance(
+        toy_proxy,
+        toy_task,
+        cl.label_balanced_mean(toy_proxy, toy_task),
+        method=method,
+        max_examples=len(scores.example_ids),
+        **options,
+    )
+    # Nothing is trained at this rate.
+    shift = cl.transfer(
+        toy_proxy,
+        scores.top(4),
+        toy_task.to("near"),
+        strategy="norms",
+        scores=scores,
+        rediscover=True,
+        learning_rates=[1e-12],
+        epochs=1,
+    ).shift
+    assert shift.after.heads == again.top(4).heads
+    assert shift.overlap == scores.top(4).overlap(again.top(4))
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "epochs", "batch_size", "patience"])
-def test_options_that_cannot_be_are_refused(name):
-    with pytest.raises(cl.InputError, match=f"{name} must be positive"):
-        TrainingOptions(**{"learning_rate": 1e-3, name: 0.0 if name == "learning_rate" else 0})
+def test_a_circuit_that_cannot_be_searched_anew_costs_no_transfer(
+    toy_proxy, toy_task, toy_scores, monkeypatch, caplog
+):
+    from circuitlens.adapt import retention
+
+    def forgets(*arguments, **options):
+        raise cl.InputError("No example of the label 'neutral' is answered correctly")
+
+    monkeypatch.setattr(retention, "label_balanced_mean", forgets)
+    options = {"scores": toy_scores, "rediscover": True, "learning_rates": [1e-3], "epochs": 1}
+    near, circuit = toy_task.to("near"), toy_scores.top(4)
+    result = cl.transfer(toy_proxy, circuit, near, **options)
+    assert result.shift is None
+    assert "could not be searched anew: No example of the label 'neutral'" in caplog.text
+    options["scores"] = replace(toy_scores, method="mine")
+    with pytest.raises(cl.InputError, match=r"mine.*cdt-linear"):
+        cl.transfer(toy_proxy, circuit, near, **options)
+
+
+def test_inputs_of_another_model_and_mistakes_are_refused(
+    toy_proxy, toy_task, toy_scores, monkeypatch
+):
+    def trains(*arguments, **options):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(sys.modules["circuitlens.adapt.transfer"], "train", trains)
+    cases = {
+        "The circuit is of a model with 12 × 12 heads": {
+            "circuit": cl.Circuit.of(["a0.h0"], 12, 12)
+        },
+        "The circuit has no heads": {"circuit": cl.Circuit.of([], 2, 8)},
+        "The scores are of a model with 1 × 8 heads": {
+            "scores": replace(toy_scores, per_example=toy_scores.per_example[:, :1])
+        },
+        "There is no kv_policy 'gruop'": {"kv_policy": "gruop", "strategy": "full"},
+        r"learning_rates is a list: give \[0.001\]": {"learning_rates": 1e-3},
+        "no language 'mars'": {"retain": ["mars"]},
+        "Retention of toy/far was asked for twice": {"retain": ["far", toy_task.to("far")]},
+        "Retention of toy/source was asked for twice": {"retain": ["source"]},
+    }
+    for message, options in cases.items():
+        arguments = {"circuit": toy_scores.top(4), "task": toy_task.to("near"), **options}
+        with pytest.raises(cl.InputError, match=message):
+            # Without the type checks of the tests.
+            inspect.unwrap(cl.transfer)(toy_proxy, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("epochs", "batch_size", "patience", "accumulation")),
+        ("epochs", True),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("weight_decay", -0.1),
+        ("warmup", 1.5),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name, value):
+    with pytest.raises(cl.InputError, match=f"{name} (must be|is a share)"):
+        TrainingOptions(**{"learning_rate": 1e-3, name: value})

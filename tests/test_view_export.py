@@ -13,6 +13,7 @@ import pytest
 from test_view_transfers import cell, result
 
 import circuitlens as cl
+from circuitlens.experiments.folder import CellFolder
 from circuitlens.pipeline import RunFolder, RunSettings
 from circuitlens.view.export import export, export_all, on_paper
 from circuitlens.view.gallery import figures_of, write_figures
@@ -224,15 +225,24 @@ def test_all_figures_of_a_comparison_are_written_with_their_data(tmp_path, monke
     assert {f.stem for f in files if f.suffix == ".csv"} == {f.stem for f in files}
 
 
+def test_tables_and_settings_without_cells_are_a_comparison(tmp_path):
+    # As in figures/: enough to compute what is missing, and to draw what is there.
+    comparison().save(tmp_path)
+    without = set(figures_of(tmp_path))
+    CellFolder.open(tmp_path / "grid", {}, {"x": "1"})
+    (tmp_path / "grid" / "grid.json").rename(tmp_path / "grid.json")
+    (tmp_path / "grid").rmdir()
+    assert set(figures_of(tmp_path)) == without
+    assert "tradeoff" in without
+
+
 def test_a_run_shows_what_it_has_and_computes_nothing(tmp_path, monkeypatch):
     import torch
 
     from circuitlens.provenance import Provenance
 
     run = tmp_path / "run"
-    RunFolder(run, RunSettings(model="m", task="gone", targets=("y", "x"))).write_record(
-        finished=False
-    )
+    RunFolder(run, RunSettings(model="m", task="gone", targets=("y", "x"))).write_record()
     with pytest.raises(cl.InputError, match="no results yet"):
         figures_of(run)
     values = torch.randn(5, 2, 2, generator=torch.Generator().manual_seed(0))

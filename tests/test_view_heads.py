@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import plotly.io
 import pytest
 import torch
@@ -417,7 +418,15 @@ def test_every_panel_has_its_own_title(n):
     assert [t.name for t in fig.data if t.type == "heatmap"] == names
 
 
+def test_a_comparison_of_scorers_will_do(toy_scores, ablated):
+    scores = {"cdt-linear": toy_scores, "ablation": ablated}
+    found = cl.ScorerComparison(pd.DataFrame(), 4, 12, 0, toy_scores.provenance, scores)
+    assert scorer_agreement(found) == scorer_agreement(scores)
+
+
 def test_agreement_refuses_what_it_cannot_compare():
+    with pytest.raises(cl.InputError, match="no curve to draw"):
+        faithfulness_curve([])
     one = synthetic()
     with pytest.raises(cl.InputError, match="no scores by 'ablation'"):
         scorer_agreement([one])

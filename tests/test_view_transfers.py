@@ -265,6 +265,15 @@ def test_the_table_writes_its_numbers_and_the_best_in_bold(comparison, mode):
     assert heat.zmin == -heat.zmax
     assert heat.textfont.color == look(mode).ink
     assert "standard deviation over 3 seeds" in fig.layout.xaxis.title.text
+    assert fig.layout.xaxis.title.text.endswith("bold: the best of a language")
+    # One lucky seed is no rival of a mean.
+    more = [*comparison.cells, cell("x", "auto", 0, after=0.99)]
+    lucky = strategy_table(cl.Comparison(tuple(more)), mode=mode)
+    texts = np.array(lucky.data[0].text)
+    assert (texts == "49.0").sum() == 1
+    assert "<b>20.0</b><br>±10.0" in texts
+    assert "3 seeds; no ±: one seed" in lucky.layout.xaxis.title.text
+    assert "among those with the most seeds" in lucky.layout.xaxis.title.text
     changes = strategy_table(comparison, "source_change", mode=mode).data[0]
     assert changes.text[0][1] == "−40.0<br>±10.0"
     after = strategy_table(comparison, "target_after", mode=mode).data[0]

@@ -7,22 +7,29 @@ validation split, which chooses rate and epoch afterwards:
 
 1. Candidates are ``circuit`` and ``near-zero`` with half, all and twice the circuit's heads.
 2. Each is trained on all folds but one, for the same epochs at the same rate, and measured on that
-   fold; the folds and their order are the same for all.
+   fold; the folds and their order are the same for all. Folds tear no group apart: hypotheses of
+   one premise are trained on or held out together.
 3. The best accuracy over all held-out examples leads. Among the candidates that it does not beat by
    one standard error of the paired difference, the one with fewest heads wins, and ``circuit``
-   before ``near-zero``.
+   before ``near-zero``. Examples of a group are not independent, so the error is over groups: with
+   d_i the difference on example i, n examples and G groups it is
+
+       sqrt(G / (G - 1) · sum over groups of (sum over the group of (d_i - mean d))²) / n,
+
+   which is the usual one where every example is a group of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import Choice, strategy_of
@@ -50,7 +57,7 @@ class Candidate:
         size: number of heads.
         accuracy: over all held-out examples.
         behind: how far the best candidate is ahead, and the standard error of that difference
-            (paired over examples).
+            (paired, over groups of examples; see the module's docstring).
     """
 
     strategy: str
@@ -115,27 +122,21 @@ def decide(
     Args:
         model: the proxy; left as it is.
         choice: circuit and scores.
-        data: pool B of the target language.
+        data: pool B of the target language, with its groups.
         options: how to train; all epochs are used, at this rate.
         n_folds: parts of the data that are held out in turn.
         checkpoints: folder of the trainings' states, see :func:`circuitlens.transfer`.
         quiet: no progress bar.
 
     Raises:
-        InputError: if scores are missing, or there are fewer examples than folds.
+        InputError: if scores are missing, or there are fewer groups of examples than folds.
     """
     scores = choice.ranked
-    if len(data) < n_folds:
-        raise InputError(
-            f"strategy='auto' holds out parts of the training data, but there are only {len(data)} "
-            f"examples for {n_folds} parts: choose 'circuit' or 'near-zero' yourself."
-        )
+    folds = _folds(data.groups, n_folds, options.seed)
     total = scores.n_layers * scores.n_heads
     size = len(choice.circuit)
     sizes = sorted({min(total, max(1, round(factor * size))) for factor in _FACTORS})
     plans = [(name, n) for name in ("circuit", "near-zero") for n in sizes]
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
-    folds = [fold.tolist() for fold in order.tensor_split(n_folds)]
     right = np.zeros((len(plans), len(data)), dtype=bool)
     seconds = 0.0
     for row, (name, n) in progress(
@@ -146,7 +147,31 @@ def decide(
             kept = checkpoints and checkpoints / f"{name}-{n}" / f"fold-{k}"
             right[row, fold], took = _held_out(model, name, sized, data, fold, folds, options, kept)
             seconds += took
-    return replace(_pick(plans, right, choice), seconds=seconds)
+    return replace(_pick(plans, right, choice, data.groups), seconds=seconds)
+
+
+def _folds(groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
+    """Deal the groups at random, as many to every fold as to any other up to one.
+
+    Raises:
+        InputError: if there are fewer groups than folds.
+    """
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    if len(members) < n_folds:
+        have = f"{len(groups)} examples"
+        if len(members) < len(groups):
+            have = f"{len(members)} groups of examples ({have})"
+        raise InputError(
+            f"strategy='auto' holds out parts of the training data, but there are only {have} "
+            f"for {n_folds} parts: choose 'circuit' or 'near-zero' yourself."
+        )
+    # In the order of their first examples, so that the permutation of groups of one is that of
+    # the examples, whatever their names.
+    blocks = list(members.values())
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return [[i for block in fold for i in blocks[block]] for fold in order.tensor_split(n_folds)]
 
 
 def _sized(choice: Choice, n: int) -> Circuit:
@@ -182,14 +207,35 @@ def _held_out(
     return np.asarray(predicted == torch.tensor(held.gold)), log.seconds
 
 
-def _pick(plans: Sequence[tuple[str, int]], right: np.ndarray, choice: Choice) -> Decision:
+def _standard_error(gap: Float[np.ndarray, " examples"], groups: Sequence[Hashable]) -> float:
+    """Cluster-robust standard error of the mean of ``gap`` (formula in the module's docstring)."""
+    place: dict[Hashable, int] = {}
+    codes = [place.setdefault(group, len(place)) for group in groups]
+    n, n_groups = gap.size, len(place)
+    if n_groups < 2:
+        return 0.0
+    sums, sizes = np.bincount(codes, weights=gap), np.bincount(codes)
+    # What a group contributes, written so that for groups of one it is the gap to the bit: the
+    # decision hangs on a comparison with this error, and must not flip by rounding.
+    parts = n_groups / n * (sums - gap.mean() * (sizes - n / n_groups))
+    return float(parts.std(ddof=1) / np.sqrt(n_groups))
+
+
+def _pick(
+    plans: Sequence[tuple[str, int]],
+    right: Bool[np.ndarray, "plans examples"],
+    choice: Choice,
+    groups: Sequence[Hashable] | None = None,
+) -> Decision:
+    """Apply the rule to what was answered right; without ``groups`` every example is one."""
+    groups = range(right.shape[1]) if groups is None else groups
     accuracy = right.mean(1)
     # Ties in accuracy go to fewer heads, and to the circuit.
     best = max(range(len(plans)), key=lambda i: (accuracy[i], -plans[i][1], -i))
     found = []
     for row, (name, n) in enumerate(plans):
         gap = right[best].astype(float) - right[row]
-        error = float(gap.std(ddof=1) / np.sqrt(gap.size)) if gap.size > 1 else 0.0
+        error = _standard_error(gap, groups)
         found.append(Candidate(name, n, float(accuracy[row]), (float(gap.mean()), error)))
     equal = [c for c in found if c.behind[0] <= c.behind[1]]
     chosen = min(equal, key=lambda c: (c.size, c.strategy != "circuit", -c.accuracy))

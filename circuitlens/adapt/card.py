@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from circuitlens.adapt.strategies import STRATEGIES
 from circuitlens.evaluation import Evaluation
+from circuitlens.families import is_encoder
 
 if TYPE_CHECKING:
     from circuitlens.adapt.result import TransferResult
 
 __all__ = ["model_card"]
+
+_BASE = "path/to/base"
+_FOLDER = "path/to/this/folder"
+_ADAPTER_CODE = """from peft import PeftModel
+from transformers import {auto}
+{method}
+base = {auto}.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "{folder}")"""
+_METHOD = """
+import circuitlens.adapt.headslice  # makes the adapter's method known to PEFT
+"""
+_ENTRIES_CODE = """import circuitlens as cl
+
+base = cl.load({base})
+result = cl.TransferResult.load("{folder}", base)
+model = result.model.hf"""
+# What HookedModel.origin says, but for the hub.
+_ORIGINS = {
+    "": "weights of a model named {}",
+    "folder": "the weights in the folder {}",
+    "memory": "weights of a model named {} that was given in memory",
+    "fine-tuned": "fine-tuned weights, trained from {}",
+    "adapted": "weights that an earlier transfer made of {}",
+}
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -22,14 +47,24 @@ _TEMPLATE = """---
 
 Adapted with [circuitlens](https://arxiv.org/abs/2601.08146) (CT-SFT): {{ trained }}
 
+## How to use
+
+{{ base }}
+
+```python
+{{ code }}
+```
+
+{{ remarks }}
+
 ## Circuit
 
 {{ circuit }}
 
 ## Data
 
-Trained on the training pool of {{ task }}; the learning rate was chosen on its validation split,
-and the figures below are from its test split, read once.
+Trained on the training pool of {{ data }}. The learning rate was chosen on the validation split of
+{{ task }}, and the figures below are from its test split, read once.
 
 ## Results
 
@@ -53,8 +88,8 @@ read the licences of both before you publish it.
 def model_card(result: TransferResult) -> ModelCard:
     """Write the card of a finished transfer.
 
-    It names the base model, what was trained, the circuit, data, figures and provenance, and says
-    that licences follow from the base model and the data.
+    It names the base model, what was trained, how to load it, the circuit, data, figures and
+    provenance, and says that licences follow from the base model and the data.
     """
     origin = result.provenance
     target = f"{origin.task.split('/')[0]}/{result.target_language}"
@@ -62,9 +97,9 @@ def model_card(result: TransferResult) -> ModelCard:
     measured += [(r.name, r.before, r.after) for r in result.retained]
     name = f"{origin.model} adapted to {result.target_language} ({result.strategy})"
     data = ModelCardData(
-        # The hub knows names, not folders of somebody's machine.
-        base_model=None if Path(origin.model).exists() else origin.model,
-        library_name="peft" if result.is_adapter else "transformers",
+        # The hub would load the trained tensors on top of whatever has this name.
+        base_model=origin.model if _is_on_hub(result) else None,
+        library_name="peft" if result.is_adapter else "circuitlens",
         tags=["circuitlens", "ct-sft", result.strategy],
         model_name=name,
         eval_results=[
@@ -86,12 +121,16 @@ def model_card(result: TransferResult) -> ModelCard:
         title=name,
         trained=f"strategy `{result.strategy}`, {result.n_trainable:,} trained entries, learning "
         f"rate {result.learning_rate:g}." + (f" {result.decision.why}" if result.decision else ""),
+        base=_base(result),
+        code=_code(result),
+        remarks=_remarks(result),
         circuit=(
-            f"{len(heads)} of {heads.n_layers * heads.n_heads} heads ({heads.selection}): "
-            + ", ".join(map(str, heads))
-            if heads
-            else "This strategy is not about heads."
+            "This strategy is not about heads."
+            if heads is None
+            else f"{len(heads)} of {heads.n_layers * heads.n_heads} heads ({heads.selection}): "
+            + (", ".join(map(str, heads)) or "none")
         ),
+        data=target + _mixed_in(result),
         task=target,
         rows="\n".join(_row(*entry) for entry in measured),
         provenance="\n".join(
@@ -99,6 +138,70 @@ def model_card(result: TransferResult) -> ModelCard:
         ),
     )
     return cast(ModelCard, card)
+
+
+def _is_on_hub(result: TransferResult) -> bool:
+    return result.trained is not None and result.trained.origin == "hub"
+
+
+def _base(result: TransferResult) -> str:
+    """Say which weights the trained tensors belong to."""
+    name, fingerprint = result.provenance.model, result.provenance.model_fingerprint
+    what = "This adapter belongs" if result.is_adapter else "These weights belong"
+    if _is_on_hub(result):
+        return f"{what} to [{name}](https://huggingface.co/{name}) (fingerprint `{fingerprint}`)."
+    origin = result.trained.origin if result.trained else ""
+    to = _ORIGINS.get(origin, f"the weights of {{}}, {origin}").format(f"`{name}`")
+    return (
+        f"{what} to {to} (fingerprint `{fingerprint}`). On any others it would give wrong answers; "
+        f"put a folder with these weights, written by `save` or `save_pretrained`, for `{_BASE}`."
+    )
+
+
+def _code(result: TransferResult) -> str:
+    """Write the code that loads what the folder holds."""
+    base, encoder = f'"{_BASE}"', False
+    if result.model is not None:
+        encoder = is_encoder(result.model.hf.config)
+        if _is_on_hub(result):
+            # The checkpoint's own type may be another one.
+            dtype = str(result.model.dtype).removeprefix("torch.")
+            base = f'"{result.provenance.model}", dtype="{dtype}"'
+    template = _ADAPTER_CODE if result.is_adapter else _ENTRIES_CODE
+    return template.format(
+        auto="AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM",
+        method=_METHOD if result.trained and result.trained.kind == "headslice" else "",
+        base=base,
+        folder=_FOLDER,
+    )
+
+
+def _remarks(result: TransferResult) -> str:
+    """Say what the code leaves open."""
+    if result.is_adapter:
+        return (
+            f"`{_FOLDER}` may be a name on the hub. PEFT does not compare weights: "
+            "`circuitlens.load(…).fingerprint()` of the base must be the fingerprint above."
+        )
+    return (
+        f"If they are on the hub, `huggingface_hub.snapshot_download` returns `{_FOLDER}`. "
+        "The folder holds changed entries only, which `transformers` cannot load by itself; "
+        '`result.model.save("merged")` writes a folder that it can.'
+    )
+
+
+def _mixed_in(result: TransferResult) -> str:
+    """Name the source examples among the training data, if there were any."""
+    replay = result.provenance.settings.get("replay", 0)
+    strategy = STRATEGIES.get(result.strategy)
+    gradual = strategy is not None and strategy.gradual
+    if not (result.source_language and (replay or gradual)):
+        return ""
+    each = f"{replay:g} for each of the target's"
+    how = f"in stages, fewer in each, down to {each if replay else 'none'}"
+    if not gradual:
+        how = f"up to {each}"
+    return f" and on examples from the training pool of {result.retained[0].name} ({how})"
 
 
 def _row(name: str, before: Evaluation, after: Evaluation) -> str:

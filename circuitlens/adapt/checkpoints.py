@@ -1,6 +1,7 @@
 """The folder of one training: what it is a training of, its last epochs, its result.
 
-DIR/training.json                     settings, and digests of the data and of the first weights
+DIR/training.json                     settings, and digests of the data, of all first weights and of
+                                      what is trained of them
 DIR/checkpoint-STEP/                  as the Trainer writes it, with the trained weights only
 DIR/checkpoint-STEP/best.safetensors  the best weights so far; written last, so that a checkpoint
                                       that has it is whole
@@ -9,12 +10,14 @@ DIR/finished.safetensors              the weights and the log of a finished trai
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import put, trained
 from circuitlens.errors import InputError
 from circuitlens.model import HookedModel
@@ -34,22 +37,32 @@ class Checkpoints:
         folder: is made if need be.
         model: as it is before the training.
         data: to train on.
+        validation: chooses the epoch.
         options: how to train.
+        trainable: what is trained; all weights if there is none.
 
     Raises:
         InputError: if the folder holds another training, naming what differs.
     """
 
     def __init__(
-        self, folder: Path, model: HookedModel, data: Encoded, options: TrainingOptions
+        self,
+        folder: Path,
+        model: HookedModel,
+        data: Encoded,
+        validation: Encoded | None,
+        options: TrainingOptions,
+        trainable: Trainable | None = None,
     ) -> None:
         self.folder = folder
         self.parameters = trained(model.hf)
         file = folder / "training.json"
         mine = {
             **options.to_dict(),
-            "data": digest(repr((data.ids, data.tokens, data.gold, data.label_tokens))),
-            "first weights": digest(*self.parameters, *self.parameters.values()),
+            "data": _content(data),
+            "validation": None if validation is None else _content(validation),
+            "first weights": model.fingerprint(),
+            "trained": _selection(trainable),
         }
         if not file.is_file():
             write_json(file, _TRAINING, mine)
@@ -85,6 +98,24 @@ class Checkpoints:
         write_tensors(file, _FINISHED, self.parameters, asdict(log))
         for path in self.folder.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _content(data: Encoded) -> str:
+    return digest(repr((data.ids, data.tokens, data.gold, data.label_tokens)))
+
+
+def _selection(trainable: Trainable | None) -> str:
+    if trainable is None:
+        return "all weights"
+    if trainable.masks is not None:
+        return digest(*trainable.masks, *trainable.masks.values())
+    # The heads of an adapter stand in its configuration only: its weights begin at zero.
+    configs = {name: c.to_dict() for name, c in trainable.adapter.peft_config.items()}
+    return digest(json.dumps(configs, sort_keys=True, default=_plain))
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _step(checkpoint: Path) -> int:

@@ -67,6 +67,7 @@ def finetune(
     validation = task.encode(model, task["validation"])
     trained = model if inplace else model.clone()
     kept = None if checkpoints is None else Path(checkpoints)
+    trained.origin = "fine-tuned"  # beforehand: an interrupt leaves changed weights too
     log = train(trained, data, validation, options, checkpoints=kept, quiet=quiet)
     logger.info(
         "Competence: %s/%s validation accuracy %.3f after %d steps (best epoch %g).",

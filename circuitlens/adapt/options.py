@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from circuitlens.errors import InputError
 
 __all__ = ["TrainingLog", "TrainingOptions", "rank"]
+
+
+_WHOLE = {"epochs": 1, "batch_size": 1, "patience": 1, "accumulation": 1, "seed": 0}
+_REAL = ("learning_rate", "weight_decay", "warmup", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,25 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "patience", "accumulation"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, but is {getattr(self, name)}.")
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise InputError(
+                    f"{name} must be a whole number of at least {least}, but is {value!r}."
+                )
+            object.__setattr__(self, name, int(value))
+        for name in _REAL:
+            value = getattr(self, name)
+            # NaN is not larger than anything.
+            if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+                raise InputError(f"{name} must be a number of at least 0, but is {value!r}.")
+            object.__setattr__(self, name, float(value))
+        if self.learning_rate == 0:
+            raise InputError("learning_rate must be positive, but is 0.")
+        if self.warmup > 1:
+            raise InputError(f"warmup is a share of the steps, but is {self.warmup}.")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, but is {self.seed}.")
         if self.accumulation > self.batch_size:
             raise InputError(
                 f"accumulation is the number of parts of a batch, so it cannot be more than "

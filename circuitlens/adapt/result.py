@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.card import model_card
 from circuitlens.adapt.retention import CircuitShift, Retained
-from circuitlens.adapt.trainable import restore
+from circuitlens.adapt.trainable import TENSOR_FILES, Trained, restore
 from circuitlens.bridging import first_line
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
@@ -52,6 +52,7 @@ class TransferResult:
         provenance: of the model before the transfer.
         model: the adapted model, adapters merged; ``None`` if only the numbers were loaded.
         folder: where the trained tensors are, on disk.
+        trained: what they are; told by the folder if not given.
     """
 
     strategy: str
@@ -73,8 +74,14 @@ class TransferResult:
     provenance: Provenance
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
+    trained: Trained | None = field(default=None, repr=False)
     # Keeps a temporary folder as long as the result.
     _scratch: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.trained is None and self.folder is not None:
+            # Now, as another result may be saved into that folder later.
+            object.__setattr__(self, "trained", Trained.found(self.folder))
 
     @property
     def source_before(self) -> Evaluation | None:
@@ -101,13 +108,14 @@ class TransferResult:
     @property
     def is_adapter(self) -> bool:
         """Whether the trained tensors are a PEFT adapter, and not entries of the weights."""
-        return self.folder is not None and (self.folder / "adapter_config.json").is_file()
+        return self.trained is not None and self.trained.is_adapter
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON (without the model)."""
         return {
             "strategy": self.strategy,
-            "heads": self.heads.to_dict() if self.heads else None,
+            # A circuit without heads is false.
+            "heads": None if self.heads is None else self.heads.to_dict(),
             "target_language": self.target_language,
             "source_language": self.source_language,
             "target_before": self.target_before.to_dict(),
@@ -123,6 +131,7 @@ class TransferResult:
             "shift": self.shift.to_dict() if self.shift else None,
             "decision": self.decision.to_dict() if self.decision else None,
             "provenance": self.provenance.to_dict(),
+            "trained": self.trained.to_dict() if self.trained else None,
         }
 
     def to_frame(self) -> pd.DataFrame:
@@ -146,24 +155,30 @@ class TransferResult:
     def save(self, folder: str | Path) -> None:
         """Write ``result.json``, the trained tensors and a model card, ``README.md``.
 
-        An adapter is written as PEFT does it, so that ``PeftModel.from_pretrained`` reads it.
+        An adapter is written as PEFT does it, so that ``PeftModel.from_pretrained`` reads it. The
+        tensors of a result that was saved there before are removed.
 
         Raises:
-            InputError: if the result was loaded without its model.
+            InputError: if the result was loaded without its model, or its tensors are gone from
+                the folder that it was loaded from.
         """
-        if self.model is None or self.folder is None:
+        if self.model is None or self.folder is None or self.trained is None:
             raise InputError(
                 "This result was loaded without its model, so it has no weights to save: "
                 "give TransferResult.load the model that the transfer began from."
             )
+        names = self.trained.files(self.folder)
+        card = str(model_card(self))
         folder = Path(folder)
-        for path in self.folder.iterdir():
-            if path.name not in ("result.json", "README.md") and path.is_file():
-                with replacing(folder / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
+        # Removed first and written last, so that a folder with a result is a whole one.
+        (folder / "result.json").unlink(missing_ok=True)
+        for name in set(TENSOR_FILES) - set(names):
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            with replacing(folder / name) as temporary:
+                shutil.copyfile(self.folder / name, temporary)
         with replacing(folder / "README.md") as temporary:
-            temporary.write_text(str(model_card(self)), encoding="utf-8")
-        # Last, so that a folder with a result is a whole one.
+            temporary.write_text(card, encoding="utf-8")
         write_json(folder / "result.json", _SCHEMA, self.to_dict())
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
@@ -207,11 +222,15 @@ class TransferResult:
                 it only the numbers are loaded.
 
         Raises:
-            InputError: if ``model`` has other weights than that one.
+            InputError: if ``model`` has other weights than that one, or the trained tensors are
+                not in the folder.
         """
         folder = Path(folder)
         content = read_json(folder / "result.json", _SCHEMA)
         provenance = Provenance.from_dict(content["provenance"])
+        # Results saved before this was recorded have none.
+        recorded = content.get("trained")
+        trained = Trained.from_dict(recorded) if recorded else Trained.found(folder)
         adapted = None
         if model is not None:
             if model.fingerprint() != provenance.model_fingerprint:
@@ -219,10 +238,10 @@ class TransferResult:
                     f"{folder} was trained from other weights than those of {model.name}: load "
                     "it with the model that the transfer began from."
                 )
-            adapted = restore(model, folder)
+            adapted = restore(model, folder, trained)
         return cls(
             strategy=content["strategy"],
-            heads=Circuit.from_dict(content["heads"]) if content["heads"] else None,
+            heads=None if content["heads"] is None else Circuit.from_dict(content["heads"]),
             target_language=content["target_language"],
             source_language=content["source_language"],
             target_before=Evaluation(**content["target_before"]),
@@ -240,6 +259,7 @@ class TransferResult:
             provenance=provenance,
             model=adapted,
             folder=folder,
+            trained=trained,
         )
 
     def _repr_html_(self) -> str:

@@ -20,7 +20,14 @@ from circuitlens.scores import HeadScores
 from circuitlens.scoring import relevance
 from circuitlens.tasks import Task
 
-__all__ = ["CircuitShift", "Retained", "circuit_shift", "evaluate_all", "weight_drift"]
+__all__ = [
+    "CircuitShift",
+    "Retained",
+    "circuit_shift",
+    "evaluate_all",
+    "retained_tasks",
+    "weight_drift",
+]
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,32 @@ class CircuitShift:
         )
 
 
+def retained_tasks(task: Task, source: Task | None, retain: Sequence[Task | str]) -> list[Task]:
+    """The tasks on which retention is measured: the source first, and what was asked for.
+
+    Args:
+        task: its other languages can be asked for by name.
+        source: always measured, if there is one.
+        retain: tasks, or names of languages.
+
+    Raises:
+        InputError: if two of them have the same name and language, or there is no such language.
+    """
+    asked = [task.to(other) if isinstance(other, str) else other for other in retain]
+    tasks = asked if source is None else [source, *asked]
+    names = [other.full_name for other in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"Retention of {twice[0]} was asked for twice: name every task once, and leave out the "
+            "source, which is always measured."
+        )
+    return tasks
+
+
 def evaluate_all(
     model: HookedModel, tasks: Sequence[Task], *, quiet: bool = False
 ) -> list[Evaluation]:
-    """Evaluate a model on the test splits of some tasks.
-
-    Raises:
-        InputError: if two of them have the same name and language.
-    """
-    names = [task.full_name for task in tasks]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"Retention of {twice[0]} was asked for twice: name every task once.")
+    """Evaluate a model on the test splits of some tasks."""
     return [evaluate(model, task, task["test"], quiet=quiet) for task in tasks]
 
 
@@ -136,17 +158,29 @@ def circuit_shift(
         adapted: the model after a transfer.
         source: the source task.
         circuit: found before the transfer.
-        scores: of all heads before the transfer; gives method, positions and number of examples.
+        scores: of all heads before the transfer; they give the method with its settings, the
+            positions and the number of examples.
         quiet: no progress bar.
+
+    Raises:
+        InputError: if the adapted model answers no example of some label rightly.
     """
+    how = scores.provenance.settings
     baseline = label_balanced_mean(
-        adapted, source, positions=scores.positions, allow_chance=True, quiet=quiet
+        adapted,
+        source,
+        positions=scores.positions,
+        pooling=how.get("pooling", "pooled"),
+        allow_chance=True,
+        quiet=quiet,
     )
     again = relevance(
         adapted,
         source,
         baseline,
         method=scores.method,
+        path=how.get("path", "total"),
+        steps=how.get("steps", 5),
         max_examples=len(scores.example_ids),
         seed=scores.provenance.seed,
         quiet=quiet,

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head, WeightSlice
+from circuitlens.geometry import Head
 from circuitlens.model import HookedModel
 from circuitlens.scores import HeadScores
+
+if TYPE_CHECKING:
+    from circuitlens.adapt.headslice import HeadSliceConfig
 
 __all__ = [
     "AUTO",
@@ -85,13 +88,16 @@ class Strategy:
         return None if self.heads is None else self.heads(choice)
 
 
-def _slices(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+def _slice_config(choice: Choice, heads: Circuit | None) -> HeadSliceConfig:
     from circuitlens.adapt.headslice import HeadSliceConfig
 
-    config = HeadSliceConfig(
+    return HeadSliceConfig(
         heads=tuple(map(str, heads or ())), kv_policy=choice.kv_policy, norms="all"
     )
-    return Trainable.of_adapter(model, config, choice.seed)
+
+
+def _slices(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    return Trainable.of_adapter(model, _slice_config(choice, heads), choice.seed)
 
 
 def _everything(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
@@ -131,10 +137,13 @@ def _width(model: HookedModel, module: str) -> int:
     return sum(model.hf.get_submodule(module).weight.shape)
 
 
-def _slice_entries(model: HookedModel, heads: Circuit) -> int:
+def _slice_entries(model: HookedModel, choice: Choice) -> int:
+    """Entries of the slices that ``circuit`` would train under the same key/value policy."""
+    from circuitlens.adapt.headslice import selected_slices
+
     parameters = dict(model.hf.named_parameters())
-    distinct: set[WeightSlice] = {s for head in heads for s in model.geometry.slices(head)}
-    return sum(piece.of(parameters[piece.parameter]).numel() for piece in distinct)
+    pieces = selected_slices(model.geometry, _slice_config(choice, choice.circuit))
+    return sum(piece.of(parameters[piece.parameter]).numel() for piece in pieces)
 
 
 def _lora_of_rank(rank: int | None) -> Callable[[HookedModel, Choice, Circuit | None], Trainable]:
@@ -144,7 +153,7 @@ def _lora_of_rank(rank: int | None) -> Callable[[HookedModel, Choice, Circuit | 
         modules = [
             m for layer in range(model.geometry.n_layers) for m in _projections(model, layer)
         ]
-        budget = _slice_entries(model, choice.circuit)
+        budget = _slice_entries(model, choice)
         each = sum(_width(model, module) for module in modules)
         return _lora(
             model, dict.fromkeys(modules, rank or max(1, round(budget / each))), choice.seed
@@ -166,7 +175,7 @@ def _circuit_lora(model: HookedModel, choice: Choice, heads: Circuit | None) -> 
             "No head of the circuit has a positive score, so ranks cannot follow relevance: "
             "choose another circuit or strategy='lora'."
         )
-    budget = _slice_entries(model, choice.circuit)
+    budget = _slice_entries(model, choice)
     ranks: dict[str, int] = {}
     for layer, gain in weight.items():
         modules = _projections(model, layer)
@@ -249,8 +258,13 @@ def strategy_of(name: str) -> Strategy:
     """Look a strategy up.
 
     Raises:
-        InputError: if there is none of that name; the known ones are listed.
+        InputError: if there is none of that name; the names that :func:`circuitlens.transfer` and
+            :func:`circuitlens.compare` take are listed.
     """
+    if name == AUTO:
+        raise InputError(
+            f"{AUTO!r} chooses a strategy and is none itself: give it to transfer or compare."
+        )
     if name not in STRATEGIES:
-        raise InputError(f"There is no strategy {name!r}; known are {', '.join(STRATEGIES)}.")
+        raise InputError(f"There is no strategy {name!r}; known are {', '.join(NAMES)}.")
     return STRATEGIES[name]

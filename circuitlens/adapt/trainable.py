@@ -6,9 +6,10 @@ them into a plain model again.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +17,76 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from circuitlens.errors import InputError
 from circuitlens.model import HookedModel
-from circuitlens.storage import read_tensors, write_tensors
+from circuitlens.storage import read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["Trainable", "restore"]
+__all__ = ["TENSOR_FILES", "Trainable", "Trained", "restore"]
 
 _SCHEMA = "circuitlens.weights/2"
+_NOTE_SCHEMA = "circuitlens.trained/1"
+_NOTE = "trained.json"
 _ENTRIES = "weights.safetensors"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Every file that trained tensors of any kind may be in.
+TENSOR_FILES = (*_ADAPTER, _ENTRIES)
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the trained tensors in a folder are.
+
+    Attributes:
+        kind: ``"entries"`` of the weights, or the method of a PEFT adapter (``"headslice"``,
+            ``"lora"``).
+        origin: :attr:`HookedModel.origin` of the weights that they belong to; empty where it was
+            not recorded.
+    """
+
+    kind: str
+    origin: str = ""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether they are a PEFT adapter."""
+        return self.kind != "entries"
+
+    @classmethod
+    def found(cls, folder: Path) -> Trained:
+        """What :meth:`Trainable.write` wrote, or a result that does not say: told by the files."""
+        if (folder / _NOTE).is_file():
+            return cls.from_dict(read_json(folder / _NOTE, _NOTE_SCHEMA))
+        config = folder / _ADAPTER[0]
+        if not config.is_file():
+            return cls("entries")
+        return cls(str(json.loads(config.read_text(encoding="utf-8"))["peft_type"]).lower())
+
+    def files(self, folder: Path) -> list[str]:
+        """Names of their files in ``folder``.
+
+        Raises:
+            InputError: if they are not there.
+        """
+        names = _ADAPTER if self.is_adapter else (_ENTRIES,)
+        present = [name for name in names if (folder / name).is_file()]
+        if len(present) < (2 if self.is_adapter else 1):
+            what = "adapter" if self.is_adapter else _ENTRIES
+            raise InputError(
+                f"{folder} does not hold the trained tensors of this result (its {what}) any more: "
+                "run the transfer again."
+            )
+        return present
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Trained:
+        """Rebuild what :meth:`to_dict` returned."""
+        return cls(**content)
 
 
 @dataclass(frozen=True)
@@ -52,6 +114,8 @@ class Trainable:
         from peft import get_peft_model
 
         copy = model.clone()
+        # PEFT writes this into the adapter's configuration as the base to load it with.
+        cast(Any, copy.hf).name_or_path = _checkpoint(model)
         # Some adapters begin at random.
         with torch.random.fork_rng(), warnings.catch_warnings():
             # PEFT asks transformers by a name that is about to change; nothing for users to do.
@@ -94,10 +158,19 @@ class Trainable:
                 parameter.copy_(state[name])
 
     def write(self, folder: Path) -> None:
-        """Write the trained tensors: PEFT's files of an adapter, or entries of the weights."""
+        """Write the trained tensors: PEFT's files of an adapter, or entries of the weights.
+
+        A note beside them, which :meth:`Trained.found` reads, says what they are.
+        """
         if self.adapter is not None:
             self.adapter.save_pretrained(str(folder))
-            return
+            kind = str(self.adapter.peft_config["default"].peft_type.value).lower()
+        else:
+            self._write_entries(folder)
+            kind = "entries"
+        write_json(folder / _NOTE, _NOTE_SCHEMA, Trained(kind, self.model.origin).to_dict())
+
+    def _write_entries(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
         for name, mask in (self.masks or {}).items():
             whole = bool(mask.all())
@@ -110,22 +183,32 @@ class Trainable:
     def merged(self) -> HookedModel:
         """Return the plain model that this has become; the adapter is gone afterwards."""
         if self.adapter is None:
+            self.model.origin = "adapted"
             return self.model
         plain = self.adapter.merge_and_unload()
         for parameter in plain.parameters():
             parameter.requires_grad_(True)
-        return HookedModel(plain, self.model._tokenizer, self.model.name)
+        return HookedModel(plain, self.model._tokenizer, self.model.name, "adapted")
+
+
+def _checkpoint(model: HookedModel) -> str:
+    """Where just these weights can be loaded from; empty if nowhere, as far as we know."""
+    if model.origin == "folder":
+        # A relative one could be read as a name on the hub.
+        return str(Path(model.name).resolve())
+    return model.name if model.origin == "hub" else ""
 
 
 @torch.no_grad()
-def restore(model: HookedModel, folder: Path) -> HookedModel:
+def restore(model: HookedModel, folder: Path, trained: Trained) -> HookedModel:
     """Apply what :meth:`Trainable.write` wrote to a copy of ``model``.
 
     Raises:
-        InputError: if the folder holds no trained tensors.
+        InputError: if the folder does not hold ``trained``.
     """
+    trained.files(folder)
     copy = model.clone()
-    if (folder / "adapter_config.json").is_file():
+    if trained.is_adapter:
         from peft import PeftModel
 
         import circuitlens.adapt.headslice  # noqa: F401  (makes its method known to PEFT)
@@ -143,4 +226,4 @@ def restore(model: HookedModel, folder: Path) -> HookedModel:
         elif not kind:
             where = tensors[f"{name}:where"].to(model.device)
             parameters[name][where] = values.to(parameters[name])
-    return copy
+    return Trainable(copy).merged()

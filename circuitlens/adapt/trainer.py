@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,15 @@ from transformers import Trainer, TrainerCallback
 from circuitlens.adapt.options import rank
 from circuitlens.adapt.parts import AsIs, Part, Parts
 from circuitlens.batch import Batch
+from circuitlens.errors import NotFiniteError
 from circuitlens.evaluation import predict, summarise
 from circuitlens.model import HookedModel
 from circuitlens.storage import read_tensors, write_tensors
 from circuitlens.tasks import Encoded
 
 __all__ = ["KeepBest", "LabelTokenTrainer", "put", "trained"]
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = "circuitlens.checkpoint-weights/1"
 _BEST = "circuitlens.checkpoint-best/1"
@@ -104,14 +108,24 @@ class LabelTokenTrainer(Trainer):
         return losses @ inputs["weights"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Accuracy and margin on validation; every process does it for itself."""
+        """Accuracy and margin on validation; every process does it for itself.
+
+        Where the model has diverged, training ends, and there is nothing to compare.
+        """
         assert self._validation is not None
         training = self._hooked.hf.training
         self._hooked.hf.eval()
-        result = summarise(
-            predict(self._hooked, self._validation), torch.tensor(self._validation.gold)
-        )
-        self._hooked.hf.train(training)
+        try:
+            logits = predict(self._hooked, self._validation)
+        except NotFiniteError as error:
+            logger.warning("Training stops: %s", error)
+            self.control.should_training_stop = True
+            # Nobody could go on from there.
+            self.control.should_save = False
+            return {}
+        finally:
+            self._hooked.hf.train(training)
+        result = summarise(logits, torch.tensor(self._validation.gold))
         metrics = {"eval_accuracy": result.accuracy, "eval_margin": result.margin}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

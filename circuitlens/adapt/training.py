@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from circuitlens.adapt.checkpoints import Checkpoints
-from circuitlens.adapt.masking import masked_adamw, only_selected_train
+from circuitlens.adapt.masking import all_train, masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.precision import in_float32
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest, LabelTokenTrainer
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, NotFiniteError
 from circuitlens.model import HookedModel
 from circuitlens.progress import interactive
 from circuitlens.tasks import Encoded
@@ -62,15 +63,23 @@ def train(
     Raises:
         InputError: if ``checkpoints`` holds those of another training, or the processes share the
             model out (FSDP, DeepSpeed).
+        NotFiniteError: if training diverges before there is anything to keep.
     """
     _refuse_sharding()
     masks = None if trainable is None else trainable.masks
-    freeze = nullcontext() if masks is None else only_selected_train(model.hf, masks)
-    with _own_randomness(), freeze, tempfile.TemporaryDirectory() as scratch:
+    with (
+        _own_randomness(),
+        _what_trains(model, trainable),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         steps_per_epoch = -(-len(data) // options.batch_size)
         warmup_steps = round(options.warmup * options.epochs * steps_per_epoch)
         keeper = KeepBest(model, options.patience, -(-warmup_steps // steps_per_epoch))
-        kept = None if checkpoints is None else Checkpoints(checkpoints, model, data, options)
+        kept = (
+            None
+            if checkpoints is None
+            else Checkpoints(checkpoints, model, data, validation, options, trainable)
+        )
         if kept is not None and (log := kept.finished()) is not None:
             return log
         optimizer = (
@@ -126,6 +135,7 @@ def train(
             _undo_autocast(trainer)
         else:
             logger.info("%s had stopped early already.", checkpoints)
+        _refuse_divergence(keeper, validation, options)
         keeper.restore()
         log = TrainingLog(tuple(keeper.history), keeper.best or {}, n_steps, keeper.seconds)
         if kept is not None and trainer.args.should_save:
@@ -133,6 +143,33 @@ def train(
     model.hf.eval()
     model.hf.zero_grad(set_to_none=True)
     return log
+
+
+@contextmanager
+def _what_trains(model: HookedModel, trainable: Trainable | None) -> Iterator[None]:
+    """Freeze the rest; weights of the model's own are trained in float32."""
+    if trainable is not None and trainable.masks is None:
+        yield  # PEFT has frozen the model, and adapters are float32 whatever it is.
+        return
+    masks = None if trainable is None else trainable.masks
+    which = all_train(model.hf) if masks is None else only_selected_train(model.hf, masks)
+    with in_float32(model.hf), which:
+        yield
+
+
+def _refuse_divergence(
+    keeper: KeepBest, validation: Encoded | None, options: TrainingOptions
+) -> None:
+    diverged = (
+        not all(bool(p.isfinite().all()) for p in keeper.parameters.values())
+        if validation is None
+        else keeper.best is None
+    )
+    if diverged:
+        raise NotFiniteError(
+            f"Training at the rate {options.learning_rate:g} diverged (NaN or infinity): give a "
+            "lower learning rate."
+        )
 
 
 def _refuse_sharding() -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,20 +23,29 @@ from circuitlens.adapt.retention import (
     Retained,
     circuit_shift,
     evaluate_all,
+    retained_tasks,
     weight_drift,
 )
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, NotFiniteError
 from circuitlens.evaluation import Evaluation, predict, summarise
 from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
+from circuitlens.scorers import scorer
 from circuitlens.scores import HeadScores
 from circuitlens.tasks import Encoded, Task
 
-__all__ = ["DEFAULT_RATES", "check_circuit", "training_options", "transfer"]
+__all__ = [
+    "DEFAULT_RATES",
+    "check_circuit",
+    "check_kv_policy",
+    "check_scores",
+    "training_options",
+    "transfer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +63,11 @@ def transfer(
     strategy: str = "circuit",
     scores: HeadScores | None = None,
     source: Task | None = None,
-    retain: Sequence[Task] = (),
+    retain: Sequence[Task | str] = (),
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
     rediscover: bool = False,
-    learning_rates: Sequence[float] = DEFAULT_RATES,
+    learning_rates: Iterable[float] = DEFAULT_RATES,
     epochs: int = 10,
     batch_size: int = 16,
     weight_decay: float = 0.0,
@@ -81,7 +90,7 @@ def transfer(
         scores: of all heads; needed by ``near-zero``, ``circuit-lora``, ``auto`` and
             ``rediscover``.
         source: where retention is measured; by default the task that ``task`` was made from.
-        retain: further tasks or languages on which retention is measured.
+        retain: further tasks, or languages of this one, on which retention is measured.
         replay: mix this many source examples (pool A) per target example into the training data.
         kv_policy: under grouped-query attention, train the key/value head that a chosen query
             head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
@@ -99,10 +108,15 @@ def transfer(
         quiet: no progress bar.
 
     Raises:
-        InputError: for an unknown strategy, missing scores, or a circuit of another model.
+        InputError: for an unknown strategy, missing scores, or a circuit or scores of another
+            model.
+        NotFiniteError: if training diverges at every learning rate. One rate that diverges is
+            left out, with a warning in the log.
     """
     how = strategy_of("circuit" if strategy == AUTO else strategy)
     check_circuit(model, circuit)
+    check_scores(model, scores)
+    check_kv_policy(kv_policy)
     options = training_options(
         learning_rates,
         replay,
@@ -120,11 +134,18 @@ def transfer(
         raise InputError(
             "Replay, gradual training and rediscovery need the source task: pass source=…."
         )
-    if rediscover and scores is None:
-        raise InputError("rediscover compares with the scores before the transfer: pass scores=….")
+    if rediscover:
+        if scores is None:
+            raise InputError(
+                "rediscover compares with the scores before the transfer: pass scores=…."
+            )
+        scorer(scores.method)  # a rule set of one's own has no name to find it by
+    others = retained_tasks(task, source, retain)
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
     choice = Choice(circuit, scores, seed, kv_policy, data.label_tokens)
+    # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
+    stages = _stages(model, data, source, how.gradual, replay, seed)
     decision: Decision | None = None
     if strategy == AUTO:
         middle = sorted(options, key=lambda option: option.learning_rate)[len(options) // 2]
@@ -133,12 +154,10 @@ def transfer(
         )
         how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
     heads = how.choose(choice)
-    others = [source, *retain] if source else list(retain)
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
 
     trainable = how.make(model, choice, heads)
-    stages = _stages(model, data, source, how.gradual, replay, seed)
     seconds = decision.seconds if decision else 0.0
     tried: list[tuple[TrainingLog, float]] = []
     initial = trainable.state()
@@ -147,20 +166,29 @@ def transfer(
     for option in progress(options, label, quiet=quiet):
         trainable.load(initial)
         per_stage = replace(option, epochs=max(1, epochs // len(stages)))
-        for n, stage in enumerate(stages):
-            log = train(
-                trainable.model,
-                stage,
-                validation,
-                per_stage,
-                trainable=trainable,
-                checkpoints=kept and kept / f"rate-{option.learning_rate:g}" / f"stage-{n}",
-                quiet=True,
-            )
-            seconds += log.seconds
+        try:
+            for n, stage in enumerate(stages):
+                log = train(
+                    trainable.model,
+                    stage,
+                    validation,
+                    per_stage,
+                    trainable=trainable,
+                    checkpoints=kept and kept / f"rate-{option.learning_rate:g}" / f"stage-{n}",
+                    quiet=True,
+                )
+                seconds += log.seconds
+        except NotFiniteError as error:
+            logger.warning("%s: %s", label, error)
+            continue
         if not tried or rank(log.best) > max(rank(earlier.best) for earlier, _ in tried):
             best = trainable.state()
         tried.append((log, option.learning_rate))
+    if not tried:
+        rates = ", ".join(f"{option.learning_rate:g}" for option in options)
+        raise NotFiniteError(
+            f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
+        )
     trainable.load(best)
     log, rate = max(tried, key=lambda pair: rank(pair[0].best))
     n_trainable = trainable.n_entries
@@ -171,12 +199,15 @@ def transfer(
     target_after, target_right = _measure(adapted, task, quiet)
     after = evaluate_all(adapted, others, quiet=quiet)
     retained = tuple(
-        Retained(f"{t.name}/{t.language}", b, a)
-        for t, b, a in zip(others, before, after, strict=True)
+        Retained(t.full_name, b, a) for t, b, a in zip(others, before, after, strict=True)
     )
     shift = None
     if rediscover and source is not None and scores is not None:
-        shift = circuit_shift(adapted, source, circuit, scores, quiet=quiet)
+        try:
+            shift = circuit_shift(adapted, source, circuit, scores, quiet=quiet)
+        except InputError as error:
+            # The adapted model may have forgotten a label; what was trained is worth keeping.
+            logger.warning("%s: the circuit could not be searched anew: %s", label, error)
     logger.info(
         "%s: %s test accuracy %.3f -> %.3f at rate %g.",
         strategy,
@@ -187,7 +218,7 @@ def transfer(
     )
     settings = {
         **options[0].to_dict(),
-        "learning_rate": list(learning_rates),
+        "learning_rate": [option.learning_rate for option in options],
         "replay": replay,
         "kv_policy": kv_policy,
     }
@@ -223,32 +254,66 @@ def transfer(
 
 
 def training_options(
-    learning_rates: Sequence[float], replay: float, **settings: Any
+    learning_rates: Iterable[float] | float, replay: float, **settings: Any
 ) -> list[TrainingOptions]:
     """Options for every rate, each once.
 
     Raises:
         InputError: for settings that no transfer could work with.
     """
-    if not learning_rates:
+    if isinstance(learning_rates, float | int):
+        raise InputError(f"learning_rates is a list: give [{learning_rates:g}].")
+    rates = list(dict.fromkeys(map(float, learning_rates)))
+    if not rates:
         raise InputError("Give at least one learning rate.")
     if replay < 0:
         raise InputError(f"replay is a number of source examples per target's, not {replay}.")
-    return [
-        TrainingOptions(learning_rate=rate, **settings) for rate in dict.fromkeys(learning_rates)
-    ]
+    return [TrainingOptions(learning_rate=rate, **settings) for rate in rates]
 
 
 def check_circuit(model: HookedModel, circuit: Circuit) -> None:
-    """Refuse a circuit of a model with another number of layers or heads.
+    """Refuse a circuit of a model with another number of layers or heads, or without any head.
 
     Raises:
         InputError: naming both sizes.
     """
+    if not len(circuit):
+        raise InputError(
+            "The circuit has no heads, so there is nothing to train: choose some with scores.top, "
+            "or a lower threshold."
+        )
     if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
         raise InputError(
             f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
             f"{model.name} has {model.geometry.n_layers} × {model.geometry.n_heads}."
+        )
+
+
+def check_scores(model: HookedModel, scores: HeadScores | None) -> None:
+    """Refuse scores of a model with another number of layers or heads.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    if scores is None:
+        return
+    size = (model.geometry.n_layers, model.geometry.n_heads)
+    if tuple(scores.mean.shape) != size:
+        raise InputError(
+            f"The scores are of a model with {' × '.join(map(str, scores.mean.shape))} heads, but "
+            f"{model.name} has {' × '.join(map(str, size))}."
+        )
+
+
+def check_kv_policy(kv_policy: str) -> None:
+    """Refuse a misspelt policy, also where a strategy does not need one.
+
+    Raises:
+        InputError: naming those there are.
+    """
+    if kv_policy not in get_args(KVPolicy):
+        raise InputError(
+            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
         )
 
 
@@ -263,11 +328,31 @@ def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, t
 def _stages(
     model: HookedModel, data: Encoded, source: Task | None, gradual: bool, replay: float, seed: int
 ) -> list[Encoded]:
-    """Training data of each stage: the target's, with some of the source's mixed in."""
+    """Training data of each stage: the target's, with some of the source's mixed in.
+
+    Raises:
+        InputError: if replay asks for more than there is, or for less than one example.
+    """
     shares = [replay + share for share in (_GRADUAL if gradual else (0.0,))]
     if source is None or not any(shares):
         return [data]
     old = source.encode(model, source["pool_a"])
+    _check_replay(replay, len(data), len(old))
     order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).tolist()
+    # What gradual adds of its own nobody asked for in numbers: it goes as far as pool A does.
     counts = [min(len(old), round(share * len(data))) for share in shares]
     return [data + old.take(order[:count]) for count in counts]
+
+
+def _check_replay(replay: float, n_target: int, n_source: int) -> None:
+    wanted = round(replay * n_target)
+    if wanted > n_source:
+        raise InputError(
+            f"replay={replay:g} of {n_target} target examples asks for {wanted} source examples, "
+            f"but pool A has {n_source}: choose at most {n_source / n_target:g}."
+        )
+    if replay > 0 and n_target and not wanted:
+        raise InputError(
+            f"replay={replay:g} of {n_target} target examples rounds to no source example: choose "
+            f"more than {0.5 / n_target:g}, or 0 for none."
+        )

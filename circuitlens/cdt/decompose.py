@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.decomposition import (
     Decomposition,
     check_heads,
@@ -20,7 +21,7 @@ from circuitlens.cdt.decomposition import (
 from circuitlens.cdt.difference import FrozenNetwork, Source
 from circuitlens.cdt.hsu2024 import decompose_published
 from circuitlens.cdt.rules import RULES, RuleSet
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_choice
 from circuitlens.geometry import Head
 from circuitlens.hooks import recording
 from circuitlens.means import NodeMeans
@@ -36,8 +37,8 @@ def decompose(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
     sources: Sequence[Sequence[tuple[Head | MLP, int | None]]],
-    means: Float[Tensor, "layer pos head d_head"],
-    rules: str | RuleSet = "hsu2024",
+    means: Float[Tensor, "layer pos head d_head"] | MeanBaseline,
+    rules: str | RuleSet = "cdt",
     targets: Sequence[tuple[Head, int]] | None = None,
     *,
     mlp_means: Float[Tensor, "layer pos d_model"] | None = None,
@@ -47,9 +48,9 @@ def decompose(
 ) -> Decomposition:
     """Decompose logits and activations into what stems from sources (β) and what does not (γ).
 
-    At a source γ is the mean and β the deviation from it. ``"hsu2024"`` carries both through the
-    network by the published rules (Hsu et al. 2024, arXiv 2407.00886); a rule set carries β by
-    difference or secant through the network with some parts frozen (:data:`circuitlens.RULES`). The
+    At a source γ is the mean and β the deviation from it. A rule set carries β by difference or
+    secant through the network with some parts frozen (:data:`circuitlens.RULES`); ``"hsu2024"``
+    carries both through the network by the published rules (Hsu et al. 2024, arXiv 2407.00886). The
     result has the model's type; by the published rules float32 at least, because in 16 bits TOL is
     lost and the norms' E[x²] − E[x]² cancels.
 
@@ -58,11 +59,12 @@ def decompose(
         tokens: prompts of one length; padding would be read as text.
         sources: source sets; each is decomposed by itself. A set lists (node, position) pairs;
             position ``None`` stands for all, and negative ones count from the end. Under an
-            empty set nothing is relevant. MLPs need a rule set and ``mlp_means``.
-        means: mean output z of every head at every position.
-        rules: ``"hsu2024"``, the name of a rule set, or a rule set of your own.
+            empty set nothing is relevant. MLPs need a rule set and their means.
+        means: mean output z of every head at every position, or a baseline, which has means of
+            MLPs too.
+        rules: the name of a rule set, a rule set of your own, or ``"hsu2024"``.
         targets: (head, position) pairs; their z is recorded after sources were set there.
-        mlp_means: mean output of every MLP at every position.
+        mlp_means: mean output of every MLP at every position, in the place of a baseline's.
         hooks: names of hooks whose activations are decomposed too (rule sets only); ``"all"`` is
             the residual stream entering each layer, z, what attention and MLPs write, activations,
             and the input of the unembedding.
@@ -72,15 +74,13 @@ def decompose(
         quiet: no progress bar.
 
     Raises:
-        InputError: if the rules are unknown, the model lacks a head, position, token or hook, or
-            the means have another shape than the nodes' outputs.
+        InputError: if the rules are unknown, the model lacks a head, position, token or hook, the
+            means have another shape than the nodes' outputs or are of another model, or an MLP is
+            a source without means of MLPs.
         UnsupportedModelError: if the published rules do not know the model's maps.
     """
-    if isinstance(rules, str) and rules not in ("hsu2024", *RULES):
-        raise InputError(
-            f"There are no rules {rules!r}; known are 'hsu2024' and the rule sets "
-            f"{', '.join(RULES)}."
-        )
+    if not isinstance(rules, RuleSet):
+        check_choice("rules", rules, (*RULES, "hsu2024"))
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, but is {batch_size}.")
     if rules == "hsu2024":
@@ -89,15 +89,35 @@ def decompose(
                 "rules='hsu2024' decompose logits and heads only: leave hooks and mlp_means out, "
                 "or choose a rule set such as 'cdt'."
             )
-        return decompose_published(model, tokens, sources, means, targets, batch_size, quiet)
+        heads, _ = _node_means(model, tokens, means)
+        return decompose_published(model, tokens, sources, heads, targets, batch_size, quiet)
     chosen = RULES[rules] if isinstance(rules, str) else rules
     if chosen.activation == "gradient":
         raise InputError(
             f"The rule set {chosen.name!r} takes gradients, which give relevances but no "
             "decomposition of activations: use one by difference or secant."
         )
+    heads, mlps = _node_means(model, tokens, means)
+    if mlp_means is not None:
+        mlps = mlp_means
     return _frozen(
-        model, tokens, sources, means, chosen, targets, mlp_means, hooks, RowBudget(batch_size)
+        model, tokens, sources, heads, chosen, targets, mlps, hooks, RowBudget(batch_size)
+    )
+
+
+def _node_means(
+    model: HookedModel, tokens: Tensor, means: Tensor | MeanBaseline
+) -> tuple[Tensor, Tensor | None]:
+    """Means of heads and, if known, of MLPs at every position of the prompts."""
+    if not isinstance(means, MeanBaseline):
+        return means, None
+    means.check_model(model)
+    check_tokens(model, tokens)
+    nodes, layers = means.means(), range(model.geometry.n_layers)
+    like = nodes.heads.new_zeros(1, tokens.shape[1])
+    return (
+        torch.stack([nodes.of_heads(layer, like) for layer in layers]),
+        torch.stack([nodes.of_mlp(layer, like) for layer in layers]),
     )
 
 
@@ -126,6 +146,12 @@ def _frozen(
         means.to(model.device), None if mlp_means is None else mlp_means.to(model.device)
     )
     sets = [check_nodes(model, s, n_pos, "source") for s in sources]
+    mlps = [node for s in sets for node, _ in s if isinstance(node, MLP)]
+    if mlps and mlp_means is None:
+        raise InputError(
+            f"The source {mlps[0]} is an MLP, but the means are those of heads only: give "
+            "mlp_means= too, or a baseline as means (cl.label_balanced_mean)."
+        )
     sites = check_heads(model, targets or (), n_pos, "target")
     names = _default_hooks(model) if hooks == "all" else tuple(hooks)
     if unknown := [name for name in names if name not in model.bridge.hook_dict]:

@@ -33,7 +33,7 @@ _TOLERANCE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decomposition:
     """β and the total of logits, of head outputs and of other activations, for every source set.
 
@@ -58,7 +58,14 @@ class Decomposition:
         default_factory=dict
     )
     activations: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
-    _real: Callable[[], Mapping[str, Tensor]] = field(default=dict, repr=False, compare=False)
+    _real: Callable[[], Mapping[str, Tensor]] = field(default=dict)
+
+    def __repr__(self) -> str:
+        n_sets, n_prompts, n_tokens = self.relevant.shape
+        return (
+            f"Decomposition({n_sets} source sets on {n_prompts} prompts: logits of {n_tokens} "
+            f"tokens, {self.target_total.shape[2]} targets, {len(self.activations)} activations)"
+        )
 
     @property
     def irrelevant(self) -> Float[Tensor, "source batch d_vocab"]:

@@ -207,7 +207,8 @@ def _check_supported(hf: PreTrainedModel) -> None:
     # A subclass may make something else of the same weights.
     if type(hf) is not GPT2LMHeadModel:
         raise UnsupportedModelError(
-            f"{type(hf).__name__} cannot be decomposed: {needs}; use cl.relevance instead."
+            f"{type(hf).__name__} cannot be decomposed by the published rules: {needs}; choose "
+            "rules='cdt' (in cl.relevance method='cdt')."
         )
     kinds: dict[str, type[nn.Module]] = {
         "transformer.wte": nn.Embedding,

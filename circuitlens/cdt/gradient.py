@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +28,7 @@ from circuitlens.cdt.operating_point import frozen_routing, frozen_scales
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import activation_sites, capped_labels, secant, site_hooks
+from circuitlens.errors import check_choice
 from circuitlens.families import ActivationSite
 from circuitlens.hooks import Hook, then
 from circuitlens.means import NodeMeans
@@ -148,7 +149,11 @@ def relevance_by_gradient(
         mlps: MLPs are nodes too.
         by_position: return the relevance of every head at every single position too.
         path: ``"total"`` or ``"direct"`` (module docstring).
+
+    Raises:
+        InputError: for another path.
     """
+    check_choice("path", path, get_args(Path))
     where = batch.mask(positions)
     hold = where if path == "direct" else None
     run = LinearisedRun(model, batch, rules, mlps=mlps, hold=hold)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from circuitlens.errors import InputError, check_choice
 
 __all__ = ["RULES", "RuleSet"]
+
+
+Activation = Literal["difference", "gradient", "secant"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,26 @@ class RuleSet:
     By ``difference``, β at the output is the clean output minus that of the network with the
     source patched and the frozen parts held. By ``gradient`` or ``secant`` β is linear in the
     source, so one backward pass gives all sources.
+
+    A name that scorers have already (:data:`circuitlens.METHODS`) is refused where the rules are
+    used, unless they are those of that name.
+
+    Raises:
+        InputError: for an activation other than these, or a field of another type.
     """
 
     name: str
     freeze_patterns: bool
     freeze_scales: bool
-    activation: Literal["difference", "gradient", "secant"]
+    activation: Activation
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.activation, get_args(Activation))
+        if not (isinstance(self.name, str) and self.name):
+            raise InputError(f"The name of a rule set is a text, but is {self.name!r}.")
+        for part in ("freeze_patterns", "freeze_scales"):
+            if not isinstance(value := getattr(self, part), bool):
+                raise InputError(f"{part} of a rule set is True or False, but is {value!r}.")
 
 
 # `ablation` freezes nothing: the difference is then exact mean ablation. `attribution` is its

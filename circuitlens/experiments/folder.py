@@ -42,9 +42,8 @@ class Key(NamedTuple):
 class CellFolder:
     """Cells on disk. A file that is there is whole: it was written elsewhere and renamed."""
 
-    def __init__(self, path: Path, languages: tuple[str, ...]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.languages = languages
 
     @classmethod
     def open(
@@ -70,7 +69,7 @@ class CellFolder:
                     "another out."
                 )
             write_json(file, _GRID, {"settings": settings, "languages": languages})
-            return cls(path, tuple(languages))
+            return cls(path)
         stored = read_json(file, _GRID)
         # What is null (scores that were not given) no finished cell depends on.
         given = {name: value for name, value in settings.items() if value is not None}
@@ -91,7 +90,7 @@ class CellFolder:
         }
         if grown != stored:
             write_json(file, _GRID, grown)
-        return cls(path, tuple(grown["languages"]))
+        return cls(path)
 
     def _file(self, key: Key, kind: str = "") -> Path:
         # No two names may meet in one file.
@@ -129,8 +128,13 @@ class CellFolder:
                 cell = read_json(file, _CELL)
                 cells[Key(cell["target_language"], cell["strategy"], cell["seed"])] = cell
 
+        # Read anew: another process may have added languages.
+        languages = list(read_json(self.path / "grid.json", _GRID)["languages"])
+
         def place(key: Key) -> tuple[int, tuple[int, str], Key]:
-            return self.languages.index(key.language), place_of(key.strategy), key
+            known = key.language in languages
+            where = languages.index(key.language) if known else len(languages)
+            return where, place_of(key.strategy), key
 
         return Comparison(
             tuple(cells[key] for key in sorted(cells, key=place)),

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from circuitlens.adapt.retention import retained_tasks
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
 from circuitlens.adapt.transfer import (
     DEFAULT_RATES,
     check_circuit,
+    check_kv_policy,
+    check_scores,
     training_options,
     transfer,
 )
@@ -43,11 +47,11 @@ def compare(
     languages: Sequence[str],
     *,
     strategies: Sequence[str] = ("circuit", "near-zero", "random", "norms", "lora", "full"),
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Iterable[int] = (0, 1, 2),
     scores: HeadScores | None = None,
     out: str | Path | None = None,
-    retain: Sequence[Task] = (),
-    learning_rates: Sequence[float] = DEFAULT_RATES,
+    retain: Sequence[Task | str] = (),
+    learning_rates: Iterable[float] = DEFAULT_RATES,
     epochs: int = 10,
     batch_size: int = 16,
     patience: int = 10,
@@ -72,7 +76,7 @@ def compare(
         scores: of all heads, for strategies that choose by them.
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
-        retain: further tasks or languages on which retention is measured.
+        retain: further tasks, or languages of this one, on which retention is measured.
         learning_rates, epochs, batch_size, patience, accumulation, bf16, replay, kv_policy: see
             :func:`circuitlens.transfer`.
         quiet: no progress bar.
@@ -84,6 +88,10 @@ def compare(
         InputError: for settings that no cell could work with, or other ones than those of the
             cells in ``out``; the message names the setting.
     """
+    for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
+        if isinstance(values, str | int):
+            raise InputError(f"{name} is a list: give [{values!r}].")
+    rates, seeds = [*learning_rates], [*map(operator.index, seeds)]
     for name, values in (("language", languages), ("strategy", strategies), ("seed", seeds)):
         if not values:
             raise InputError(f"Give at least one {name}.")
@@ -95,13 +103,15 @@ def compare(
         "accumulation": accumulation,
         "bf16": bf16,
     }
-    training_options(learning_rates, replay, **options)
-    if kv_policy not in get_args(KVPolicy):
-        raise InputError(
-            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
-        )
+    for seed in seeds:
+        training_options(rates, replay, **options, seed=seed)
+    check_kv_policy(kv_policy)
+    check_scores(model, scores)
     _check_strategies(strategies, circuit, scores)
-    _check_inputs(model, circuit, task, retain)
+    check_circuit(model, circuit)
+    others = retained_tasks(task, task, retain)[1:]
+    # Encoding one example checks the tokenizer and the label words.
+    task.encode(model, task["validation"][:1])
     tasks = {target.language: target for target in map(task.to, languages)}
     keys = [
         Key(language, strategy, seed)
@@ -116,8 +126,8 @@ def compare(
             "circuit": [str(head) for head in circuit],
             "scores": None if scores is None else digest(scores.per_example),
             "task": f"{task.full_name} {task.fingerprint()}",
-            "retain": [f"{other.full_name} {other.fingerprint()}" for other in retain],
-            "learning_rates": list(learning_rates),
+            "retain": [f"{other.full_name} {other.fingerprint()}" for other in others],
+            "learning_rates": [float(rate) for rate in rates],
             **options,
             "replay": replay,
             "kv_policy": kv_policy,
@@ -133,10 +143,10 @@ def compare(
                 tasks[key.language],
                 strategy=key.strategy,
                 scores=scores,
-                retain=retain,
+                retain=others,
                 replay=replay,
                 kv_policy=kv_policy,
-                learning_rates=learning_rates,
+                learning_rates=rates,
                 **options,
                 checkpoints=None if folder is None else folder.checkpoints(key),
                 seed=key.seed,
@@ -185,14 +195,3 @@ def _check_strategies(
                     f"The strategy {name!r} chooses by the heads' scores: pass scores=…, or leave "
                     "it out."
                 ) from error
-
-
-def _check_inputs(model: HookedModel, circuit: Circuit, task: Task, retain: Sequence[Task]) -> None:
-    check_circuit(model, circuit)
-    names = [other.full_name for other in (task, *retain)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(
-            f"Retention of {twice[0]} was asked for twice: the source task is always measured."
-        )
-    # Encoding one example checks the tokenizer and the label words.
-    task.encode(model, task["validation"][:1])

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from string import Formatter
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -24,9 +26,12 @@ from circuitlens.batch import Batch
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
 
-__all__ = ["Encoded", "encode", "label_tokens", "template_fields"]
+__all__ = ["Encoded", "encode", "label_tokens", "label_words", "template_fields"]
 
 logger = logging.getLogger(__name__)
+
+# A few long texts lose little; more than this share of all is worth interrupting a session for.
+_MANY_CUT = 0.05
 
 
 def template_fields(template: str) -> list[str]:
@@ -50,6 +55,40 @@ def template_fields(template: str) -> list[str]:
     return names
 
 
+def label_words(labels: Any) -> dict[str, str]:
+    """Check the answer words by label, and turn labels into strings, as data files have them.
+
+    Raises:
+        InputError: if they are no mapping, a label is empty or stands there twice, or a word is no
+            string.
+    """
+    if not isinstance(labels, Mapping):
+        raise InputError(
+            "labels must be a mapping from every label to its answer word, such as "
+            f"{{'negative': ' negative'}}, but is {labels!r}."
+        )
+    found: dict[str, str] = {}
+    for label, word in labels.items():
+        name = "" if label is None else str(label)
+        if not name.strip():
+            raise InputError(f"The label {label!r} of the word {word!r} is empty: give it a name.")
+        if name in found:
+            raise InputError(f"The label {name!r} stands in labels twice: remove one.")
+        if not isinstance(word, str):
+            raise InputError(
+                f"The answer word of the label {name!r} must be a string, such as "
+                f"{f' {name}'!r}, but is {word!r}."
+            )
+        found[name] = word
+    return found
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, but is {value!r}.")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Encoded examples, in the order given.
@@ -63,6 +102,7 @@ class Encoded:
         n_prefix: 1 if prompts begin with ``<s>`` or ``[CLS]``, else 0.
         n_suffix: tokens behind the decision position (1 for ``[SEP]``).
         n_truncated: how many texts lost their end.
+        groups: the group of every example (:class:`Example`); its id where none are given.
     """
 
     ids: tuple[str, ...]
@@ -73,9 +113,20 @@ class Encoded:
     n_prefix: int
     n_suffix: int
     n_truncated: int
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", self.ids)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return (
+            f"Encoded({len(self)} examples, {len(self.label_tokens)} labels, "
+            f"n_truncated={self.n_truncated})"
+        )
 
     def __add__(self, other: Encoded) -> Encoded:
         """These examples, then those.
@@ -94,6 +145,7 @@ class Encoded:
             tokens=self.tokens + other.tokens,
             gold=self.gold + other.gold,
             n_truncated=self.n_truncated + other.n_truncated,
+            groups=self.groups + other.groups,
         )
 
     def take(self, indices: Sequence[int]) -> Encoded:
@@ -103,6 +155,7 @@ class Encoded:
             ids=tuple(self.ids[i] for i in indices),
             tokens=tuple(self.tokens[i] for i in indices),
             gold=tuple(self.gold[i] for i in indices),
+            groups=tuple(self.groups[i] for i in indices),
         )
 
     def batch(self, indices: Sequence[int], device: torch.device | None = None) -> Batch:
@@ -122,15 +175,25 @@ class Encoded:
     def batches(
         self, batch_size: int, device: torch.device | None = None
     ) -> Iterator[tuple[Int[Tensor, " batch"], Batch]]:
-        """Yield batches of similar lengths, each with the indices of its examples."""
+        """Yield batches of similar lengths, each with the indices of its examples.
+
+        Raises:
+            InputError: if the size is not a whole number of at least 1.
+        """
+        # A negative step would yield nothing, and leave results as they were allocated.
+        batch_size = _whole(batch_size, "batch_size")
         order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             yield torch.tensor(chosen), self.batch(chosen, device)
 
     def n_batches(self, batch_size: int) -> int:
-        """How many batches :meth:`batches` yields."""
-        return -(-len(self) // batch_size)
+        """How many batches :meth:`batches` yields.
+
+        Raises:
+            InputError: if the size is not a whole number of at least 1.
+        """
+        return -(-len(self) // _whole(batch_size, "batch_size"))
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, masked: bool) -> tuple[list[int], list[int]]:
@@ -213,7 +276,7 @@ def encode(
     context: int | None = None,
     where: str = "examples",
 ) -> Encoded:
-    """Encode examples as prompts.
+    """Encode examples as prompts; the log says how many texts were cut, as a warning if many were.
 
     Args:
         examples: what to encode.
@@ -227,14 +290,13 @@ def encode(
         where: what to call the examples in the log.
 
     Raises:
-        InputError: for label words that are not one token, a template longer than the context, or
-            a missing mask token.
+        InputError: for label words that are not one token, a limit that is not a whole number of
+            at least 1, a template longer than the context, or a missing mask token.
     """
     tokens_of = label_tokens(tokenizer, template, words)
     before, behind = _frame(tokenizer, masked)
     fields = template_fields(template)
-    if max_text_tokens < 1:
-        raise InputError(f"max_text_tokens must be positive, but is {max_text_tokens}.")
+    limit = _whole(max_text_tokens, "max_text_tokens")
     if context is not None:
         empty = _ids(tokenizer, template.format(**dict.fromkeys(fields, "x")))
         bare = len(before) + len(empty) + len(behind)
@@ -244,8 +306,8 @@ def encode(
                 "shorten the template."
             )
         # Two tokens to spare: joining text and template can shift a token boundary.
-        max_text_tokens = min(max_text_tokens, context - bare - 2)
-        if max_text_tokens < 1:
+        limit = min(limit, context - bare - 2)
+        if limit < 1:
             raise InputError(
                 f"The prompt template takes {bare} tokens of the model's context of {context}, "
                 "which leaves none for the text: shorten the template."
@@ -255,13 +317,13 @@ def encode(
     for example in examples:
         texts = {name: example.fields[name] for name in fields}
         lengths = {name: len(_ids(tokenizer, text)) for name, text in texts.items()}
-        limits = _share_out(lengths, Counter(fields), max_text_tokens)
+        limits = _share_out(lengths, Counter(fields), limit)
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
         rows.append(tuple(before + _ids(tokenizer, template.format(**texts)) + behind))
     if truncated:
-        _report_truncation(where, truncated, len(examples), max_text_tokens)
+        _report_truncation(where, truncated, len(examples), limit, limit < max_text_tokens)
     index = {label: i for i, label in enumerate(words)}
     pad = tokenizer.pad_token_id
     return Encoded(
@@ -274,13 +336,27 @@ def encode(
         n_prefix=len(before),
         n_suffix=max(0, len(behind) - 1),
         n_truncated=truncated,
+        groups=tuple(e.group for e in examples),
     )
 
 
 @lru_cache(maxsize=256)
-def _report_truncation(where: str, truncated: int, total: int, limit: int) -> None:
+def _report_truncation(
+    where: str, truncated: int, total: int, limit: int, by_context: bool
+) -> None:
     # Cached, so that a pool that every stage encodes again is reported once.
-    logger.info("%s: %d of %d texts were cut to %d tokens.", where, truncated, total, limit)
+    logger.log(
+        logging.WARNING if truncated > _MANY_CUT * total else logging.INFO,
+        "%s: %d of %d texts were cut to %d tokens, so that what decides their labels may be gone: "
+        "%s.",
+        where,
+        truncated,
+        total,
+        limit,
+        "the model's context has no room for more, whatever max_text_tokens is; shorten the texts"
+        if by_context
+        else f"raise max_text_tokens={limit} to keep more",
+    )
 
 
 def _share_out(lengths: Mapping[str, int], uses: Mapping[str, int], limit: int) -> dict[str, int]:

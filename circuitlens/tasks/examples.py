@@ -13,15 +13,16 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from circuitlens.errors import InputError
 
-__all__ = ["Example", "Pool", "Pools", "split_pools"]
+__all__ = ["POOLS", "Example", "Pool", "Pools", "split_pools"]
 
 logger = logging.getLogger(__name__)
 
 Pool = Literal["pool_a", "pool_b", "validation", "test"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Pools:
     pool_b: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+
+    def __repr__(self) -> str:
+        return f"Pools({', '.join(f'{name}={len(getattr(self, name))}' for name in POOLS)})"
 
     def apart_from(self, other: Pools) -> Pools:
         """Leave out what stands on another side in ``other``, usually another language.

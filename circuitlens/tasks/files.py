@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from circuitlens.tasks.examples import Example
 __all__ = [
     "FileSource",
     "RecordSource",
+    "Rows",
     "dataset_records",
     "read_rows",
     "to_examples",
@@ -30,6 +32,8 @@ _SPLIT_NAMES = {
 }
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
+Rows = Iterable[Mapping[str, Any]] | pd.DataFrame
+
 
 def read_rows(
     path: Path, *, quoting: bool = True, columns: Sequence[str] | None = None
@@ -42,8 +46,9 @@ def read_rows(
         columns: names for a file without a header line.
 
     Raises:
-        InputError: if the file is missing, of another kind, or cannot be parsed; for a line of
-            CSV or TSV with more or fewer cells than the header, the line is named.
+        InputError: if the file is missing, of another kind, not in UTF-8, or cannot be parsed; if
+            a CSV or TSV file has two columns of one name, or a line with more or fewer cells than
+            the header (the line is named).
     """
     if not path.is_file():
         raise InputError(f"There is no data file {path}.")
@@ -52,7 +57,7 @@ def read_rows(
         if suffix in (".csv", ".tsv"):
             return _read_delimited(path, "," if suffix == ".csv" else "\t", quoting, columns)
         if suffix in (".jsonl", ".ndjson"):
-            frame = pd.read_json(path, lines=True, dtype=False)
+            frame = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
         elif suffix == ".parquet":
             frame = pd.read_parquet(path)
         else:
@@ -60,9 +65,15 @@ def read_rows(
             raise InputError(f"{path} is no data file of a known kind: give one of {known}.")
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"The data file {path} could not be read ({error}).") from error
     return cast(list[dict[str, Any]], frame.to_dict("records"))
+
+
+def _not_utf8(path: Path) -> InputError:
+    return InputError(f"The data file {path} is not in UTF-8: save it as UTF-8.")
 
 
 def _read_delimited(
@@ -78,6 +89,10 @@ def _read_delimited(
         )
         if reader.fieldnames is None:
             raise InputError(f"The data file {path} is empty.")
+        # UTF-16 without a mark at its beginning decodes as UTF-8, with zeros between the letters.
+        if any("\0" in name for name in reader.fieldnames):
+            raise _not_utf8(path)
+        _refuse_doubled(reader.fieldnames, str(path))
         rows: list[dict[str, Any]] = []
         for row in reader:
             if None in row or None in row.values():
@@ -88,6 +103,16 @@ def _read_delimited(
                 )
             rows.append(dict(row))
     return rows
+
+
+def _refuse_doubled(columns: Iterable[Any], where: str) -> None:
+    # Spreadsheets leave columns without a name at the end, which no field can mean.
+    counts = Counter(name for name in columns if name != "")
+    if doubled := [name for name, count in counts.items() if count > 1]:
+        raise InputError(
+            f"{where} has {counts[doubled[0]]} columns named {doubled[0]!r}: rename or remove all "
+            "but one."
+        )
 
 
 def to_examples(
@@ -105,10 +130,16 @@ def to_examples(
     Row numbers are shared by the languages of a parallel corpus, so its pools stay leak-safe.
 
     Raises:
-        InputError: naming a missing column and those that are there.
+        InputError: naming a missing column and those that are there, or a row that is no mapping
+            or has no id or no label.
     """
     examples: list[Example] = []
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(
+                f"Row {number + 1} of {where} is {row!r}, but must map column names to values, "
+                f"such as {{{fields[0]!r}: …, {label!r}: …}}."
+            )
         for column in (*fields, label, *(c for c in (id, group) if c)):
             if column not in row:
                 raise InputError(f"{where} has no column {column!r}; its columns are {list(row)}.")
@@ -120,21 +151,33 @@ def to_examples(
                 group=_cell(row[group]) if group else "",
             )
         )
-        if not examples[-1].id:
-            raise InputError(f"{where} has no {id!r} in row {number + 1}: every row needs one.")
+        for needed, value in ((id, examples[-1].id), (label, examples[-1].label)):
+            if not value:
+                raise InputError(
+                    f"{where} has no {needed!r} in row {number + 1}: every row needs one; fill it "
+                    "in or remove the row."
+                )
     return examples
 
 
 def _cell(value: Any) -> str:
-    """Text of a cell; what is missing (None, NaN) is empty, not the word for it."""
-    return "" if value is None or value != value else str(value).strip()
+    """Text of a cell; what is missing (None, NaN, NA) is empty, not the word for it."""
+    missing = pd.api.types.is_scalar(value) and pd.isna(value)
+    return "" if missing else str(value).strip()
+
+
+def _records(rows: Rows, where: str) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(rows, pd.DataFrame):
+        return rows
+    _refuse_doubled(rows.columns, where)
+    return cast(list[dict[str, Any]], rows.to_dict("records"))
 
 
 @dataclass(frozen=True)
 class RecordSource:
     """Records in memory: one language, with or without splits."""
 
-    records: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+    records: Rows | Mapping[str, Rows] = field(repr=False)
     fields: Sequence[str]
     label: str
     id: str | None
@@ -156,7 +199,7 @@ class RecordSource:
             if _SPLIT_NAMES[name] in splits:
                 raise InputError(f"{self.where} has two {_SPLIT_NAMES[name]} splits ({name}).")
             splits[_SPLIT_NAMES[name]] = to_examples(
-                rows,
+                _records(rows, where),
                 fields=self.fields,
                 label=self.label,
                 id=self.id,
@@ -254,7 +297,10 @@ class FileSource:
 
 
 def dataset_records(dataset: Any, label: str) -> Any:
-    """Turn a ``Dataset`` or ``DatasetDict`` into what from_records takes."""
+    """Turn a ``Dataset`` or ``DatasetDict`` into what from_records takes.
+
+    Labels that the data set withholds, such as those of a public test split, are ``None``.
+    """
     import datasets
 
     if isinstance(dataset, datasets.DatasetDict):
@@ -262,4 +308,8 @@ def dataset_records(dataset: Any, label: str) -> Any:
     feature = dataset.features.get(label)
     if not isinstance(feature, datasets.ClassLabel):
         return list(dataset)
-    return [{**row, label: feature.int2str(row[label])} for row in dataset]
+
+    def name(number: int | None) -> str | None:
+        return None if number is None or number < 0 else str(feature.int2str(number))
+
+    return [{**row, label: name(row[label])} for row in dataset]

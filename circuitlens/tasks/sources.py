@@ -15,7 +15,7 @@ from typing import Any
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
 from circuitlens.tasks.files import dataset_records, read_rows, to_examples
-from circuitlens.tasks.task import Source, Task
+from circuitlens.tasks.task import COLUMNS, OPTIONS, Source, Task, check_options
 
 __all__ = ["AmericasNLI", "NusaX", "SmSA", "Xnli", "load_task"]
 
@@ -31,6 +31,14 @@ def _pick(language: str, known: Mapping[str, str] | Sequence[str], what: str) ->
     raise InputError(
         f"{what} has no language {language!r}; it has {', '.join(sorted(set(names.values())))}."
     )
+
+
+def _refuse_foreign(languages: Sequence[str], folder: Path, what: str, holds: str) -> None:
+    """Say of a folder that is not the right one what it should hold, and not a list of nothing."""
+    if not languages:
+        raise InputError(
+            f"The data folder {folder} holds no language of {what}; it should hold {holds}."
+        )
 
 
 def _folder(path: str | Path, *, holds: str) -> Path:
@@ -71,6 +79,9 @@ _NUSAX_CODES = {
 }
 
 
+_NUSAX_LAYOUT = "<language>/train.csv, valid.csv and test.csv, such as indonesian/train.csv"
+
+
 @dataclass(frozen=True)
 class NusaX:
     """NusaX-Senti (Winata et al., EACL 2023): sentiment in 12 parallel languages.
@@ -88,12 +99,14 @@ class NusaX:
         names = sorted(_NUSAX_CODES.values())
         if self.folder is None:
             return names
-        folder = _folder(self.folder, holds="<language>/train.csv, valid.csv and test.csv")
+        folder = _folder(self.folder, holds=_NUSAX_LAYOUT)
         return [name for name in names if (folder / name).is_dir()]
 
     def resolve(self, language: str) -> str:
         """Accept names and ISO 639-3 codes."""
         have = self.languages
+        if self.folder is not None:
+            _refuse_foreign(have, self.folder, "NusaX", _NUSAX_LAYOUT)
         known = {name: name for name in have}
         known |= {code: name for code, name in _NUSAX_CODES.items() if name in have}
         return _pick(language, known, "NusaX")
@@ -209,6 +222,9 @@ _AMERICAS_CODES = {
 }
 
 
+_AMERICAS_LAYOUT = "dev/<code>.tsv and test/<code>.tsv, such as dev/quy.tsv"
+
+
 @dataclass(frozen=True)
 class AmericasNLI:
     """AmericasNLI (Ebrahimi et al., ACL 2022): inference in 10 parallel languages.
@@ -225,12 +241,13 @@ class AmericasNLI:
     @property
     def languages(self) -> Sequence[str]:
         """Codes of the languages that the folder holds."""
-        folder = _folder(self.folder, holds="dev/<code>.tsv and test/<code>.tsv")
+        folder = _folder(self.folder, holds=_AMERICAS_LAYOUT)
         return [c for c in _AMERICAS_CODES if (folder / "dev" / f"{c}.tsv").is_file()]
 
     def resolve(self, language: str) -> str:
         """Accept the codes of the data set and names."""
         have = self.languages
+        _refuse_foreign(have, self.folder, "AmericasNLI", _AMERICAS_LAYOUT)
         known = {code: code for code in have}
         known |= {name: code for code, name in _AMERICAS_CODES.items() if code in have}
         return _pick(language, known, "AmericasNLI")
@@ -409,10 +426,11 @@ def load_task(
         language: a name or a code; the default is the data set's usual source language.
         data: local folder of the data set; without it, NusaX and XNLI come from the hub.
         options: ``template``, ``labels``, ``seed``, ``share_a``, ``max_text_tokens``,
-            ``tokenizer`` (checks the label words at once).
+            ``tokenizer`` (checks the label words at once); for a file, also its columns, as
+            ``label``, ``id`` and ``group``.
 
     Raises:
-        InputError: for an unknown task or language (the known ones are listed), a missing
+        InputError: for an unknown task, language or option (the known ones are listed), a missing
             folder or file, or data that cannot be used.
     """
     known = _known()
@@ -420,11 +438,13 @@ def load_task(
         if Path(name).suffix or "{language}" in name or Path(name).is_dir():
             if data is not None:
                 raise InputError(f"{name} is a data file itself: leave data (--data) out.")
+            check_options(options, (*COLUMNS, *OPTIONS), name)
             return Task.from_file(name, language=language or "unnamed", **options)
         raise InputError(
             f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data "
             "file."
         )
+    check_options(options, OPTIONS, name)
     open_source, defaults, first = known[name]
     return Task.from_source(
         open_source(data), language or first, name=name, **{**defaults, **options}

@@ -15,19 +15,42 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
 from circuitlens.storage import digest
-from circuitlens.tasks.encoding import Encoded, encode, label_tokens, template_fields
-from circuitlens.tasks.examples import Example, Pool, Pools, split_pools
+from circuitlens.tasks.encoding import (
+    Encoded,
+    encode,
+    label_tokens,
+    label_words,
+    template_fields,
+)
+from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
 
 if TYPE_CHECKING:
     import datasets
 
     from circuitlens.model import HookedModel
+    from circuitlens.tasks.files import Rows
 
-__all__ = ["Source", "Task"]
+__all__ = ["COLUMNS", "OPTIONS", "Source", "Task", "check_options"]
 
 logger = logging.getLogger(__name__)
 
 Splits = Mapping[str, Sequence[Example]]
+
+# Keyword arguments that all tasks take, and those that tasks of records and files take besides.
+OPTIONS = ("template", "labels", "seed", "share_a", "max_text_tokens", "tokenizer")
+COLUMNS = ("label", "id", "group")
+
+
+def check_options(given: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Refuse a misspelt keyword argument before any data is read.
+
+    Raises:
+        InputError: naming it and those that there are.
+    """
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(
+            f"The task {where} takes no option {unknown[0]!r}; known are {', '.join(known)}."
+        )
 
 
 @runtime_checkable
@@ -58,7 +81,8 @@ class Task:
         name: name of the task or data set.
         language: language of the examples.
         template: prompt template; its fields are those of the examples.
-        labels: the word that answers the prompt, by label; one token each.
+        labels: the word that answers the prompt, by label; one token each. Labels are strings,
+            and what is given otherwise, such as a number, is turned into one.
         pools: pool A, pool B, validation and test.
         max_text_tokens: texts are cut beyond this many tokens.
         seed: seed of the pools.
@@ -78,6 +102,7 @@ class Task:
     origin: Task | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", label_words(self.labels))
         if len(self.labels) < 2:
             raise InputError(f"A task needs two labels or more, but has {list(self.labels)}.")
         fields = template_fields(self.template)
@@ -85,16 +110,31 @@ class Task:
             raise InputError(
                 f"The prompt template {self.template!r} has no field in braces for the text."
             )
-        for name in ("pool_a", "pool_b", "validation", "test"):
-            self._check(name, getattr(self.pools, name), fields)
+        for name in POOLS:
+            self._check(name, self[name])
 
-    def _check(self, pool: str, examples: Sequence[Example], fields: list[str]) -> None:
-        where = f"{self.name}/{self.language}, {pool}"
+    def _check(self, pool: str, examples: Sequence[Example]) -> None:
+        self._check_examples(examples, f"{self.full_name}, {pool}")
+        counts = Counter(example.label for example in examples)
+        if absent := [label for label in self.labels if not counts[label]]:
+            raise InputError(
+                f"No example has the label {absent[0]!r} in {pool} of {self.full_name} "
+                f"({len(examples)} examples): every class must occur in every pool; add examples, "
+                "or change seed or share_a."
+            )
+
+    def _check_examples(self, examples: Sequence[Example], where: str) -> None:
+        fields = template_fields(self.template)
         for example in examples:
             if missing := [name for name in fields if name not in example.fields]:
                 raise InputError(
                     f"Example {example.id} ({where}) has no field {missing[0]!r}, which the "
                     f"template {self.template!r} needs; it has {sorted(example.fields)}."
+                )
+            if other := [name for name in fields if not isinstance(example.fields[name], str)]:
+                raise InputError(
+                    f"Example {example.id} ({where}) has the {other[0]} "
+                    f"{example.fields[other[0]]!r}, which is no string: give its text."
                 )
             if empty := [name for name in fields if not example.fields[name].strip()]:
                 raise InputError(
@@ -105,13 +145,6 @@ class Task:
                     f"Example {example.id} ({where}) has the label {example.label!r}, which is "
                     f"none of {list(self.labels)}."
                 )
-        counts = Counter(example.label for example in examples)
-        if absent := [label for label in self.labels if not counts[label]]:
-            raise InputError(
-                f"No example has the label {absent[0]!r} in {pool} of {self.name}/"
-                f"{self.language} ({len(examples)} examples): every class must occur in every "
-                "pool; add examples, or change seed or share_a."
-            )
 
     # -- making tasks ----------------------------------------------------------------------
 
@@ -123,31 +156,30 @@ class Task:
         *,
         name: str,
         template: str,
-        labels: Mapping[str, str],
+        labels: Mapping[Any, str],
         seed: int = 0,
         share_a: float = 0.5,
         max_text_tokens: int = 96,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Task:
         """Make a task from a source of examples in several languages."""
+        words = label_words(labels)
         language = source.resolve(language)
         pools = split_pools(source.splits(language), seed=seed, share_a=share_a)
-        task = cls(
-            name, language, template, dict(labels), pools, max_text_tokens, seed, share_a, source
-        )
+        task = cls(name, language, template, words, pools, max_text_tokens, seed, share_a, source)
         if tokenizer is not None:
-            label_tokens(tokenizer, template, labels)
+            label_tokens(tokenizer, template, words)
         return task
 
     @classmethod
     def from_records(
         cls,
-        records: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+        records: Rows | Mapping[str, Rows],
         *,
         name: str = "records",
         language: str = "unnamed",
         template: str = "{text} label:",
-        labels: Mapping[str, str] | None = None,
+        labels: Mapping[Any, str] | None = None,
         label: str = "label",
         id: str | None = None,  # noqa: A002 (the column's usual name)
         group: str | None = None,
@@ -156,8 +188,9 @@ class Task:
         """Make a task from records in memory.
 
         Args:
-            records: mappings with the template's fields and a label; either one iterable (the
-                splits are made by id) or one by ``train``, ``validation``, ``test``.
+            records: mappings with the template's fields and a label, or a data frame with these
+                columns; either one (the splits are made by id) or one by ``train``,
+                ``validation``, ``test``.
             name, language: what to call it.
             template: prompt template; its fields are the names of the text columns.
             labels: answer word by label; by default a blank and the label itself.
@@ -166,10 +199,12 @@ class Task:
             options: ``seed``, ``share_a``, ``max_text_tokens``, ``tokenizer``.
 
         Raises:
-            InputError: for missing columns, unknown labels, empty texts, classes without example.
+            InputError: for missing columns, missing or unknown labels, empty texts, classes without
+                example, unknown options.
         """
         from circuitlens.tasks.files import RecordSource
 
+        check_options(options, ("name", "language", *COLUMNS, *OPTIONS), name)
         source = RecordSource(
             records,
             fields=template_fields(template),
@@ -179,7 +214,7 @@ class Task:
             where=name,
             language=language,
         )
-        words = labels or {value: f" {value}" for value in source.labels()}
+        words = {value: f" {value}" for value in source.labels()} if labels is None else labels
         return cls.from_source(
             source,
             language,
@@ -199,9 +234,13 @@ class Task:
                 :meth:`to` find the other languages.
             language: language of the examples.
             options: as of :meth:`from_records`.
+
+        Raises:
+            InputError: for files that cannot be read, and as :meth:`from_records`.
         """
         from circuitlens.tasks.files import FileSource
 
+        check_options(options, ("name", *COLUMNS, *OPTIONS), str(path))
         template = options.pop("template", "{text} label:")
         columns = {key: options.pop(key, None) for key in ("id", "group")}
         source = FileSource(
@@ -211,9 +250,9 @@ class Task:
             language=language,
             **columns,
         )
-        words = options.pop("labels", None) or {
-            value: f" {value}" for value in source.labels(language)
-        }
+        words = options.pop("labels", None)
+        if words is None:
+            words = {value: f" {value}" for value in source.labels(language)}
         name = options.pop("name", None) or _file_name(Path(path))
         return cls.from_source(
             source, language, name=name, template=template, labels=words, **options
@@ -269,8 +308,14 @@ class Task:
 
     # -- using tasks -----------------------------------------------------------------------
 
-    def __getitem__(self, pool: Pool) -> tuple[Example, ...]:
-        """Return the examples of a pool."""
+    def __getitem__(self, pool: Pool | str) -> tuple[Example, ...]:
+        """Return the examples of a pool.
+
+        Raises:
+            InputError: for an unknown name.
+        """
+        if pool not in POOLS:
+            raise InputError(f"There is no pool {pool!r}; known are {', '.join(POOLS)}.")
         examples: tuple[Example, ...] = getattr(self.pools, pool)
         return examples
 
@@ -287,8 +332,27 @@ class Task:
         """
         return (*self.pools.pool_b, *self.pools.validation)
 
-    def encode(self, model: HookedModel, examples: Sequence[Example]) -> Encoded:
-        """Encode examples for a model (see :mod:`circuitlens.tasks.encoding`)."""
+    def encode(self, model: HookedModel, examples: Sequence[Example] | Pool | str) -> Encoded:
+        """Encode examples, or the pool of that name, for a model.
+
+        See :mod:`circuitlens.tasks.encoding`.
+
+        Raises:
+            InputError: if there are no examples; for an unknown pool; for what is no example, or
+                one without a field that the template needs, or with a label that the task does
+                not have.
+        """
+        examples = self[examples] if isinstance(examples, str) else tuple(examples)
+        if not examples:
+            raise InputError(
+                f"There are no examples of {self.full_name} to encode: give one at least."
+            )
+        if other := [e for e in examples if not isinstance(e, Example)]:
+            raise InputError(
+                f"{other[0]!r} is no example of {self.full_name}: make one with "
+                "circuitlens.tasks.Example(id, fields, label)."
+            )
+        self._check_examples(examples, self.full_name)
         context = getattr(model.hf.config, "max_position_embeddings", None)
         if context is not None:
             # RoBERTa's first position ids belong to no token.
@@ -301,15 +365,15 @@ class Task:
             max_text_tokens=self.max_text_tokens,
             masked=not model.family.causal,
             context=context,
-            where=f"{self.name}/{self.language}",
+            where=self.full_name,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) of template, labels and all examples with their pools."""
         parts = [self.template, str(dict(self.labels)), str(self.max_text_tokens)]
-        for pool in ("pool_a", "pool_b", "validation", "test"):
+        for pool in POOLS:
             parts.append(pool)
-            for e in getattr(self.pools, pool):
+            for e in self[pool]:
                 parts += [e.id, *e.fields.values(), e.label]
         return digest(*parts)
 
@@ -317,14 +381,21 @@ class Task:
         """Return all examples as a data frame with their pool."""
         rows = [
             {"id": e.id, "pool": pool, **e.fields, "label": e.label}
-            for pool in ("pool_a", "pool_b", "validation", "test")
-            for e in getattr(self.pools, pool)
+            for pool in POOLS
+            for e in self[pool]
         ]
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{pool}={len(self[pool])}" for pool in POOLS)
+        return (
+            f"Task(name={self.name!r}, language={self.language!r}, labels={list(self.labels)}, "
+            f"{sizes})"
+        )
+
     def _repr_html_(self) -> str:
         counts = self.to_frame().groupby(["pool", "label"], sort=False).size().unstack()
-        title = html.escape(f"{self.name}/{self.language}: {self.template}")
+        title = html.escape(f"{self.full_name}: {self.template}")
         return f"<p><b>Task</b> {title}</p>{counts.to_html()}"
 
 

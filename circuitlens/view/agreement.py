@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
+from circuitlens.comparison import ScorerComparison
 from circuitlens.errors import InputError
 from circuitlens.geometry import Head
 from circuitlens.scores import HeadScores
@@ -22,7 +23,7 @@ _TITLE = 46
 
 
 def scorer_agreement(
-    scores: Sequence[HeadScores] | Mapping[str, HeadScores],
+    scores: Sequence[HeadScores] | Mapping[str, HeadScores] | ScorerComparison,
     reference: str = "ablation",
     title: str = "",
     *,
@@ -38,7 +39,7 @@ def scorer_agreement(
 
     Args:
         scores: of one model on the same examples, or a mapping from names to them; by default
-            they are named by their method.
+            they are named by their method. Those of a :func:`circuitlens.compare_scorers` will do.
         reference: name of the scores that the others are compared with; exact ablation.
         title: of the figure.
         columns: panels side by side, at most.
@@ -141,9 +142,11 @@ def scorer_agreement(
 
 
 def _named(
-    scores: Sequence[HeadScores] | Mapping[str, HeadScores], reference: str
+    scores: Sequence[HeadScores] | Mapping[str, HeadScores] | ScorerComparison, reference: str
 ) -> dict[str, HeadScores]:
     """Scores by name, checked."""
+    if isinstance(scores, ScorerComparison):
+        scores = scores.scores
     if isinstance(scores, Mapping):
         named = dict(scores)
     else:

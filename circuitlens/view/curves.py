@@ -40,12 +40,14 @@ def faithfulness_curve(
             empty one.
 
     Raises:
-        InputError: for another scale.
+        InputError: for another scale, or without any curve.
     """
     if scale not in ("linear", "log"):
         raise InputError(f"The scale is 'linear' or 'log', but is {scale!r}.")
     colours = look(mode)
     several = [curves] if isinstance(curves, FaithfulnessCurve) else list(curves)
+    if not several:
+        raise InputError("There is no curve to draw: give one at least.")
     first = several[0]
     start = 1 if scale == "log" else 0
     # One above the other: side by side, neither would have room in a paper's column.

@@ -134,7 +134,7 @@ def _run(source: Path, columns: int, mode: Mode) -> dict[str, Drawn]:
             )
         found |= _transfers(results, columns, mode)
         for result in results:
-            if result.heads:
+            if result.heads is not None:
                 name = _free(f"drift-{result.target_language}-{result.strategy}", found)
                 found[name] = Drawn(weight_drift(result, mode=mode), drift_frame(result))
     comparison = _comparison(source / "compare")
@@ -181,11 +181,12 @@ def _results(source: Path, targets: Sequence[str]) -> list[TransferResult]:
 
 
 def _comparison(folder: Path) -> Comparison | None:
-    if (folder / "grid.json").is_file():
+    tables = (folder / "comparison.json").is_file()
+    if (folder / "grid.json").is_file() and ((folder / "cells").is_dir() or not tables):
         # The cells, since the tables are written at the end only. Nothing is asked of the
         # settings, so nothing is changed.
         return CellFolder.open(folder, {}, {}).comparison()
-    return Comparison.load(folder) if (folder / "comparison.json").is_file() else None
+    return Comparison.load(folder) if tables else None
 
 
 def _transfers(results: Results, columns: int, mode: Mode) -> dict[str, Drawn]:

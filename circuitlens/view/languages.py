@@ -40,10 +40,10 @@ def strategy_table(
 ) -> go.Figure:
     """Draw a number of every language and strategy, written in the cells: mean ± deviation.
 
-    The deviation is the standard deviation over seeds. The best strategy of a language is bold. If
-    there are more strategies than languages, they are the rows, else the languages are; the mean
-    over the languages that have every strategy stands last. Up to seven columns are legible in a
-    column of a paper.
+    The deviation is the standard deviation over seeds. The best strategy of a language, among those
+    with the most seeds, is bold. If there are more strategies than languages, they are the rows,
+    else the languages are; the mean over the languages that have every strategy stands last. Up to
+    seven columns are legible in a column of a paper.
 
     Args:
         results: a comparison, or single results.
@@ -73,7 +73,7 @@ def strategy_table(
         for name in (value, f"{value}_sd")
     )
     seeds = points.pivot(index="language", columns="strategy", values="n_seeds").reindex_like(mean)
-    text = _cell_texts(mean, spread)
+    text = _cell_texts(mean, spread, seeds)
     has_mean = MEAN in languages
     n = int(points["n_languages"].max())
     names = [f"<b>mean of {n}</b>" if name == MEAN else shown(name) for name in languages]
@@ -119,8 +119,10 @@ def strategy_table(
             else {"y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "paper"}
         )
         fig.add_shape(type="line", line={"color": colours.paper, "width": 6}, **ends)
-    over = seeds_of(points)
+    over = seeds_of(points, "±")
     told = f"mean ± standard deviation over {over}" if over else "one seed"
+    uneven = bool((points.groupby("language")["n_seeds"].nunique() > 1).any())
+    best = "bold: the best of a language" + (" among those with the most seeds" if uneven else "")
     fig.update_xaxes(
         tickvals=np.arange(len(across)),
         ticktext=across,
@@ -131,7 +133,7 @@ def strategy_table(
         showgrid=False,
         zeroline=False,
         title={
-            "text": f"{_MEANING[value]}<br>{told}<br>bold: the best of a language",
+            "text": f"{_MEANING[value]}<br>{told}<br>{best}",
             "standoff": 10,
             "font": {"size": 11},
         },
@@ -149,17 +151,21 @@ def strategy_table(
     return fig
 
 
-def _cell_texts(mean: pd.DataFrame, spread: pd.DataFrame) -> np.ndarray:
-    """What stands in the cells, the best of each row bold."""
+def _cell_texts(mean: pd.DataFrame, spread: pd.DataFrame, seeds: pd.DataFrame) -> np.ndarray:
+    """What stands in the cells, the best of each row bold: of those with the most seeds."""
     # Adding zero makes a plain one of -0.0.
     numbers, deviations = (frame.to_numpy(dtype=float).round(1) + 0.0 for frame in (mean, spread))
     texts = np.full(numbers.shape, "", dtype=object)
+    counts = seeds.fillna(-1).to_numpy()
     for i, row in enumerate(numbers):
-        best = f"{np.nanmax(row):.1f}"
+        # One lucky seed is not better than a mean over several.
+        rivals = counts[i] == counts[i].max()
+        best = f"{np.nanmax(row[rivals]):.1f}"
         for j in np.flatnonzero(~np.isnan(row)):
             text = f"{row[j]:.1f}"
             # Among equal numbers a single bold one would be a riddle.
-            texts[i, j] = f"<b>{_minus(text)}</b>" if text == best else _minus(text)
+            bold = rivals[j] and text == best
+            texts[i, j] = f"<b>{_minus(text)}</b>" if bold else _minus(text)
             if not np.isnan(sd := deviations[i, j]):
                 texts[i, j] += f"<br>±{sd:.1f}"
     return texts

@@ -188,13 +188,17 @@ def _over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
-def seeds_of(points: pd.DataFrame) -> str:
-    """Say over how many seeds the spread is: ``3 seeds``, ``2 to 3 seeds``; empty without any."""
+def seeds_of(points: pd.DataFrame, mark: str) -> str:
+    """Say over how many seeds the spread is: ``3 seeds``, ``2 to 3 seeds``; empty without any.
+
+    ``mark`` is what shows the spread, and is missing where there is one seed.
+    """
     counts = points.loc[points["n_seeds"] > 1, "n_seeds"]
     if counts.empty:
         return ""
     low, high = int(counts.min()), int(counts.max())
-    return f"{low} seeds" if low == high else f"{low} to {high} seeds"
+    told = f"{low} seeds" if low == high else f"{low} to {high} seeds"
+    return f"{told}; no {mark}: one seed" if (points["n_seeds"] == 1).any() else told
 
 
 def panels(

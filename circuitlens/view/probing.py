@@ -140,11 +140,13 @@ class Probe:
             seen: ids that may not be in a sample, beside those of the baseline.
 
         Raises:
-            InputError: if the baseline is of another model, or ``n_examples`` is not positive.
+            InputError: if the baseline is of another model or task, or ``n_examples`` is not
+                positive.
         """
         if n_examples < 1:
             raise InputError(f"n_examples must be positive, but is {n_examples}.")
         baseline.check_model(model)
+        baseline.check_task(task)
         self.model, self.task, self.baseline = model, task, baseline
         self.n_examples, self.max_score_examples, self.seed = n_examples, max_score_examples, seed
         self.seen = {*seen, *baseline.example_ids}

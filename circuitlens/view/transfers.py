@@ -116,7 +116,7 @@ def transfer_tradeoff(
     fig.update_xaxes(
         title_text="source accuracy,<br>change in points", row=-(-len(languages) // n_columns)
     )
-    seeds = seeds_of(points)
+    seeds = seeds_of(points, "bars")
     bars = f"strategy; bars: {_BARS[intervals]} {seeds}" if seeds else "strategy"
     fig.update_layout(legend=below(bars))
     return fig

@@ -20,7 +20,7 @@ import traitlets
 
 from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
-from circuitlens.errors import CircuitLensError, InputError
+from circuitlens.errors import CircuitLensError, InputError, check_choice
 from circuitlens.geometry import Head
 from circuitlens.scores import HeadScores
 from circuitlens.view.probing import CHEAP_METHODS, Probe
@@ -86,6 +86,14 @@ class Explorer(anywidget.AnyWidget):
         # A circuit is a set; of the selected heads the first one is the one in hand.
         ordered = sorted(set(heads)) if proposal["trait"].name == "members" else heads
         return [str(head) for head in ordered]
+
+    @traitlets.validate("method", "language")
+    def _check_choice(self, proposal: Any) -> str:
+        name, value = proposal["trait"].name, str(proposal["value"])
+        methods, languages = [*self.scores, *self.facts["cheap"]], self.facts["languages"]
+        # Saved results have scores of one language, which has no name here.
+        check_choice(name, value, methods if name == "method" else languages or [""])
+        return value
 
     def _parse(self, names: Iterable[str]) -> list[Head]:
         heads = [Head.parse(name) for name in names]

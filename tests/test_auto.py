@@ -1,0 +1,248 @@
+"""What decides beforehand, what LoRA is matched to, and what replay mixes in."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import circuitlens as cl
+from circuitlens.adapt.auto import _pick, decide
+from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.strategies import NAMES, Choice, strategy_of
+from circuitlens.provenance import Provenance
+from circuitlens.tasks import toy
+
+# `circuitlens.adapt.transfer` is the function; its module has the same name.
+AUTO = sys.modules["circuitlens.adapt.auto"]
+TRANSFER = sys.modules["circuitlens.adapt.transfer"]
+PLANS = [(name, size) for name in ("circuit", "near-zero") for size in (2, 4)]
+
+
+def scores_of(model: cl.HookedModel) -> cl.HeadScores:
+    """Scores from 1 upwards: no ties, and all of them positive."""
+    g = model.geometry
+    values = 1.0 + torch.arange(g.n_layers * g.n_heads).view(1, g.n_layers, g.n_heads)
+    return cl.HeadScores(values, "random", "all", ("a",), Provenance("m", "f", "t", "d", 0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model: what is tested here does not depend on what it knows."""
+    return toy.toy_model(n_layers=1)
+
+
+def grouped(examples, size):
+    """``size`` examples share a group, and none stands beside another of its own."""
+    n = len(examples) // size
+    return tuple(replace(e, group=f"premise-{i % n}") for i, e in enumerate(examples[: n * size]))
+
+
+def answers(n_plans: int, n: int) -> np.ndarray:
+    return np.random.default_rng(5).random((n_plans, n)) < 0.6
+
+
+@pytest.fixture
+def watched(model, toy_task, monkeypatch):
+    """Decide without training; say which ids were trained on and held out in which fold."""
+
+    def run(examples, right=None, seed=0):
+        data = toy_task.encode(model, examples)
+        place = {example_id: i for i, example_id in enumerate(data.ids)}
+        trained, held = [], []
+
+        def train(model, data, *args, **kwargs):
+            trained.append([place[i] for i in data.ids])
+            return TrainingLog((), {}, 0, 0.0)
+
+        def predict(model, data, **kwargs):
+            held.append([place[i] for i in data.ids])
+            gold = torch.nn.functional.one_hot(torch.tensor(data.gold), len(data.label_tokens))
+            if right is None:
+                return gold
+            sign = torch.tensor(right[(len(held) - 1) // 3, held[-1]]) * 2 - 1
+            return gold * sign[:, None]
+
+        monkeypatch.setattr(AUTO, "train", train)
+        monkeypatch.setattr(AUTO, "predict", predict)
+        monkeypatch.setattr(AUTO, "_FACTORS", (1.0, 2.0))
+        scores = scores_of(model)
+        options = TrainingOptions(learning_rate=0.1, seed=seed)
+        decision = decide(model, Choice(scores.top(2), scores), data, options, quiet=True)
+        return decision, trained, held
+
+    return run
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_group_is_trained_on_and_held_out(watched, toy_task, size):
+    examples = grouped(toy_task["pool_b"][:60], size)
+    _, trained, held = watched(examples)
+    assert len(held) == 3 * len(PLANS)
+    for rest, fold in zip(trained, held, strict=True):
+        assert sorted(rest + fold) == list(range(len(examples)))
+        assert not {examples[i].group for i in rest} & {examples[i].group for i in fold}
+        assert len(fold) in (18, 20, 21)
+    # The same for all candidates, and every example is held out once.
+    assert held[:3] == held[3:6] == held[9:]
+    assert sorted(i for fold in held[:3] for i in fold) == list(range(len(examples)))
+
+
+def test_folds_of_examples_on_their_own_are_those_of_published_tables(watched, toy_task):
+    _, trained, held = watched(toy_task["pool_b"][:11])
+    assert held[:3] == [[10, 0, 4, 3], [5, 8, 2, 1], [9, 7, 6]]
+    assert trained[1] == [10, 0, 4, 3, 9, 7, 6]
+    _, _, held = watched(toy_task["pool_b"][:7], seed=3)
+    assert held[:3] == [[5, 3, 4], [6, 0], [2, 1]]
+
+
+def test_too_few_groups_are_refused(watched, toy_task):
+    examples = [replace(e, group=str(i % 2)) for i, e in enumerate(toy_task["pool_b"][:6])]
+    with pytest.raises(cl.InputError, match=r"only 2 groups of examples \(6 examples\) for 3 part"):
+        watched(examples)
+    with pytest.raises(cl.InputError, match="only 2 examples for 3 parts"):
+        watched(toy_task["pool_b"][:2])
+
+
+def test_errors_of_examples_on_their_own_are_those_of_published_tables(watched, toy_task):
+    right = answers(len(PLANS), 17)
+    decision, _, _ = watched(toy_task["pool_b"][:17], right)
+    found = {(c.strategy, c.size): c for c in decision.candidates}
+    best = right[PLANS.index(("near-zero", 2))].astype(float)
+    for plan, row in zip(PLANS, right, strict=True):
+        gap = best - row
+        # To the bit: who is within one error of the best hangs on it.
+        assert found[plan].behind == (gap.mean(), gap.std(ddof=1) / np.sqrt(gap.size))
+    frozen = [0.1689577248981773, 0.14558080789134803, 0.0, 0.16109486985446062]
+    assert [found[plan].behind[1] for plan in PLANS] == pytest.approx(frozen, rel=1e-12)
+
+
+def test_the_error_is_over_groups(watched, toy_task):
+    # Groups of one to four examples.
+    names = [f"g{max(i % 9, i % 4)}" for i in range(23)]
+    examples = [replace(e, group=g) for e, g in zip(toy_task["pool_b"], names, strict=False)]
+    right = answers(len(PLANS), 23)
+    decision, _, _ = watched(examples, right)
+    found = {(c.strategy, c.size): c for c in decision.candidates}
+    best = right[right.mean(1).argmax()].astype(float)
+    n_groups = len(set(names))
+    for plan, row in zip(PLANS, right, strict=True):
+        gap = best - row
+        total = 0.0
+        for group in set(names):
+            rest = sum(gap[i] - gap.mean() for i in range(23) if names[i] == group)
+            total += rest**2
+        expected = np.sqrt(n_groups / (n_groups - 1) * total) / 23
+        assert found[plan].behind == pytest.approx((gap.mean(), expected))
+
+
+def test_repeating_every_example_in_its_group_makes_nothing_surer(model):
+    right = answers(len(PLANS), 40)
+    scores = scores_of(model)
+    choice = Choice(scores.top(2), scores)
+    once = _pick(PLANS, right, choice)
+    thrice = _pick(PLANS, np.repeat(right, 3, 1), choice, [i // 3 for i in range(120)])
+    for mine, other in zip(once.candidates, thrice.candidates, strict=True):
+        assert other.behind == pytest.approx(mine.behind)
+    assert once.candidates[-1].behind[1] > 0
+
+
+def test_encoded_examples_keep_their_groups(model, toy_task):
+    examples = grouped(toy_task["pool_b"][:12], 3)
+    names = tuple(e.group for e in examples)
+    data = toy_task.encode(model, examples)
+    assert data.groups == names
+    assert data.take([5, 1]).groups == (names[5], names[1])
+    alone = toy_task.encode(model, toy_task["pool_a"][:2])
+    assert alone.groups == alone.ids
+    assert (data + alone).groups == names + alone.ids
+    assert data.take([]).groups == ()
+
+
+# -- what LoRA is matched to -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "circuit-lora"])
+@pytest.mark.parametrize(("kv_policy", "n"), [("shared", 7240), ("group", 6200), ("frozen", 5160)])
+def test_lora_is_matched_to_the_slices_that_the_kv_policy_trains(name, kv_policy, n):
+    config = hf.Qwen2Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    model = cl.load(hf.Qwen2ForCausalLM(config))
+    # The whole of one group of query heads, and one head of the other.
+    circuit = cl.Circuit.of([f"a0.h{i}" for i in range(5)], 1, 8)
+    choice = Choice(circuit, scores_of(model), kv_policy=kv_policy)
+    norms = strategy_of("norms").make(model, choice, None).n_entries
+    assert strategy_of("circuit").make(model, choice, circuit).n_entries - norms == n
+    one_rank = strategy_of("lora-r8").make(model, choice, None).n_entries / 8
+    assert abs(strategy_of(name).make(model, choice, None).n_entries - n) <= one_rank / 2
+
+
+def test_an_unknown_strategy_is_answered_with_all_that_there_are(model, toy_task):
+    known = ", ".join(NAMES)
+    with pytest.raises(cl.InputError, match=f"no strategy 'dora'; known are {known}"):
+        cl.transfer(model, scores_of(model).top(2), toy_task.to("near"), strategy="dora")
+    with pytest.raises(cl.InputError, match="chooses a strategy and is none itself"):
+        strategy_of("auto")
+
+
+# -- replay ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(model, toy_task, monkeypatch):
+    """Transfer to 40 examples with 30 in pool A, without training; count the source's."""
+    counts: list[int] = []
+
+    def train(model, data, *args, **kwargs):
+        counts.append(len(data) - 40)
+        best = {"accuracy": 0.5, "margin": 0.0}
+        return TrainingLog((best,), best, 1, 0.0)
+
+    def run(**options):
+        source = replace(toy_task, pools=replace(toy_task.pools, pool_a=toy_task["pool_a"][:30]))
+        target = toy_task.to("near")
+        few = replace(target.pools, pool_b=target["pool_b"][:40], test=target["test"][:10])
+        target = replace(target, pools=few)
+        scores = scores_of(model)
+        options = {"scores": scores, "learning_rates": [1e-3], "epochs": 4, **options}
+        cl.transfer(model, scores.top(2), target, source=source, quiet=True, **options)
+
+    monkeypatch.setattr(TRANSFER, "train", train)
+    monkeypatch.setattr(AUTO, "train", train)
+    return run, counts
+
+
+@pytest.mark.parametrize("strategy", ["circuit", "gradual", "auto"])
+def test_replay_that_pool_a_cannot_give_is_refused_before_any_training(mixed, strategy):
+    run, counts = mixed
+    with pytest.raises(
+        cl.InputError, match=r"200 source examples, .* has 30: choose at most 0\.75"
+    ):
+        run(replay=5.0, strategy=strategy)
+    with pytest.raises(cl.InputError, match=r"replay=0\.01 .* 40 .* more than 0\.0125"):
+        run(replay=0.01, strategy=strategy)
+    assert counts == []
+
+
+def test_replay_gives_as_many_as_it_says(mixed):
+    run, counts = mixed
+    for replay in (0.0, 0.0126, 0.5, 0.75):
+        run(replay=replay)
+    assert counts == [0, 1, 20, 30]
+    counts.clear()
+    # Its own share is not asked for by anybody: it goes as far as pool A does.
+    run(strategy="gradual")
+    assert counts == [30, 20, 10, 0]
+    counts.clear()
+    run(strategy="gradual", replay=0.5)
+    assert counts == [30, 30, 30, 20]
