@@ -112,7 +112,8 @@ def test_a_model_of_the_hub_is_the_base_until_it_is_trained(
     again = cl.TransferResult.load(tmp_path / "r", model)
     assert saved_card(again, tmp_path / "again")[0].data.base_model == hub
 
-    proxy = cl.finetune(model, toy_task, epochs=1, learning_rate=1e-4, quiet=True)
+    few = {"epochs": 1, "batch_size": 512, "learning_rate": 1e-4}
+    proxy = cl.finetune(model, toy_task, **few, quiet=True)
     assert (proxy.name, proxy.fingerprint() == model.fingerprint()) == (hub, False)
     assert (proxy.clone().origin, model.origin) == ("fine-tuned", "hub")
     result = adapt(proxy)

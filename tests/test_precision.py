@@ -74,9 +74,9 @@ def test_16_bit_models_take_every_step_of_the_line(dtype, toy_proxy, toy_task, t
     model = toy_proxy.clone()
     model.hf.to(dtype)
     task = toy_task.to("near")
-    for strategy in ("circuit", "head", "full", "lora"):
+    for strategy in ("circuit", "full"):
         result = cl.transfer(
-            model, toy_scores.top(4), task, strategy=strategy, learning_rates=[1e-3], epochs=2
+            model, toy_scores.top(4), task, strategy=strategy, learning_rates=[1e-3], epochs=1
         )
         assert result.model.dtype == dtype
         assert result.target_after.accuracy > 0.4

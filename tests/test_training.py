@@ -367,35 +367,26 @@ def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_t
     assert -1 <= shift.rank_correlation <= 1
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("cdt-linear", {"path": "direct"}), ("integrated-gradients", {"steps": 1})],
-)
-def test_the_circuit_is_searched_anew_as_it_was_found(
-    toy_proxy, toy_task, toy_baseline, method, options
-):
-    scores = cl.relevance(toy_proxy, toy_task, toy_baseline, method=method, **options)
-    again = cl.relevance(
-        toy_proxy,
-        toy_task,
-        cl.label_balanced_mean(toy_proxy, toy_task),
-        method=method,
-        max_examples=len(scores.example_ids),
-        **options,
-    )
-    # Nothing is trained at this rate.
-    shift = cl.transfer(
-        toy_proxy,
-        scores.top(4),
-        toy_task.to("near"),
-        strategy="norms",
-        scores=scores,
-        rediscover=True,
-        learning_rates=[1e-12],
-        epochs=1,
-    ).shift
-    assert shift.after.heads == again.top(4).heads
-    assert shift.overlap == scores.top(4).overlap(again.top(4))
+def test_the_circuit_is_searched_anew_as_it_was_found(toy_proxy, toy_task):
+    baseline = cl.label_balanced_mean(toy_proxy, toy_task)
+    found = []
+    for options in ({"path": "direct"}, {"method": "integrated-gradients", "steps": 1}):
+        scores = cl.relevance(toy_proxy, toy_task, baseline, max_examples=300, **options)
+        found.append(scores.mean)
+        # Nothing is trained at this rate, so the same question has the same answer.
+        shift = cl.transfer(
+            toy_proxy,
+            scores.top(4),
+            toy_task.to("near"),
+            strategy="norms",
+            scores=scores,
+            rediscover=True,
+            learning_rates=[1e-12],
+            epochs=1,
+        ).shift
+        assert shift.after == scores.top(4)
+        assert shift.rank_correlation == pytest.approx(1)
+    assert not torch.equal(*found)
 
 
 def test_a_circuit_that_cannot_be_searched_anew_costs_no_transfer(

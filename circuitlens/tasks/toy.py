@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -206,21 +206,27 @@ class ToyLanguages:
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
         """Make the three splits; no meaning stands in two of them."""
-        meanings = _meanings(self.seed, "labelled")
-        seen: set[Meaning] = set()
-        splits: dict[str, Sequence[Example]] = {}
-        sizes = {"test": self.n_test, "validation": self.n_validation, "train": self.n_train}
-        for name, size in sizes.items():
-            examples: list[Example] = []
-            while len(examples) < size:
-                meaning = next(meanings)
-                if meaning in seen:
-                    continue
-                seen.add(meaning)
-                text = self.lexicon.realise(meaning, language)
-                examples.append(Example(f"{name}:{len(examples)}", {"text": text}, meaning.label))
-            splits[name] = examples
-        return splits
+        return dict(_splits(self, language))
+
+
+# Every task.to() asks for them.
+@lru_cache(maxsize=len(TOY_LANGUAGES))
+def _splits(toy: ToyLanguages, language: str) -> Mapping[str, Sequence[Example]]:
+    meanings = _meanings(toy.seed, "labelled")
+    seen: set[Meaning] = set()
+    splits: dict[str, Sequence[Example]] = {}
+    sizes = {"test": toy.n_test, "validation": toy.n_validation, "train": toy.n_train}
+    for name, size in sizes.items():
+        examples: list[Example] = []
+        while len(examples) < size:
+            meaning = next(meanings)
+            if meaning in seen:
+                continue
+            seen.add(meaning)
+            text = toy.lexicon.realise(meaning, language)
+            examples.append(Example(f"{name}:{len(examples)}", {"text": text}, meaning.label))
+        splits[name] = tuple(examples)
+    return splits
 
 
 def toy_tokenizer() -> Qwen2Tokenizer:
