@@ -10,6 +10,7 @@ import torch
 
 import circuitlens as cl
 from circuitlens.view import faithfulness_curve, head_heatmap, render_report, transfer_tradeoff
+from circuitlens.view.report import _ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,11 @@ def test_the_report_works_in_a_browser_from_disk(tmp_path, toy_scores, results, 
         browser.close()
     assert complaints == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_numbers_have_the_minus_of_the_figures_and_zero_has_none():
+    def shown(template):
+        return _ENVIRONMENT.from_string("{{ " + template + " }}").render()
+
+    assert [shown(f"({x})|fixed(2)") for x in (-0.001, -0.5, 3.14159)] == ["0.00", "−0.50", "3.14"]
+    assert [shown(f"({x})|signed(1)") for x in (-0.01, -4, 4)] == ["+0.0", "−4.0", "+4.0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+def _fixed(number: float, digits: int, sign: str = "") -> str:
+    """A number with a minus as in the figures, which a rounded zero does not have."""
+    return f"{number:{sign}z.{digits}f}".replace("-", "−")
+
+
+_ENVIRONMENT.filters |= {"fixed": _fixed, "signed": partial(_fixed, sign="+")}
 
 
 def _embed(figures: Mapping[str, go.Figure]) -> dict[str, Markup]:
