@@ -241,4 +241,4 @@ def test_numbers_have_the_minus_of_the_figures_and_zero_has_none():
         return _ENVIRONMENT.from_string("{{ " + template + " }}").render()
 
     assert [shown(f"({x})|fixed(2)") for x in (-0.001, -0.5, 3.14159)] == ["0.00", "−0.50", "3.14"]
-    assert [shown(f"({x})|signed(1)") for x in (-0.01, -4, 4)] == ["+0.0", "−4.0", "+4.0"]
+    assert [shown(f"({x})|signed(1)") for x in (-0.01, -4.0, 4.0)] == ["+0.0", "−4.0", "+4.0"]
