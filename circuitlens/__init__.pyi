@@ -17,9 +17,10 @@ from .errors import (
 from .evaluation import Evaluation, evaluate
 from .experiments import Comparison, compare
 from .geometry import Head, HeadGeometry, WeightSlice
+from .loading import load
 from .marginal import Minimality, minimality
 from .measuring import faithfulness
-from .model import HookedModel, load
+from .model import HookedModel
 from .nodes import MLP
 from .scorers import METHODS
 from .scores import HeadScores, Stability

@@ -1,7 +1,8 @@
-"""Weights and tokenizers from the hub or a folder, and what may be given instead."""
+"""Loading: weights and tokenizers from the hub or a folder, and what may be given instead."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal, cast
 
@@ -20,11 +21,68 @@ from circuitlens.bridging import first_line
 from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.families import is_encoder, tested_types
 from circuitlens.geometry import made_by
+from circuitlens.model import HookedModel
 from circuitlens.progress import hush_transformers
+from circuitlens.selfcheck import check_hooks
 
-__all__ = ["find_device", "find_dtype", "load_tokenizer", "load_weights", "plain_model"]
+__all__ = ["find_device", "find_dtype", "load", "load_tokenizer", "load_weights", "plain_model"]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def load(
+    model: str | Path | PreTrainedModel | HookedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> HookedModel:
+    """Load a language model for circuit work.
+
+    Encoders such as BERT come with their masked-language-model head. On a few random tokens the
+    hooked view is compared with Hugging Face's, which takes three small forward passes.
+
+    Args:
+        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
+        tokenizer: needed only for a model in memory, and only where text is encoded; for a name
+            or a folder it overrides the tokenizer found there.
+        dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A
+            model in memory keeps its type.
+        device: where to put the weights; the default leaves them where loading put them.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        InputError: if nothing can be loaded from there, no tokenizer is found, there is no such
+            device or type, or ``model`` is wrapped or rewired by another library.
+        UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
+            fail the self-check.
+    """
+    where, kind = find_device(device), find_dtype(dtype)
+    if isinstance(model, HookedModel):
+        if tokenizer is None and where is None and revision is None and kind == "auto":
+            return model
+        raise InputError(
+            f"{model.name} is a HookedModel already: use it without cl.load, or load what it holds "
+            "with other options, cl.load(model.hf, …)."
+        )
+    if isinstance(model, str | Path):
+        hf = load_weights(str(model), kind, revision)
+        elsewhere = "hub" if revision is None else f"revision {revision}"
+        origin = "folder" if Path(model).exists() else elsewhere
+        tokenizer = tokenizer or load_tokenizer(str(model), revision)
+        hooked = HookedModel(hf, tokenizer, str(model), origin)
+    else:
+        hooked = HookedModel(plain_model(model), tokenizer)
+    if where is not None:
+        hooked.hf.to(where)
+    # Before anything else, because it checks that heads can be hooked.
+    _ = hooked.geometry
+    check_hooks(hooked)
+    logger.info("Loaded %r.", hooked)
+    return hooked
 
 
 def find_device(device: torch.device | str | None) -> torch.device | None:

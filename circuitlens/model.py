@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,20 +31,10 @@ from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.families import Family, family_of
 from circuitlens.geometry import HeadGeometry
 from circuitlens.hooks import Hook, recording
-from circuitlens.loading import (
-    find_device,
-    find_dtype,
-    load_tokenizer,
-    load_weights,
-    plain_model,
-)
 from circuitlens.progress import hush_transformers
-from circuitlens.selfcheck import check_hooks
 from circuitlens.storage import digest
 
-__all__ = ["HookedModel", "load"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["HookedModel"]
 
 Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
@@ -53,7 +42,7 @@ Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 class HookedModel:
     """A language model with a Hugging Face view and a hooked view of the same weights.
 
-    Make one with :func:`load`.
+    Make one with :func:`circuitlens.load`.
 
     Attributes:
         hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
@@ -414,56 +403,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def load(
-    model: str | Path | PreTrainedModel | HookedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str | None = None,
-    revision: str | None = None,
-) -> HookedModel:
-    """Load a language model for circuit work.
-
-    Encoders such as BERT come with their masked-language-model head. On a few random tokens the
-    hooked view is compared with Hugging Face's, which takes three small forward passes.
-
-    Args:
-        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
-        tokenizer: needed only for a model in memory, and only where text is encoded; for a name
-            or a folder it overrides the tokenizer found there.
-        dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A
-            model in memory keeps its type.
-        device: where to put the weights; the default leaves them where loading put them.
-        revision: branch, tag or commit of a hub model.
-
-    Raises:
-        InputError: if nothing can be loaded from there, no tokenizer is found, there is no such
-            device or type, or ``model`` is wrapped or rewired by another library.
-        UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
-            fail the self-check.
-    """
-    where, kind = find_device(device), find_dtype(dtype)
-    if isinstance(model, HookedModel):
-        if tokenizer is None and where is None and revision is None and kind == "auto":
-            return model
-        raise InputError(
-            f"{model.name} is a HookedModel already: use it without cl.load, or load what it holds "
-            "with other options, cl.load(model.hf, …)."
-        )
-    if isinstance(model, str | Path):
-        hf = load_weights(str(model), kind, revision)
-        elsewhere = "hub" if revision is None else f"revision {revision}"
-        origin = "folder" if Path(model).exists() else elsewhere
-        tokenizer = tokenizer or load_tokenizer(str(model), revision)
-        hooked = HookedModel(hf, tokenizer, str(model), origin)
-    else:
-        hooked = HookedModel(plain_model(model), tokenizer)
-    if where is not None:
-        hooked.hf.to(where)
-    # Before anything else, because it checks that heads can be hooked.
-    _ = hooked.geometry
-    check_hooks(hooked)
-    logger.info("Loaded %r.", hooked)
-    return hooked

@@ -33,9 +33,9 @@ from circuitlens.circuit import Circuit
 from circuitlens.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
-from circuitlens.loading import find_device
+from circuitlens.loading import find_device, load
 from circuitlens.measuring import default_sizes, faithfulness
-from circuitlens.model import HookedModel, load
+from circuitlens.model import HookedModel
 from circuitlens.provenance import library_versions
 from circuitlens.scorers import METHODS
 from circuitlens.scores import HeadScores, head_count

@@ -89,8 +89,8 @@ def hub(monkeypatch, tmp_path, toy_proxy):
         hf.name_or_path = hf.config.name_or_path = name
         return hf
 
-    monkeypatch.setattr("circuitlens.model.load_weights", stand_in)
-    monkeypatch.setattr("circuitlens.model.load_tokenizer", lambda *_: toy_proxy.tokenizer)
+    monkeypatch.setattr("circuitlens.loading.load_weights", stand_in)
+    monkeypatch.setattr("circuitlens.loading.load_tokenizer", lambda *_: toy_proxy.tokenizer)
     return "someone/toy"
 
 
