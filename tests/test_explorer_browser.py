@@ -67,7 +67,12 @@ explorer
 """
 PRINT = "print('IN PYTHON', *explorer.circuit.heads, '|', explorer.circuit.selection)"
 DARK = "\nexplorer.mode = 'dark'"
-SLEEP = "import time; time.sleep(3)"
+# Busy until it is told otherwise: a fixed time is too short for a loaded machine.
+BUSY = """import time, pathlib
+end = time.monotonic() + 120
+while not pathlib.Path("go-on").exists() and time.monotonic() < end:
+    time.sleep(0.05)
+"""
 
 
 def notebook(path: Path, *cells: str) -> None:
@@ -218,7 +223,7 @@ def printed(page: object, number: int) -> tuple[list[str], str]:
 
 
 def test_a_notebook_shows_edits_and_exports(tmp_path):
-    notebook(tmp_path / "explore.ipynb", SETUP, PRINT, SLEEP, PRINT + DARK)
+    notebook(tmp_path / "explore.ipynb", SETUP, PRINT, BUSY, PRINT + DARK)
     with (
         lab(tmp_path) as url,
         browser_page(f"{url}/lab/tree/explore.ipynb", viewport={"width": 1500, "height": 1200}) as (
@@ -287,8 +292,9 @@ def test_a_notebook_shows_edits_and_exports(tmp_path):
         for name in rest[:3]:
             widget.locator(f'[id$="-{name}"]').click()
             page.keyboard.press("Enter")
-        assert widget.get_attribute("aria-busy") == "true"
+        page.locator('.cl-explorer[aria-busy="true"]').wait_for()
         assert widget.locator(".cl-circuit h4").inner_text() == "Circuit: 7 of 16 heads"
+        (tmp_path / "go-on").touch()
         card = widget.locator(f'section[aria-label="head {rest[2]}"]')
         card.locator(".cl-matrix").wait_for()
         widget.locator(".cl-kept:not(.cl-stale)").wait_for()
