@@ -31,8 +31,9 @@ def data(n=40):
     )
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma2", "bert"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), zip(["gpt2", "qwen2", "gemma2", "bert"], 2 * HALVES, strict=True)
+)
 def test_16_bit_weights_move_as_those_in_float32(name, dtype):
     half = cl.load(tiny(name, dtype))
     whole = half.clone()

@@ -367,17 +367,19 @@ def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_t
     assert -1 <= shift.rank_correlation <= 1
 
 
-def test_the_circuit_is_searched_anew_as_it_was_found(toy_proxy, toy_task):
-    baseline = cl.label_balanced_mean(toy_proxy, toy_task)
+def test_the_circuit_is_searched_anew_as_it_was_found(toy_proxy):
+    few = toy.ToyLanguages(n_train=600, n_validation=60, n_test=60)
+    task = cl.Task.from_source(few, "source", name="toy", **toy.TOY_PROMPT)
+    baseline = cl.label_balanced_mean(toy_proxy, task)
     found = []
     for options in ({"path": "direct"}, {"method": "integrated-gradients", "steps": 1}):
-        scores = cl.relevance(toy_proxy, toy_task, baseline, max_examples=300, **options)
+        scores = cl.relevance(toy_proxy, task, baseline, max_examples=300, **options)
         found.append(scores.mean)
         # Nothing is trained at this rate, so the same question has the same answer.
         shift = cl.transfer(
             toy_proxy,
             scores.top(4),
-            toy_task.to("near"),
+            task.to("near"),
             strategy="norms",
             scores=scores,
             rediscover=True,
