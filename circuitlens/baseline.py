@@ -35,7 +35,8 @@ from circuitlens.model import HookedModel
 from circuitlens.progress import progress
 from circuitlens.provenance import Provenance
 from circuitlens.storage import read_tensors, write_tensors
-from circuitlens.tasks import Example, Pool, Task
+from circuitlens.tasks import Example, Task
+from circuitlens.tasks.examples import POOLS
 
 __all__ = ["MeanBaseline", "examples_by_id", "label_balanced_mean"]
 
@@ -271,7 +272,7 @@ def label_balanced_mean(
 
 def examples_by_id(task: Task) -> dict[str, Example]:
     """All examples of a task; an id occurs once in it."""
-    return {e.id: e for pool in get_args(Pool) for e in task[pool]}
+    return {e.id: e for pool in POOLS for e in task[pool]}
 
 
 def _checked(task: Task, examples: Sequence[Example]) -> tuple[Example, ...]:

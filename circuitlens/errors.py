@@ -7,6 +7,7 @@ prints it without a traceback.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "NotFiniteError",
     "UnsupportedModelError",
     "check_choice",
+    "check_whole",
 ]
 
 
@@ -59,3 +61,14 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     choices = tuple(known)
     if value not in choices:
         raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """Return a whole number, of whatever type, as an int.
+
+    Raises:
+        InputError: if it is none, or less than ``least``, naming the argument and its value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
+    return int(value)

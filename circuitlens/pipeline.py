@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
-from circuitlens.adapt.strategies import NAMES, place_of
+from circuitlens.adapt.strategies import AUTO, place_of, strategy_of
 from circuitlens.adapt.transfer import DEFAULT_RATES, training_options
 from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.batch import Positions
@@ -42,6 +42,7 @@ from circuitlens.scores import HeadScores, head_count
 from circuitlens.scoring import relevance
 from circuitlens.storage import read_json, write_json
 from circuitlens.tasks import Task, load_task
+from circuitlens.tasks.task import COLUMNS
 from circuitlens.tasks.toy import TOY_FINETUNE, toy_model
 from circuitlens.view import write_report
 
@@ -50,7 +51,6 @@ __all__ = ["RunFolder", "RunSettings"]
 logger = logging.getLogger(__name__)
 
 _SCHEMA = "circuitlens.run/1"
-_COLUMNS = ("label", "id", "group")
 TOY = "toy"
 
 # What a run compares unless told otherwise; all of STRATEGIES would take twice as long.
@@ -89,18 +89,16 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
-        if unknown := sorted(set(self.columns or ()) - set(_COLUMNS)):
+        if unknown := sorted(set(self.columns or ()) - set(COLUMNS)):
             raise InputError(
-                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_COLUMNS)}; "
+                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(COLUMNS)}; "
                 "texts are the columns that the template names."
             )
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
         for strategy in self.strategies:
-            if strategy not in NAMES:
-                raise InputError(
-                    f"There is no strategy {strategy!r}; known are {', '.join(NAMES)}."
-                )
+            if strategy != AUTO:
+                strategy_of(strategy)
         training_options(self.learning_rates, 0.0, **self.training)
 
     @property

@@ -151,7 +151,7 @@ def _with_dropout():
     return GPT2LMHeadModel(config)
 
 
-def _data(n=40):
+def made_up(n=40):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(3, 9, (n,), generator=generator).tolist()
     return Encoded(
@@ -169,7 +169,7 @@ def _data(n=40):
 @pytest.mark.parametrize("has_validation", [True, False])
 def test_a_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, has_validation):
     """With dropout, so that the random states have to come back too."""
-    data = _data()
+    data = made_up()
     validation = data.take(range(20)) if has_validation else None
     options = TrainingOptions(3e-3, epochs=5, batch_size=8)
     start = cl.load(_with_dropout())
@@ -205,7 +205,7 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, has_v
 
 
 def test_a_training_killed_after_it_had_stopped_early_does_not_go_on(tmp_path, monkeypatch):
-    data = _data()
+    data = made_up()
     options = TrainingOptions(0.3, epochs=20, batch_size=8, patience=1)
     start = cl.load(tiny("gpt2"))
     reference = start.clone()
@@ -223,7 +223,7 @@ def test_a_training_killed_after_it_had_stopped_early_does_not_go_on(tmp_path, m
 
 @pytest.mark.parametrize("change", ["learning_rate", "data", "first weights"])
 def test_checkpoints_of_another_training_are_refused(tmp_path, change):
-    data = _data()
+    data = made_up()
     options = TrainingOptions(1e-3, epochs=1, batch_size=8)
     model = cl.load(tiny("gpt2"))
     other = model.clone()
@@ -241,7 +241,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path, change):
 @pytest.mark.parametrize("change", ["heads", "mask", "frozen weights", "validation"])
 def test_checkpoints_are_of_what_is_trained_and_of_what_is_not(tmp_path, change):
     # Slices begin at zero, so which heads they are of does not show in their weights.
-    data, options = _data(), TrainingOptions(1e-3, epochs=1, batch_size=8)
+    data, options = made_up(), TrainingOptions(1e-3, epochs=1, batch_size=8)
     model = cl.load(tiny("gpt2"))
 
     def slices(head, of=model):

@@ -7,28 +7,15 @@ import logging
 import pytest
 import torch
 from conftest import tiny
+from test_parts import made_up
 
 import circuitlens as cl
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.precision import in_float32
 from circuitlens.adapt.training import train
-from circuitlens.tasks import Encoded, toy
+from circuitlens.tasks import toy
 
 HALVES = [torch.bfloat16, torch.float16]
-
-
-def data(n=40):
-    tokens = tuple(tuple((7 * i + k) % 85 + 5 for k in range(6)) for i in range(n))
-    return Encoded(
-        ids=tuple(map(str, range(n))),
-        tokens=tokens,
-        gold=tuple(i % 2 for i in range(n)),
-        label_tokens=(1, 2),
-        pad_token=0,
-        n_prefix=0,
-        n_suffix=0,
-        n_truncated=0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +29,7 @@ def test_16_bit_weights_move_as_those_in_float32(name, dtype):
     # At this rate most steps are smaller than half a unit in the last place of 16 bits.
     options = TrainingOptions(2e-5, epochs=6, batch_size=8)
     for model in (half, whole):
-        train(model, data(), None, options)
+        train(model, made_up(), None, options)
     trained = dict(whole.hf.named_parameters())
     moved = 0
     for parameter_name, parameter in half.hf.named_parameters():
@@ -88,7 +75,7 @@ def test_finetuning_trains_what_was_frozen_too_and_freezes_it_again():
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)
     before = {name: p.clone() for name, p in model.hf.named_parameters()}
-    train(model, data(), None, TrainingOptions(1e-2, epochs=1, batch_size=8))
+    train(model, made_up(), None, TrainingOptions(1e-2, epochs=1, batch_size=8))
     still = [name for name, p in model.hf.named_parameters() if torch.equal(p, before[name])]
     assert not still
     assert not any(p.requires_grad for p in model.hf.parameters())
@@ -141,4 +128,4 @@ def test_a_model_that_gives_nan_is_not_evaluated(toy_task):
     with pytest.raises(cl.NotFiniteError, match="NaN or infinite logits on 20 of 20 examples"):
         cl.evaluate(model, toy_task, toy_task["test"][:20])
     with pytest.raises(cl.NotFiniteError, match="diverged"):
-        train(model, data(), None, TrainingOptions(1e-3, epochs=1))
+        train(model, made_up(), None, TrainingOptions(1e-3, epochs=1))

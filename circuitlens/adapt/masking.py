@@ -16,22 +16,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-__all__ = ["all_train", "masked_adamw", "only_selected_train"]
+__all__ = ["masked_adamw", "only_selected_train"]
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
-
-
-@contextmanager
-def all_train(model: nn.Module) -> Iterator[None]:
-    """Within the block, gradients reach all parameters, also those that were frozen before."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @contextmanager

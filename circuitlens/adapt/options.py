@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_whole
 
 __all__ = ["TrainingLog", "TrainingOptions", "rank"]
 
@@ -49,12 +49,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name, least in _WHOLE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise InputError(
-                    f"{name} must be a whole number of at least {least}, but is {value!r}."
-                )
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         for name in _REAL:
             value = getattr(self, name)
             # NaN is not larger than anything.

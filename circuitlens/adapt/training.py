@@ -20,12 +20,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from circuitlens.adapt.checkpoints import Checkpoints
-from circuitlens.adapt.masking import all_train, masked_adamw, only_selected_train
+from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.precision import in_float32
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest, LabelTokenTrainer
 from circuitlens.errors import InputError, NotFiniteError
+from circuitlens.freezing import gradients
 from circuitlens.model import HookedModel
 from circuitlens.progress import interactive
 from circuitlens.tasks import Encoded
@@ -148,11 +149,13 @@ def train(
 @contextmanager
 def _what_trains(model: HookedModel, trainable: Trainable | None) -> Iterator[None]:
     """Freeze the rest; weights of the model's own are trained in float32."""
-    if trainable is not None and trainable.masks is None:
+    if trainable is None:
+        which = gradients(model.hf, wanted=True)
+    elif trainable.masks is not None:
+        which = only_selected_train(model.hf, trainable.masks)
+    else:
         yield  # PEFT has frozen the model, and adapters are float32 whatever it is.
         return
-    masks = None if trainable is None else trainable.masks
-    which = all_train(model.hf) if masks is None else only_selected_train(model.hf, masks)
     with in_float32(model.hf), which:
         yield
 

@@ -15,8 +15,7 @@ margin of the linearised network loses when every node is at its mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -30,6 +29,7 @@ from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import activation_sites, capped_labels, secant, site_hooks
 from circuitlens.errors import check_choice
 from circuitlens.families import ActivationSite
+from circuitlens.freezing import gradients
 from circuitlens.hooks import Hook, then
 from circuitlens.means import NodeMeans
 from circuitlens.model import HookedModel
@@ -106,7 +106,7 @@ class LinearisedRun:
                 hooks |= _secant_slope(model, site)
         for name in nodes:
             then(hooks, name, tap(name))
-        with torch.enable_grad(), _weights_without_gradient(model):
+        with torch.enable_grad(), gradients(model.hf, wanted=False):
             if rules.activation == "secant":
                 self.labels, _ = capped_labels(model, batch, hooks, model.label_logits)
             else:
@@ -207,15 +207,3 @@ def _secant_slope(model: HookedModel, site: ActivationSite) -> dict[str, Hook]:
         return value + (linear - linear.detach())
 
     return site_hooks(site, at)
-
-
-@contextmanager
-def _weights_without_gradient(model: HookedModel) -> Iterator[None]:
-    wanted = [p for p in model.hf.parameters() if p.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from numbers import Integral
 from string import Formatter
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.batch import Batch
-from circuitlens.errors import InputError
+from circuitlens.errors import InputError, check_whole
 from circuitlens.tasks.examples import Example
 
 __all__ = ["Encoded", "encode", "label_tokens", "label_words", "template_fields"]
@@ -81,12 +80,6 @@ def label_words(labels: Any) -> dict[str, str]:
             )
         found[name] = word
     return found
-
-
-def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, but is {value!r}.")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -181,7 +174,7 @@ class Encoded:
             InputError: if the size is not a whole number of at least 1.
         """
         # A negative step would yield nothing, and leave results as they were allocated.
-        batch_size = _whole(batch_size, "batch_size")
+        batch_size = check_whole("batch_size", batch_size)
         order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -193,7 +186,7 @@ class Encoded:
         Raises:
             InputError: if the size is not a whole number of at least 1.
         """
-        return -(-len(self) // _whole(batch_size, "batch_size"))
+        return -(-len(self) // check_whole("batch_size", batch_size))
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, masked: bool) -> tuple[list[int], list[int]]:
@@ -296,7 +289,7 @@ def encode(
     tokens_of = label_tokens(tokenizer, template, words)
     before, behind = _frame(tokenizer, masked)
     fields = template_fields(template)
-    limit = _whole(max_text_tokens, "max_text_tokens")
+    limit = check_whole("max_text_tokens", max_text_tokens)
     if context is not None:
         empty = _ids(tokenizer, template.format(**dict.fromkeys(fields, "x")))
         bare = len(before) + len(empty) + len(behind)
