@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ALL, FLOAT32_ONLY, loaded, prompts
+from helpers import ALL, FLOAT32_ONLY, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.ablation import (

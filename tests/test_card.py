@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import loaded
+from helpers import loaded
 from huggingface_hub import ModelCard
 from peft import PeftModel
 

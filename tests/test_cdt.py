@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL, loaded, tiny
 from frozen_oracle import Frozen
-from test_model import batch_of
+from helpers import ALL, batch_of, loaded, row, tiny
 
 import circuitlens as cl
 from circuitlens.batch import Batch, task_margin
@@ -29,17 +28,6 @@ def means(model: cl.HookedModel) -> torch.Tensor:
     g = model.geometry
     torch.manual_seed(5)
     return 0.3 * torch.randn(g.n_layers, g.n_heads, g.d_head, dtype=model.dtype)
-
-
-def row(batch: Batch, index: int) -> Batch:
-    """One example without its padding."""
-    start = int((batch.attention_mask[index] == 0).sum())
-    return replace(
-        batch,
-        input_ids=batch.input_ids[index : index + 1, start:],
-        attention_mask=batch.attention_mask[index : index + 1, start:],
-        gold=batch.gold[index : index + 1],
-    )
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from helpers import tiny
 
 import circuitlens as cl
 from circuitlens import pipeline

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import loaded
-from test_engine import node_means
-from test_model import batch_of
+from helpers import batch_of, loaded, node_means
 
 import circuitlens as cl
 from circuitlens.cdt import RULES

@@ -8,12 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL, MASKED, loaded
 from hand_frozen import HandFrozen, put
+from helpers import ALL, MASKED, batch_of, loaded, node_means, row, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cdt import row
-from test_model import batch_of
 
 import circuitlens as cl
 from circuitlens.batch import margin, task_margin
@@ -25,7 +23,6 @@ from circuitlens.cdt import (
     relevance_by_difference,
     relevance_by_gradient,
 )
-from circuitlens.means import NodeMeans
 from circuitlens.memory import RowBudget
 from circuitlens.provenance import Provenance
 from circuitlens.scorers import Request, scorer
@@ -34,20 +31,6 @@ CAUSAL = [name for name in ALL if name not in MASKED]
 HEADS = (cl.Head(0, 1), cl.Head(1, 3), cl.Head(2, 0))
 # Norms are float32 inside, whatever the type; in float32 models everything is.
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
-
-
-def unchecked(kind: type, *arguments, **options):
-    """Make an object without the type checks of the tests, which users do not have."""
-    made = object.__new__(kind)
-    inspect.unwrap(kind.__init__)(made, *arguments, **options)
-    return made
-
-
-def node_means(model: cl.HookedModel) -> NodeMeans:
-    g = model.geometry
-    torch.manual_seed(5)
-    heads = 0.3 * torch.randn(g.n_layers, g.n_heads, g.d_head, dtype=model.dtype)
-    return NodeMeans.pooled(heads, 0.3 * torch.randn(g.n_layers, g.d_model, dtype=model.dtype))
 
 
 def patches_of(model, means, nodes, where):

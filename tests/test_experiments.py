@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import FAST, GRID, small
 from typer.testing import CliRunner
 
 import circuitlens as cl
@@ -26,16 +27,7 @@ from circuitlens.pipeline import RunFolder, RunSettings
 from circuitlens.provenance import Provenance
 from circuitlens.tasks import toy
 
-FAST = {"learning_rates": [1e-3], "epochs": 1, "quiet": True}
-GRID = {"strategies": ["random", "norms"], "seeds": [0, 1]}
 METRICS = {"accuracy", "macro_f1", "margin", "calibration_error"}
-
-
-def small() -> tuple[cl.HookedModel, cl.Circuit, cl.Task]:
-    """A random model: what a grid does with it does not depend on what it knows."""
-    model = toy.toy_model(n_layers=1)
-    g = model.geometry
-    return model, cl.Circuit.of(["a0.h1", "a0.h2"], g.n_layers, g.n_heads), cl.load_task("toy")
 
 
 @pytest.fixture(scope="module")
@@ -495,7 +487,6 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import circuitlens as cl
-from test_experiments import FAST, GRID, small
 
 replace, written = os.replace, []
 def kill_at_the_third_cell(source, to):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, loaded, prompts
+from helpers import ALL, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.baseline import MeanBaseline

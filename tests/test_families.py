@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALL, CONFIGS, MASKED, loaded
-from test_model import batch_of
+from helpers import ALL, CONFIGS, MASKED, batch_of, loaded
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 

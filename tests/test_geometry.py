@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALL, MASKED, loaded, tiny
+from helpers import ALL, MASKED, batch_of, loaded, tiny
 from peft import LoraConfig, get_peft_model
-from test_model import batch_of
 
 import circuitlens as cl
 from circuitlens.geometry import Head, HeadGeometry, norm_parameters, selection_masks

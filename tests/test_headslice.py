@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ALL, loaded, tiny
+from helpers import ALL, loaded, tiny
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file

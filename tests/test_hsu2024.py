@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from conftest import tiny
+from helpers import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 

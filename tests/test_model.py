@@ -11,7 +11,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from conftest import ALL, FLOAT32_ONLY, loaded, prompts, tiny
+from helpers import ALL, FLOAT32_ONLY, batch_of, loaded, prompts, tiny
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +24,6 @@ from transformers import (
 
 import circuitlens as cl
 from circuitlens.adapt.precision import in_float32
-from circuitlens.batch import Batch
 from circuitlens.model import HookedModel
 
 TIED = {
@@ -36,11 +35,6 @@ TIED = {
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
 }
-
-
-def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
-    """Random prompts for a model; one that answers in a mask's place has a token behind it."""
-    return prompts(*lengths, seed=seed, n_suffix=0 if model.family.causal else 1)
 
 
 @pytest.mark.parametrize("name", ALL)

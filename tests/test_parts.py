@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from helpers import made_up, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,7 +16,7 @@ from circuitlens.adapt.parts import Parts
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest
 from circuitlens.adapt.training import train
-from circuitlens.tasks import Encoded, toy
+from circuitlens.tasks import toy
 
 
 @given(
@@ -149,21 +149,6 @@ def _with_dropout():
         vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.2
     )
     return GPT2LMHeadModel(config)
-
-
-def made_up(n=40):
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(3, 9, (n,), generator=generator).tolist()
-    return Encoded(
-        ids=tuple(map(str, range(n))),
-        tokens=tuple(tuple((7 * i + k) % 85 + 5 for k in range(m)) for i, m in enumerate(lengths)),
-        gold=tuple(i % 2 for i in range(n)),
-        label_tokens=(1, 2),
-        pad_token=0,
-        n_prefix=0,
-        n_suffix=0,
-        n_truncated=0,
-    )
 
 
 @pytest.mark.parametrize("has_validation", [True, False])

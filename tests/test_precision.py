@@ -6,8 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny
-from test_parts import made_up
+from helpers import made_up, tiny
 
 import circuitlens as cl
 from circuitlens.adapt.options import TrainingOptions

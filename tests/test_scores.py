@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_engine import unchecked
+from helpers import unchecked
 
 import circuitlens as cl
 from circuitlens import scoring

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from conftest import CONFIGS, tiny
+from helpers import CONFIGS, tiny
 from transformers import AutoModelForCausalLM
 
 import circuitlens as cl

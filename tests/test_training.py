@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ALL, tiny
+from helpers import ALL, tiny
 
 import circuitlens as cl
 from circuitlens.adapt.auto import _pick, decide

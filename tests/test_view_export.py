@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from test_view_transfers import cell, result
+from helpers import cell, result
 
 import circuitlens as cl
 from circuitlens.experiments.folder import CellFolder

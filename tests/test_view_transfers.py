@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import cell, evaluation, result
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.evaluation import Evaluation
-from circuitlens.provenance import Provenance
 from circuitlens.view.gallery import figures_of
 from circuitlens.view.languages import paired_differences, strategy_table
 from circuitlens.view.panels import MEAN, shown, strategy_styles, transfer_points
@@ -22,36 +22,6 @@ from circuitlens.view.transfers import transfer_tradeoff
 EVIL = "<b>x</b> %{x} $a$"
 SAFE = "&lt;b&gt;x&lt;/b&gt; %{x} &#36;a&#36;"
 NAMES = [*STRATEGIES, "auto"]
-HISTORY = [
-    {"epoch": 1.0, "accuracy": 0.5, "margin": 1.0},
-    {"epoch": 2.0, "accuracy": 0.7, "margin": 2.0},
-    {"epoch": 3.0, "accuracy": 0.7, "margin": 3.0},
-    {"epoch": 4.0, "accuracy": 0.6, "margin": 9.0},
-]
-
-
-def evaluation(accuracy: float) -> dict[str, float]:
-    return Evaluation(50, accuracy, accuracy / 2, 3.0, 0.1).to_dict()
-
-
-def cell(language, strategy, seed, after, kept=0.8, **more):
-    right = [int(i < round(50 * after)) for i in range(50)]
-    name = {"name": "t/src", "before": evaluation(0.9), "after": evaluation(kept)}
-    return {
-        "strategy": strategy,
-        "target_language": language,
-        "source_language": "src",
-        "seed": seed,
-        "target_before": evaluation(0.5),
-        "target_after": evaluation(after),
-        "retained": [name],
-        "n_trainable": 1234,
-        "seconds": 2.0,
-        "peak_mib": 5.0,
-        "target_right": right,
-        "history": HISTORY,
-        **more,
-    }
 
 
 @pytest.fixture
@@ -71,35 +41,6 @@ def comparison():
             for seed in range(3)
         )
     )
-
-
-def result(strategy="circuit", language="x", seed=None, drift=((0.0, 2.0), (0.5, 0.0)), **more):
-    settings = {} if seed is None else {"seed": seed}
-    values = {
-        "strategy": strategy,
-        "heads": cl.Circuit.of(["a0.h1", "a1.h0"], 2, 2),
-        "target_language": language,
-        "source_language": "src",
-        "target_before": Evaluation(**evaluation(0.5)),
-        "target_after": Evaluation(**evaluation(0.7)),
-        "retained": (
-            cl.adapt.retention.Retained(
-                "t/src", Evaluation(**evaluation(0.9)), Evaluation(**evaluation(0.8))
-            ),
-        ),
-        "n_trainable": 10,
-        "learning_rate": 1e-3,
-        "validation": {1e-3: 0.7},
-        "history": tuple(HISTORY),
-        "seconds": 1.0,
-        "target_right": (True, False),
-        "drift": drift,
-        "shift": None,
-        "decision": None,
-        "provenance": Provenance("m", "f", "t", "d", 0, settings),
-        **more,
-    }
-    return cl.TransferResult(**values)
 
 
 def traces(fig, name):

@@ -1,0 +1,241 @@
+"""What several test modules share: tiny random models, made-up batches, data and results."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+import transformers as hf
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+import circuitlens as cl
+from circuitlens.batch import Batch
+from circuitlens.evaluation import Evaluation
+from circuitlens.means import NodeMeans
+from circuitlens.provenance import Provenance
+from circuitlens.tasks import Encoded, toy
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2}
+
+
+def _falcon(**options: object) -> hf.FalconConfig:
+    sizes = {**_SMALL, "ffn_hidden_size": 48}
+    del sizes["intermediate_size"]
+    return hf.FalconConfig(**sizes, **options)
+
+
+# One for every weight layout and for what makes a family special.
+CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "qwen2": lambda: hf.Qwen2Config(**_GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**_GROUPED, head_dim=12),
+    "llama": lambda: hf.LlamaConfig(**_GROUPED),
+    "mistral": lambda: hf.MistralConfig(**_GROUPED),
+    "gemma2": lambda: hf.Gemma2Config(**_GROUPED, head_dim=8, query_pre_attn_scalar=8),
+    "phi3": lambda: hf.Phi3Config(**_GROUPED, pad_token_id=0),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**_SMALL),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=97,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    "bloom": lambda: hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4),
+    "olmo2": lambda: hf.Olmo2Config(**_SMALL),
+    # A window of four tokens in all layers but one.
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **_GROUPED,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "falcon_new": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon_mq": lambda: _falcon(multi_query=True),
+    "falcon_rw": lambda: _falcon(multi_query=False, alibi=True, parallel_attn=False, bias=True),
+    "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    # The middle layer has a plain MLP.
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **_GROUPED,
+        head_dim=12,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+    ),
+    "bert": lambda: hf.BertConfig(**_SMALL),
+    "roberta": lambda: hf.RobertaConfig(**_SMALL),
+    "xlm_roberta": lambda: hf.XLMRobertaConfig(**_SMALL),
+}
+ALL = list(CONFIGS)
+MASKED = {"bert", "roberta", "xlm_roberta"}
+# Hugging Face takes their softmax in float32, which makes NaN of float64 masks in the padding.
+FLOAT32_ONLY = {"opt", "gemma2", "bloom"}
+
+
+def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrainedModel:
+    """A random model; biases and norms are random too, so that nothing hides behind a zero."""
+    dtype = dtype or (torch.float32 if name in FLOAT32_ONLY else torch.float64)
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    # The default implementation of experts knows no float64.
+    options = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
+    model = auto.from_config(config, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.5 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+@cache
+def loaded(name: str, dtype: torch.dtype | None = None):
+    """A loaded tiny model that all tests share: for reading only."""
+    return cl.load(tiny(name, dtype))
+
+
+def prompts(*lengths: int, seed: int = 1, n_prefix: int = 0, n_suffix: int = 0):
+    """Left-padded random prompts of the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    gold = torch.arange(len(lengths)) % 3
+    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_prefix, n_suffix)
+
+
+def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
+    """Random prompts for a model; one that answers in a mask's place has a token behind it."""
+    return prompts(*lengths, seed=seed, n_suffix=0 if model.family.causal else 1)
+
+
+def row(batch: Batch, index: int) -> Batch:
+    """One example without its padding."""
+    start = int((batch.attention_mask[index] == 0).sum())
+    return replace(
+        batch,
+        input_ids=batch.input_ids[index : index + 1, start:],
+        attention_mask=batch.attention_mask[index : index + 1, start:],
+        gold=batch.gold[index : index + 1],
+    )
+
+
+def node_means(model: cl.HookedModel) -> NodeMeans:
+    g = model.geometry
+    torch.manual_seed(5)
+    heads = 0.3 * torch.randn(g.n_layers, g.n_heads, g.d_head, dtype=model.dtype)
+    return NodeMeans.pooled(heads, 0.3 * torch.randn(g.n_layers, g.d_model, dtype=model.dtype))
+
+
+def unchecked(kind: type, *arguments, **options):
+    """Make an object without the type checks of the tests, which users do not have."""
+    made = object.__new__(kind)
+    inspect.unwrap(kind.__init__)(made, *arguments, **options)
+    return made
+
+
+def made_up(n=40):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, 9, (n,), generator=generator).tolist()
+    return Encoded(
+        ids=tuple(map(str, range(n))),
+        tokens=tuple(tuple((7 * i + k) % 85 + 5 for k in range(m)) for i, m in enumerate(lengths)),
+        gold=tuple(i % 2 for i in range(n)),
+        label_tokens=(1, 2),
+        pad_token=0,
+        n_prefix=0,
+        n_suffix=0,
+        n_truncated=0,
+    )
+
+
+FAST = {"learning_rates": [1e-3], "epochs": 1, "quiet": True}
+GRID = {"strategies": ["random", "norms"], "seeds": [0, 1]}
+
+
+def small() -> tuple[cl.HookedModel, cl.Circuit, cl.Task]:
+    """A random model: what a grid does with it does not depend on what it knows."""
+    model = toy.toy_model(n_layers=1)
+    g = model.geometry
+    return model, cl.Circuit.of(["a0.h1", "a0.h2"], g.n_layers, g.n_heads), cl.load_task("toy")
+
+
+HISTORY = [
+    {"epoch": 1.0, "accuracy": 0.5, "margin": 1.0},
+    {"epoch": 2.0, "accuracy": 0.7, "margin": 2.0},
+    {"epoch": 3.0, "accuracy": 0.7, "margin": 3.0},
+    {"epoch": 4.0, "accuracy": 0.6, "margin": 9.0},
+]
+
+
+def evaluation(accuracy: float) -> dict[str, float]:
+    return Evaluation(50, accuracy, accuracy / 2, 3.0, 0.1).to_dict()
+
+
+def cell(language, strategy, seed, after, kept=0.8, **more):
+    right = [int(i < round(50 * after)) for i in range(50)]
+    name = {"name": "t/src", "before": evaluation(0.9), "after": evaluation(kept)}
+    return {
+        "strategy": strategy,
+        "target_language": language,
+        "source_language": "src",
+        "seed": seed,
+        "target_before": evaluation(0.5),
+        "target_after": evaluation(after),
+        "retained": [name],
+        "n_trainable": 1234,
+        "seconds": 2.0,
+        "peak_mib": 5.0,
+        "target_right": right,
+        "history": HISTORY,
+        **more,
+    }
+
+
+def result(strategy="circuit", language="x", seed=None, drift=((0.0, 2.0), (0.5, 0.0)), **more):
+    settings = {} if seed is None else {"seed": seed}
+    values = {
+        "strategy": strategy,
+        "heads": cl.Circuit.of(["a0.h1", "a1.h0"], 2, 2),
+        "target_language": language,
+        "source_language": "src",
+        "target_before": Evaluation(**evaluation(0.5)),
+        "target_after": Evaluation(**evaluation(0.7)),
+        "retained": (
+            cl.adapt.retention.Retained(
+                "t/src", Evaluation(**evaluation(0.9)), Evaluation(**evaluation(0.8))
+            ),
+        ),
+        "n_trainable": 10,
+        "learning_rate": 1e-3,
+        "validation": {1e-3: 0.7},
+        "history": tuple(HISTORY),
+        "seconds": 1.0,
+        "target_right": (True, False),
+        "drift": drift,
+        "shift": None,
+        "decision": None,
+        "provenance": Provenance("m", "f", "t", "d", 0, settings),
+        **more,
+    }
+    return cl.TransferResult(**values)
