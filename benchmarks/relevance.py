@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 
 import circuitlens as cl
 from benchmarks.timing import ratio
-from circuitlens.batch import Batch, task_margin
+from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradient
-from circuitlens.means import NodeMeans
+from circuitlens.models.batch import Batch, task_margin
 
 
 def qwen(d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> cl.HookedModel:

@@ -26,7 +26,7 @@ from benchmarks.relevance import batch_of, qwen
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.strategies import Choice, strategy_of
 from circuitlens.adapt.trainable import Trainable
-from circuitlens.geometry import norm_parameters, selection_masks
+from circuitlens.models.geometry import norm_parameters, selection_masks
 
 SIDES = ("slices", "masking", "lora-r8", "full")
 REPEATS = 5
@@ -85,7 +85,7 @@ _MEMORY = """
 import ctypes, sys, torch
 from contextlib import ExitStack
 from benchmarks import transfer as t
-from circuitlens.peak_memory import PeakMemory
+from circuitlens.utils.peak_memory import PeakMemory
 torch.set_num_threads(1)
 with ExitStack() as stack:
     side = t.Side(sys.argv[1], t.model_of(), stack)

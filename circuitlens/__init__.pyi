@@ -1,12 +1,16 @@
 from . import tasks, view
 from .adapt import TransferResult, finetune, transfer
 from .baseline import MeanBaseline, label_balanced_mean
-from .batch import Batch
 from .cdt import RULES, RuleSet, decompose
 from .circuit import Circuit
-from .comparison import ScorerComparison, compare_scorers
-from .curve import FaithfulnessCurve
-from .discovery import discover
+from .circuits import (
+    FaithfulnessCurve,
+    Minimality,
+    ScorerComparison,
+    compare_scorers,
+    faithfulness,
+    minimality,
+)
 from .errors import (
     CircuitLensError,
     CompetenceError,
@@ -14,18 +18,14 @@ from .errors import (
     NotFiniteError,
     UnsupportedModelError,
 )
-from .evaluation import Evaluation, evaluate
 from .experiments import Comparison, compare
-from .geometry import Head, HeadGeometry, WeightSlice
-from .loading import load
-from .marginal import Minimality, minimality
-from .measuring import faithfulness
-from .model import HookedModel
-from .nodes import MLP
-from .scorers import METHODS
-from .scores import HeadScores, Stability
-from .scoring import relevance
-from .tasks import Example, Task, load_task
+from .models.batch import Batch
+from .models.geometry import HeadGeometry, WeightSlice
+from .models.hooked import HookedModel
+from .models.loading import load
+from .nodes import MLP, Head
+from .scoring import METHODS, HeadScores, Stability, discover, relevance
+from .tasks import Evaluation, Example, Task, evaluate, load_task
 
 __version__: str
 

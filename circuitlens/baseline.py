@@ -26,25 +26,73 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitlens.batch import Batch, Positions
 from circuitlens.errors import CompetenceError, InputError, check_choice
-from circuitlens.evaluation import near_chance
-from circuitlens.hooks import recording
-from circuitlens.means import NodeMeans
-from circuitlens.model import HookedModel
-from circuitlens.progress import progress
-from circuitlens.provenance import Provenance
-from circuitlens.storage import read_tensors, write_tensors
+from circuitlens.models.batch import Batch, Positions
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.hooks import recording
 from circuitlens.tasks import Example, Task
+from circuitlens.tasks.evaluation import near_chance
 from circuitlens.tasks.examples import POOLS
+from circuitlens.utils.progress import progress
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import read_tensors, write_tensors
 
-__all__ = ["MeanBaseline", "examples_by_id", "label_balanced_mean"]
+__all__ = ["MeanBaseline", "NodeMeans", "examples_by_id", "label_balanced_mean"]
 
 _SCHEMA = "circuitlens.baseline/2"
 
 _TENSORS = ("mean", "mlp_mean", "by_position", "mlp_by_position")
 
 Pooling = Literal["pooled", "position"]
+
+
+@dataclass(frozen=True)
+class NodeMeans:
+    """Means of all heads, and of all MLPs if they are nodes too.
+
+    Index 0 of the position axis is the mean over positions. If there are more, they are means of
+    single positions, counted from the end of the prompt (the last index is the last token), and
+    index 0 serves for positions further to the left than any of them.
+
+    Attributes:
+        heads: of z, the output of each head before W_O.
+        mlps: of the output of each MLP, if known.
+    """
+
+    heads: Float[Tensor, "layer pos head d_head"]
+    mlps: Float[Tensor, "layer pos d_model"] | None = None
+
+    @classmethod
+    def pooled(
+        cls,
+        heads: Float[Tensor, "layer head d_head"],
+        mlps: Float[Tensor, "layer d_model"] | None = None,
+    ) -> NodeMeans:
+        """Use the same mean at every position."""
+        return cls(heads[:, None], None if mlps is None else mlps[:, None])
+
+    def of_heads(self, layer: int, like: Tensor) -> Float[Tensor, "pos head d_head"]:
+        """Means of a layer's heads for prompts as wide as z in ``like``, in its type."""
+        return _aligned(self.heads[layer], like)
+
+    def of_mlp(self, layer: int, like: Tensor) -> Float[Tensor, "pos d_model"]:
+        """Mean of a layer's MLP for prompts as wide as the output in ``like``, in its type.
+
+        Raises:
+            InputError: if MLP means are unknown.
+        """
+        if self.mlps is None:
+            raise InputError(
+                "An MLP is a source here, but the means are those of heads only: give MLP means "
+                "(cl.label_balanced_mean takes them)."
+            )
+        return _aligned(self.mlps[layer], like)
+
+
+def _aligned(means: Tensor, like: Tensor) -> Tensor:
+    width = like.shape[1]
+    index = torch.arange(len(means) - width, len(means), device=means.device).clamp(min=0)
+    return means[index].to(like)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
-from circuitlens.provenance import Provenance
-from circuitlens.storage import read_json, write_json
+from circuitlens.nodes import Head
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import read_json, write_json
 
 __all__ = ["Circuit"]
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from circuitlens.console import pairs_table, strategy_table, summary_table
+from circuitlens.cli_tables import pairs_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
 
 __all__ = ["app", "main"]
 
@@ -176,8 +176,9 @@ def run(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     _begin(quiet)
-    from circuitlens.adapt.transfer import DEFAULT_RATES
-    from circuitlens.pipeline import RunFolder, RunSettings
+    from circuitlens.adapt.transfers import DEFAULT_RATES
+    from circuitlens.run_folder import RunFolder
+    from circuitlens.run_settings import RunSettings
 
     for name, value, known in (
         ("--competence", competence, ("auto", "always", "never")),
@@ -230,7 +231,7 @@ def discover(
     _begin(quiet)
     from dataclasses import replace
 
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
     if (folder / "circuit.json").is_file() and not redo:
@@ -253,7 +254,7 @@ def faithfulness(
 ) -> None:
     """Measure how much of the task the circuit does alone."""
     _begin(quiet)
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
     if redo:
@@ -276,7 +277,7 @@ def transfer(
     _begin(quiet)
     from dataclasses import replace
 
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
     targets = tuple(target or run.settings.targets)
@@ -305,7 +306,7 @@ def compare(
     """
     _begin(quiet)
     from circuitlens.experiments import compare as compare_strategies
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
     settings = run.settings
@@ -347,7 +348,7 @@ def report(
     """Write the report of what the folder holds."""
     _begin(quiet)
     from circuitlens.experiments import Comparison
-    from circuitlens.pipeline import RunFolder
+    from circuitlens.run_folder import RunFolder
     from circuitlens.view import write_report
 
     if (folder / "comparison.json").is_file():
@@ -402,7 +403,8 @@ def demo(
 ) -> None:
     """Do the whole line on three artificial languages and a model trained on the spot."""
     _begin(quiet)
-    from circuitlens.pipeline import RunFolder, RunSettings
+    from circuitlens.run_folder import RunFolder
+    from circuitlens.run_settings import RunSettings
 
     settings = RunSettings(
         model="toy",

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from circuitlens.model import HookedModel
+from typing import Any
 
 __all__ = [
     "CircuitLensError",
@@ -21,6 +18,7 @@ __all__ = [
     "UnsupportedModelError",
     "check_choice",
     "check_whole",
+    "first_line",
 ]
 
 
@@ -44,10 +42,11 @@ class CompetenceError(CircuitLensError):
     """The model does the task no better than chance, so a circuit for it would be noise.
 
     Attributes:
-        model: the model as it was when the check failed (trained, if training led here).
+        model: the :class:`circuitlens.HookedModel` as it was when the check failed (trained, if
+            training led here).
     """
 
-    def __init__(self, message: str, model: HookedModel | None = None) -> None:
+    def __init__(self, message: str, model: Any = None) -> None:
         super().__init__(message)
         self.model = model
 
@@ -72,3 +71,8 @@ def check_whole(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, but is {value!r}.")
     return int(value)
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -18,7 +18,7 @@ import torch
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
-from circuitlens.experiments.folder import CellFolder, Key
+from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.tasks import toy
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import circuitlens as cl
-from circuitlens.batch import Batch, task_margin
+from circuitlens.models.batch import Batch, task_margin
 
 
 class HandFrozen:

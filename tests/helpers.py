@@ -12,11 +12,11 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 import circuitlens as cl
-from circuitlens.batch import Batch
-from circuitlens.evaluation import Evaluation
-from circuitlens.means import NodeMeans
-from circuitlens.provenance import Provenance
+from circuitlens.baseline import NodeMeans
+from circuitlens.models.batch import Batch
 from circuitlens.tasks import Encoded, toy
+from circuitlens.tasks.evaluation import Evaluation
+from circuitlens.utils.provenance import Provenance
 
 _SMALL = {
     "vocab_size": 97,

@@ -7,14 +7,14 @@ import torch
 from helpers import ALL, FLOAT32_ONLY, loaded, prompts
 
 import circuitlens as cl
-from circuitlens.ablation import (
+from circuitlens.baseline import NodeMeans
+from circuitlens.cdt.ablation import (
     PrefixCache,
     ablated_label_logits,
     circuit_label_logits,
     head_mask,
 )
-from circuitlens.means import NodeMeans
-from circuitlens.memory import RowBudget
+from circuitlens.utils.row_budget import RowBudget
 
 
 def circuits(n_layers: int = 3, n_heads: int = 4) -> torch.Tensor:

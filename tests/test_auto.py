@@ -14,12 +14,12 @@ import circuitlens as cl
 from circuitlens.adapt.auto import _pick, decide
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.strategies import NAMES, Choice, strategy_of
-from circuitlens.provenance import Provenance
 from circuitlens.tasks import toy
+from circuitlens.utils.provenance import Provenance
 
-# `circuitlens.adapt.transfer` is the function; its module has the same name.
+# `circuitlens.adapt.transfers` is the function; its module has the same name.
 AUTO = sys.modules["circuitlens.adapt.auto"]
-TRANSFER = sys.modules["circuitlens.adapt.transfer"]
+TRANSFER = sys.modules["circuitlens.adapt.transfers"]
 PLANS = [(name, size) for name in ("circuit", "near-zero") for size in (2, 4)]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import circuitlens as cl
-from circuitlens.scorers import Request, scorer
+from circuitlens.scoring.scorers import Request, scorer
 from circuitlens.tasks import toy
 
 

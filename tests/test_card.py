@@ -16,7 +16,7 @@ from peft import PeftModel
 import circuitlens as cl
 from circuitlens.adapt import result as module
 from circuitlens.adapt.card import model_card
-from circuitlens.loading import load_weights
+from circuitlens.models.loading import load_weights
 
 OPTIONS = {"learning_rates": [3e-3], "epochs": 1, "quiet": True}
 
@@ -89,8 +89,8 @@ def hub(monkeypatch, tmp_path, toy_proxy):
         hf.name_or_path = hf.config.name_or_path = name
         return hf
 
-    monkeypatch.setattr("circuitlens.loading.load_weights", stand_in)
-    monkeypatch.setattr("circuitlens.loading.load_tokenizer", lambda *_: toy_proxy.tokenizer)
+    monkeypatch.setattr("circuitlens.models.loading.load_weights", stand_in)
+    monkeypatch.setattr("circuitlens.models.loading.load_tokenizer", lambda *_: toy_proxy.tokenizer)
     return "someone/toy"
 
 
@@ -262,7 +262,7 @@ def test_an_interrupted_training_in_place_leaves_no_checkpoint_of_that_name(
         raise KeyboardInterrupt
 
     model = cl.load(hub)
-    monkeypatch.setattr(sys.modules["circuitlens.adapt.finetune"], "train", interrupt)
+    monkeypatch.setattr(sys.modules["circuitlens.adapt.competence"], "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cl.finetune(model, toy_task, inplace=True)
     assert model.origin == "fine-tuned"

@@ -9,10 +9,10 @@ from frozen_oracle import Frozen
 from helpers import ALL, batch_of, loaded, row, tiny
 
 import circuitlens as cl
-from circuitlens.batch import Batch, task_margin
+from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
-from circuitlens.means import NodeMeans
-from circuitlens.memory import RowBudget
+from circuitlens.models.batch import Batch, task_margin
+from circuitlens.utils.row_budget import RowBudget
 
 DIFFERENCE = [name for name, rules in RULES.items() if rules.activation == "difference"]
 GRADIENT = [name for name in RULES if name not in DIFFERENCE]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import circuitlens as cl
 from circuitlens import Circuit, Head, HeadScores
-from circuitlens.provenance import Provenance
+from circuitlens.utils.provenance import Provenance
 
 quick = settings(max_examples=80, deadline=None)
 

@@ -14,8 +14,9 @@ import torch
 from helpers import tiny
 
 import circuitlens as cl
-from circuitlens import pipeline
-from circuitlens.pipeline import RunFolder, RunSettings
+from circuitlens import run_folder, run_settings
+from circuitlens.run_folder import RunFolder
+from circuitlens.run_settings import RunSettings
 from circuitlens.tasks import toy
 
 FAST = ["--max-examples", "40", "--n-random", "2", "--rate", "1e-3", "--epochs", "1"]
@@ -169,7 +170,7 @@ def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "transfer", interrupt)
+        patch.setattr(run_folder, "transfer", interrupt)
         code, _, err = cli(*base(proxy_folder, out, "--strategy", "norms"))
     assert code == 130
     assert "goes on from there" in err
@@ -296,7 +297,12 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             "--out",
             tmp_path / "used",
         ],
-        r"There is no task 'poetry'; known are nusax": [*model, "--task", "poetry", *out],
+        r"There is no task 'poetry'; known are americasnli": [
+            *model,
+            "--task",
+            "poetry",
+            *out,
+        ],
         r"--size takes a number of heads": [*model, "--task", "toy", "--size", "few", *out],
         r"share of heads lies between 0 and 1": [*model, "--task", "toy", "--size", "2.5", *out],
         r"99 heads were asked for": [*model, "--task", "toy", "--size", "99", *out],
@@ -345,7 +351,7 @@ def test_a_competence_stage_saves_the_proxy(tmp_path, toy_proxy, monkeypatch):
         model="toy", task="toy", competence="always", finetune_epochs=1, finetune_rate=1e-5
     )
     # Training itself is tested elsewhere; one epoch at a tiny rate keeps what it was given.
-    monkeypatch.setattr(pipeline, "toy_model", lambda seed: toy_proxy.clone())
+    monkeypatch.setattr(run_settings, "toy_model", lambda seed: toy_proxy.clone())
     trained = RunFolder.create(tmp_path / "run", settings, quiet=True).model
     assert (tmp_path / "run" / "proxy" / "config.json").is_file()
     assert trained.fingerprint() != toy_proxy.fingerprint()

@@ -10,7 +10,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 import circuitlens as cl
-from circuitlens.peak_memory import PeakMemory
+from circuitlens.utils.peak_memory import PeakMemory
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from helpers import batch_of, loaded, node_means
 
 import circuitlens as cl
 from circuitlens.cdt import RULES
-from circuitlens.discovery import edges_by_difference, edges_by_gradient
+from circuitlens.scoring.discovery import edges_by_difference, edges_by_gradient
 
 TARGETS = [cl.Head(1, 2), cl.Head(2, 0), cl.Head(2, 3)]
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import circuitlens as cl
-from circuitlens.batch import margin, task_margin
 from circuitlens.cdt import (
     RULES,
     FrozenNetwork,
@@ -23,9 +22,10 @@ from circuitlens.cdt import (
     relevance_by_difference,
     relevance_by_gradient,
 )
-from circuitlens.memory import RowBudget
-from circuitlens.provenance import Provenance
-from circuitlens.scorers import Request, scorer
+from circuitlens.models.batch import margin, task_margin
+from circuitlens.scoring.scorers import Request, scorer
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.row_budget import RowBudget
 
 CAUSAL = [name for name in ALL if name not in MASKED]
 HEADS = (cl.Head(0, 1), cl.Head(1, 3), cl.Head(2, 0))

@@ -23,9 +23,10 @@ from circuitlens.adapt import STRATEGIES
 from circuitlens.cli import app
 from circuitlens.experiments import grid
 from circuitlens.experiments.paired import bootstrap_difference
-from circuitlens.pipeline import RunFolder, RunSettings
-from circuitlens.provenance import Provenance
+from circuitlens.run_folder import RunFolder
+from circuitlens.run_settings import RunSettings
 from circuitlens.tasks import toy
+from circuitlens.utils.provenance import Provenance
 
 METRICS = {"accuracy", "macro_f1", "margin", "calibration_error"}
 
@@ -487,6 +488,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import circuitlens as cl
+from helpers import FAST, GRID, small
 
 replace, written = os.replace, []
 def kill_at_the_third_cell(source, to):

@@ -15,12 +15,12 @@ from helpers import ALL, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.baseline import MeanBaseline
-from circuitlens.batch import margin, task_margin
-from circuitlens.provenance import Provenance
-from circuitlens.scorers import Request, scorer
+from circuitlens.explorer.opening import explore
+from circuitlens.explorer.probing import Probe, _DirectPath
+from circuitlens.models.batch import margin, task_margin
+from circuitlens.scoring.scorers import Request, scorer
 from circuitlens.tasks import toy
-from circuitlens.view.explorer import explore
-from circuitlens.view.probing import Probe, _DirectPath
+from circuitlens.utils.provenance import Provenance
 
 pytest.importorskip("anywidget", reason="anywidget is not installed")
 
@@ -214,7 +214,7 @@ def test_faithfulness_is_that_of_the_package(probe, model, task, baseline, score
 def test_a_sample_that_is_too_large_to_keep_gives_the_same(
     probe, model, task, baseline, monkeypatch
 ):
-    monkeypatch.setattr("circuitlens.view.sampling._PREFIX_BYTES", 0)
+    monkeypatch.setattr("circuitlens.explorer.sampling._PREFIX_BYTES", 0)
     again = Probe(model, task, baseline, n_examples=N)
     assert again.faithfulness("source", HEADS) == probe.faithfulness("source", HEADS)
     assert not again.sample("source")._prefixes
@@ -446,13 +446,13 @@ def test_bad_combinations_are_refused(model, task, baseline, scores):
 
 def test_without_anywidget_it_says_what_to_install(scores, monkeypatch):
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    monkeypatch.delitem(sys.modules, "circuitlens.view.widget", raising=False)
+    monkeypatch.delitem(sys.modules, "circuitlens.explorer.widget", raising=False)
     with pytest.raises(cl.InputError, match=r"pip install circuitlens\[notebooks\]"):
         explore(scores=scores)
 
 
 def test_the_view_takes_no_html_and_loads_nothing():
-    folder = Path(cl.__file__).parent / "view" / "static"
+    folder = Path(cl.__file__).parent / "explorer" / "static"
     script = "".join(path.read_text() for path in sorted(folder.glob("*.js")))
     assert "export default" in script
     for banned in (

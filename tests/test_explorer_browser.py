@@ -43,9 +43,9 @@ import torch
 torch.set_num_threads(1)
 import circuitlens as cl
 from circuitlens.baseline import MeanBaseline
-from circuitlens.provenance import Provenance
+from circuitlens.utils.provenance import Provenance
 from circuitlens.tasks import toy
-from circuitlens.view.explorer import explore
+from circuitlens.explorer.opening import explore
 
 model = cl.load(toy.toy_model(n_layers=2, d_model=32).hf, toy.toy_tokenizer())
 rows = [

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import circuitlens as cl
-from circuitlens.batch import label_logits, task_margin
-from circuitlens.controls import layer_matched_masks, random_masks
-from circuitlens.measuring import DEFAULT_SHARES, default_sizes
-from circuitlens.provenance import Provenance
+from circuitlens.circuits.measure_faithfulness import DEFAULT_SHARES, default_sizes
+from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
+from circuitlens.models.batch import label_logits, task_margin
+from circuitlens.utils.provenance import Provenance
 from circuitlens.view import faithfulness_curve
 
 KINDS = ("", "random_", "layer_matched_", "without_")

@@ -6,7 +6,8 @@ from helpers import ALL, MASKED, batch_of, loaded, tiny
 from peft import LoraConfig, get_peft_model
 
 import circuitlens as cl
-from circuitlens.geometry import Head, HeadGeometry, norm_parameters, selection_masks
+from circuitlens.models.geometry import HeadGeometry, norm_parameters, selection_masks
+from circuitlens.nodes import Head
 
 
 def pieces(model: cl.HookedModel, head: Head, kind: str) -> list[torch.Tensor]:

@@ -26,7 +26,8 @@ from circuitlens.adapt.headslice import (
     selected_slices,
 )
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
-from circuitlens.geometry import Head, norm_parameters, selection_masks
+from circuitlens.models.geometry import norm_parameters, selection_masks
+from circuitlens.nodes import Head
 
 # Layer 1 has none, two heads of layer 2 share a key/value head, and rows have gaps.
 HEADS = ("a0.h1", "a2.h0", "a2.h1", "a2.h3")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import circuitlens as cl
-from circuitlens.batch import task_margin
+from circuitlens.models.batch import task_margin
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from transformers import (
 
 import circuitlens as cl
 from circuitlens.adapt.precision import in_float32
-from circuitlens.model import HookedModel
+from circuitlens.models.hooked import HookedModel
 
 TIED = {
     "vocab_size": 50,

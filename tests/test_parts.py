@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import circuitlens as cl
+from circuitlens.adapt.batch_parts import Parts
 from circuitlens.adapt.checkpoints import Checkpoints
 from circuitlens.adapt.headslice import HeadSliceConfig
 from circuitlens.adapt.options import TrainingOptions
-from circuitlens.adapt.parts import Parts
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest
 from circuitlens.adapt.training import train

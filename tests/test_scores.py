@@ -10,9 +10,9 @@ import torch
 from helpers import unchecked
 
 import circuitlens as cl
-from circuitlens import scoring
-from circuitlens.batch import task_margin
-from circuitlens.scorers import Request
+from circuitlens.models.batch import task_margin
+from circuitlens.scoring import score_heads
+from circuitlens.scoring.scorers import Request
 
 
 @pytest.mark.parametrize("method", [name for name in cl.METHODS if name != "hsu2024"])
@@ -67,7 +67,7 @@ def test_unknown_methods_and_foreign_baselines_are_refused(toy_proxy, toy_task, 
 
 def test_a_misspelt_path_is_refused(toy_proxy, toy_task, toy_baseline, monkeypatch):
     # The type checks of the tests would be first to complain; users do not have them.
-    monkeypatch.setattr(scoring, "Request", partial(unchecked, Request))
+    monkeypatch.setattr(score_heads, "Request", partial(unchecked, Request))
     with pytest.raises(cl.InputError, match="path='foo' is unknown: choose one of total, direct"):
         inspect.unwrap(cl.relevance)(toy_proxy, toy_task, toy_baseline, path="foo")
 

@@ -7,8 +7,8 @@ from helpers import CONFIGS, tiny
 from transformers import AutoModelForCausalLM
 
 import circuitlens as cl
-from circuitlens import families, selfcheck
-from circuitlens.model import HookedModel
+from circuitlens.models import families, selfcheck
+from circuitlens.models.hooked import HookedModel
 
 RIGHT = HookedModel.unlabelled
 

@@ -13,7 +13,10 @@ import pytest
 
 import circuitlens as cl
 from circuitlens.tasks import Example, Pools, Task
-from circuitlens.tasks.sources import AmericasNLI, NusaX, SmSA, Xnli
+from circuitlens.tasks.sources.americasnli import AmericasNLI
+from circuitlens.tasks.sources.nusax import NusaX
+from circuitlens.tasks.sources.smsa import SmSA
+from circuitlens.tasks.sources.xnli import Xnli
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 POOLS = ("pool_a", "pool_b", "validation", "test")
@@ -183,7 +186,7 @@ def test_a_missing_split_of_nusax_is_named(tmp_path):
 
 
 def test_unknown_tasks_and_tasks_that_need_a_folder():
-    with pytest.raises(cl.InputError, match="no task 'nusaxx'; known are nusax, smsa, americasnli"):
+    with pytest.raises(cl.InputError, match="no task 'nusaxx'; known are americasnli, nusax, smsa"):
         cl.load_task("nusaxx")
     with pytest.raises(cl.InputError, match=r"SmSA is read from a local folder only: give data="):
         cl.load_task("smsa")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import circuitlens as cl
-from circuitlens import storage
-from circuitlens.storage import (
+from circuitlens.utils import storage
+from circuitlens.utils.storage import (
     digest,
     read_json,
     read_tensors,

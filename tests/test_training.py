@@ -15,7 +15,7 @@ from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
 from circuitlens.adapt.training import train
-from circuitlens.geometry import norm_parameters, selection_masks
+from circuitlens.models.geometry import norm_parameters, selection_masks
 from circuitlens.tasks import toy
 
 
@@ -260,8 +260,8 @@ def test_lora_has_about_as_many_entries_as_the_circuit(toy_proxy, toy_scores):
 
 def test_replay_and_stages_mix_source_examples_in(toy_proxy, toy_task, toy_scores, monkeypatch):
     seen: list[list[str]] = []
-    # `circuitlens.adapt.transfer` is the function; its module has the same name.
-    module = sys.modules["circuitlens.adapt.transfer"]
+    # `circuitlens.adapt.transfers` is the function; its module has the same name.
+    module = sys.modules["circuitlens.adapt.transfers"]
     original = module.train
 
     def note(model, data, *args, **kwargs):
@@ -416,7 +416,7 @@ def test_inputs_of_another_model_and_mistakes_are_refused(
     def trains(*arguments, **options):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(sys.modules["circuitlens.adapt.transfer"], "train", trains)
+    monkeypatch.setattr(sys.modules["circuitlens.adapt.transfers"], "train", trains)
     cases = {
         "The circuit is of a model with 12 × 12 heads": {
             "circuit": cl.Circuit.of(["a0.h0"], 12, 12)

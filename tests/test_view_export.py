@@ -13,15 +13,16 @@ import pytest
 from helpers import cell, result
 
 import circuitlens as cl
-from circuitlens.experiments.folder import CellFolder
-from circuitlens.pipeline import RunFolder, RunSettings
-from circuitlens.view.export import export, export_all, on_paper
+from circuitlens.experiments.cell_folder import CellFolder
+from circuitlens.run_folder import RunFolder
+from circuitlens.run_settings import RunSettings
 from circuitlens.view.gallery import figures_of, write_figures
+from circuitlens.view.paper import export, export_all, on_paper
 from circuitlens.view.theme import figure
-from circuitlens.view.transfers import transfer_tradeoff
+from circuitlens.view.tradeoff import transfer_tradeoff
 
 # The package may export the function under the name of its module.
-module = sys.modules["circuitlens.view.export"]
+module = sys.modules["circuitlens.view.paper"]
 PT_PER_MM = 72 / 25.4
 
 
@@ -239,7 +240,7 @@ def test_tables_and_settings_without_cells_are_a_comparison(tmp_path):
 def test_a_run_shows_what_it_has_and_computes_nothing(tmp_path, monkeypatch):
     import torch
 
-    from circuitlens.provenance import Provenance
+    from circuitlens.utils.provenance import Provenance
 
     run = tmp_path / "run"
     RunFolder(run, RunSettings(model="m", task="gone", targets=("y", "x"))).write_record()
@@ -269,7 +270,7 @@ def test_a_run_shows_what_it_has_and_computes_nothing(tmp_path, monkeypatch):
 
 
 def write(run, transfer):
-    from circuitlens.storage import write_json
+    from circuitlens.utils.storage import write_json
 
     folder = run / "transfers" / transfer.target_language / transfer.strategy
     write_json(folder / "result.json", "circuitlens.transfer/2", transfer.to_dict())

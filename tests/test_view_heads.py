@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,13 @@ import torch
 from scipy.stats import spearmanr
 
 import circuitlens as cl
-from circuitlens.geometry import Head
-from circuitlens.provenance import Provenance
-from circuitlens.scores import HeadScores
-from circuitlens.view.agreement import scorer_agreement
+from circuitlens.nodes import Head
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.utils.provenance import Provenance
 from circuitlens.view.curves import faithfulness_curve, minimality_bars
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap, head_positions, overlap_matrix
+from circuitlens.view.scorers import scorer_agreement
 from circuitlens.view.theme import look, plain
 from circuitlens.view.tokens import (
     attention_pattern,
@@ -59,9 +60,19 @@ def shown(fig):
 
 
 @pytest.fixture(scope="module")
-def found(toy_proxy, toy_task, toy_baseline):
-    """A circuit of two levels."""
-    return cl.discover(toy_proxy, toy_task, toy_baseline, share=0.25, max_examples=20, quiet=True)
+def found(toy_scores):
+    """A circuit of two levels, made by hand: what a search finds depends on the processor."""
+    above, below = [Head(1, 0), Head(1, 2)], [Head(0, 1), Head(0, 3)]
+    edges = {(s, t): 0.5 - 0.3 * i for i, (s, t) in enumerate(product(below, above))}
+    return cl.Circuit(
+        (*above, *below),
+        toy_scores.n_layers,
+        toy_scores.n_heads,
+        "cdt-linear: 2 levels of 2",
+        toy_scores.provenance,
+        levels=dict.fromkeys(above, 1) | dict.fromkeys(below, 2),
+        edges=edges,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from helpers import cell, evaluation, result
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
-from circuitlens.evaluation import Evaluation
+from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.view.gallery import figures_of
-from circuitlens.view.languages import paired_differences, strategy_table
-from circuitlens.view.panels import MEAN, shown, strategy_styles, transfer_points
+from circuitlens.view.small_multiples import MEAN, shown, strategy_styles, transfer_points
+from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.theme import look
+from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import drift_frame, history_frame, training_curves, weight_drift
-from circuitlens.view.transfers import transfer_tradeoff
 
 EVIL = "<b>x</b> %{x} $a$"
 SAFE = "&lt;b&gt;x&lt;/b&gt; %{x} &#36;a&#36;"

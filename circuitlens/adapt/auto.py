@@ -36,10 +36,10 @@ from circuitlens.adapt.strategies import Choice, strategy_of
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.evaluation import predict
-from circuitlens.model import HookedModel
-from circuitlens.progress import progress
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
+from circuitlens.tasks.evaluation import predict
+from circuitlens.utils.progress import progress
 
 __all__ = ["Candidate", "Decision", "decide"]
 

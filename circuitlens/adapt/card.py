@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast, runtime_checkable
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from circuitlens.adapt.auto import Decision
+from circuitlens.adapt.retention import Retained
 from circuitlens.adapt.strategies import STRATEGIES
-from circuitlens.evaluation import Evaluation
-from circuitlens.families import is_encoder
-
-if TYPE_CHECKING:
-    from circuitlens.adapt.result import TransferResult
+from circuitlens.adapt.trainable import Trained
+from circuitlens.circuit import Circuit
+from circuitlens.models.families import is_encoder
+from circuitlens.models.hooked import HookedModel
+from circuitlens.tasks.evaluation import Evaluation
+from circuitlens.utils.provenance import Provenance
 
 __all__ = ["model_card"]
 
@@ -85,7 +88,41 @@ read the licences of both before you publish it.
 """
 
 
-def model_card(result: TransferResult) -> ModelCard:
+@runtime_checkable
+class Described(Protocol):
+    """What a card says of a transfer: part of :class:`circuitlens.TransferResult`."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def heads(self) -> Circuit | None: ...
+    @property
+    def target_language(self) -> str: ...
+    @property
+    def source_language(self) -> str | None: ...
+    @property
+    def target_before(self) -> Evaluation: ...
+    @property
+    def target_after(self) -> Evaluation: ...
+    @property
+    def retained(self) -> tuple[Retained, ...]: ...
+    @property
+    def n_trainable(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def decision(self) -> Decision | None: ...
+    @property
+    def provenance(self) -> Provenance: ...
+    @property
+    def model(self) -> HookedModel | None: ...
+    @property
+    def trained(self) -> Trained | None: ...
+    @property
+    def is_adapter(self) -> bool: ...
+
+
+def model_card(result: Described) -> ModelCard:
     """Write the card of a finished transfer.
 
     It names the base model, what was trained, how to load it, the circuit, data, figures and
@@ -140,11 +177,11 @@ def model_card(result: TransferResult) -> ModelCard:
     return cast(ModelCard, card)
 
 
-def _is_on_hub(result: TransferResult) -> bool:
+def _is_on_hub(result: Described) -> bool:
     return result.trained is not None and result.trained.origin == "hub"
 
 
-def _base(result: TransferResult) -> str:
+def _base(result: Described) -> str:
     """Say which weights the trained tensors belong to."""
     name, fingerprint = result.provenance.model, result.provenance.model_fingerprint
     what = "This adapter belongs" if result.is_adapter else "These weights belong"
@@ -158,7 +195,7 @@ def _base(result: TransferResult) -> str:
     )
 
 
-def _code(result: TransferResult) -> str:
+def _code(result: Described) -> str:
     """Write the code that loads what the folder holds."""
     base, encoder = f'"{_BASE}"', False
     if result.model is not None:
@@ -176,7 +213,7 @@ def _code(result: TransferResult) -> str:
     )
 
 
-def _remarks(result: TransferResult) -> str:
+def _remarks(result: Described) -> str:
     """Say what the code leaves open."""
     if result.is_adapter:
         return (
@@ -190,7 +227,7 @@ def _remarks(result: TransferResult) -> str:
     )
 
 
-def _mixed_in(result: TransferResult) -> str:
+def _mixed_in(result: Described) -> str:
     """Name the source examples among the training data, if there were any."""
     replay = result.provenance.settings.get("replay", 0)
     strategy = STRATEGIES.get(result.strategy)

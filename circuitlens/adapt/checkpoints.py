@@ -20,9 +20,9 @@ from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import put, trained
 from circuitlens.errors import InputError
-from circuitlens.model import HookedModel
-from circuitlens.storage import digest, read_json, read_tensors, write_json, write_tensors
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
+from circuitlens.utils.storage import digest, read_json, read_tensors, write_json, write_tensors
 
 __all__ = ["Checkpoints"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.card import model_card
 from circuitlens.adapt.retention import CircuitShift, Retained
+from circuitlens.adapt.strategies import place_of
 from circuitlens.adapt.trainable import TENSOR_FILES, Trained, restore
-from circuitlens.bridging import first_line
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
-from circuitlens.evaluation import Evaluation
-from circuitlens.model import HookedModel
-from circuitlens.provenance import Provenance
-from circuitlens.storage import read_json, replacing, write_json
+from circuitlens.errors import InputError, first_line
+from circuitlens.models.hooked import HookedModel
+from circuitlens.tasks.evaluation import Evaluation
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import read_json, replacing, write_json
 
-__all__ = ["TransferResult"]
+__all__ = ["TransferResult", "saved_transfers"]
 
 _SCHEMA = "circuitlens.transfer/2"
 
@@ -266,3 +267,20 @@ class TransferResult:
         table = self.to_frame().T.to_html(header=False)
         why = f" ({html.escape(self.decision.why)})" if self.decision else ""
         return f"<p><b>TransferResult</b> {html.escape(self.strategy)}{why}</p>{table}"
+
+
+def saved_transfers(folder: Path, languages: Sequence[str]) -> list[TransferResult]:
+    """Numbers of all transfers in ``folder/LANGUAGE/STRATEGY``.
+
+    Args:
+        folder: the folder.
+        languages: those that come first, in this order.
+    """
+    results = [TransferResult.load(path.parent) for path in folder.glob("*/*/result.json")]
+
+    def place(result: TransferResult) -> tuple[int, str, tuple[int, str]]:
+        language = result.target_language
+        first = languages.index(language) if language in languages else len(languages)
+        return first, language, place_of(result.strategy)
+
+    return sorted(results, key=place)

@@ -14,11 +14,11 @@ from torch import Tensor
 from circuitlens.baseline import label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.evaluation import Evaluation, evaluate
-from circuitlens.model import HookedModel
-from circuitlens.scores import HeadScores
-from circuitlens.scoring import relevance
+from circuitlens.models.hooked import HookedModel
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.scoring.score_heads import relevance
 from circuitlens.tasks import Task
+from circuitlens.tasks.evaluation import Evaluation, evaluate
 
 __all__ = [
     "CircuitShift",

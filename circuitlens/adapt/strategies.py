@@ -15,9 +15,9 @@ import torch
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
-from circuitlens.model import HookedModel
-from circuitlens.scores import HeadScores
+from circuitlens.models.hooked import HookedModel
+from circuitlens.nodes import Head
+from circuitlens.scoring.head_scores import HeadScores
 
 if TYPE_CHECKING:
     from circuitlens.adapt.headslice import HeadSliceConfig

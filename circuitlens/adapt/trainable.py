@@ -18,8 +18,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from circuitlens.errors import InputError
-from circuitlens.model import HookedModel
-from circuitlens.storage import read_json, read_tensors, write_json, write_tensors
+from circuitlens.models.hooked import HookedModel
+from circuitlens.utils.storage import read_json, read_tensors, write_json, write_tensors
 
 __all__ = ["TENSOR_FILES", "Trainable", "Trained", "restore"]
 

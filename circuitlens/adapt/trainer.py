@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from circuitlens.adapt.batch_parts import AsIs, Part, Parts
 from circuitlens.adapt.options import rank
-from circuitlens.adapt.parts import AsIs, Part, Parts
-from circuitlens.batch import Batch
 from circuitlens.errors import NotFiniteError
-from circuitlens.evaluation import predict, summarise
-from circuitlens.model import HookedModel
-from circuitlens.storage import read_tensors, write_tensors
+from circuitlens.models.batch import Batch
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
+from circuitlens.tasks.evaluation import predict, summarise
+from circuitlens.utils.storage import read_tensors, write_tensors
 
 __all__ = ["KeepBest", "LabelTokenTrainer", "put", "trained"]
 

@@ -26,10 +26,10 @@ from circuitlens.adapt.precision import in_float32
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest, LabelTokenTrainer
 from circuitlens.errors import InputError, NotFiniteError
-from circuitlens.freezing import gradients
-from circuitlens.model import HookedModel
-from circuitlens.progress import interactive
+from circuitlens.models.freezing import gradients
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
+from circuitlens.utils.progress import interactive
 
 __all__ = ["train"]
 

@@ -8,7 +8,7 @@ The published rules freeze nothing and need an architecture they know; they stan
 :func:`decompose`.
 """
 
-from circuitlens.cdt.decompose import decompose
+from circuitlens.cdt.decomposing import decompose
 from circuitlens.cdt.decomposition import Decomposition
 from circuitlens.cdt.difference import FrozenNetwork, Source, relevance_by_difference
 from circuitlens.cdt.gradient import LinearisedRun, Path, project, relevance_by_gradient

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.errors import CircuitLensError, InputError
-from circuitlens.geometry import Head
-from circuitlens.model import HookedModel
-from circuitlens.nodes import Node
+from circuitlens.models.hooked import HookedModel
+from circuitlens.nodes import Head, Node
 
 __all__ = [
     "Decomposition",

@@ -25,17 +25,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitlens.batch import Batch, Positions, margin
+from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.operating_point import OperatingPoint
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import capped_labels
-from circuitlens.geometry import Head
-from circuitlens.hooks import Hook, layer_of, then
-from circuitlens.means import NodeMeans
-from circuitlens.memory import RowBudget
-from circuitlens.model import Forward, HookedModel
-from circuitlens.nodes import MLP, Node
+from circuitlens.models.batch import Batch, Positions, margin
+from circuitlens.models.hooked import Forward, HookedModel
+from circuitlens.models.hooks import Hook, layer_of, then
+from circuitlens.nodes import MLP, Head, Node
+from circuitlens.utils.row_budget import RowBudget
 
 __all__ = ["FrozenNetwork", "Source", "SourceSet", "relevance_by_difference"]
 

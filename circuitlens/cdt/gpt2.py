@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from circuitlens.cdt.pairs import Pair, activate, cancel, linear, norm, set_sources
 from circuitlens.errors import UnsupportedModelError
-from circuitlens.geometry import Head
-from circuitlens.model import HookedModel
+from circuitlens.models.hooked import HookedModel
+from circuitlens.nodes import Head
 
 __all__ = ["PairedGPT2", "Site", "State"]
 

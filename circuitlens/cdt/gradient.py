@@ -22,17 +22,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitlens.batch import Batch, Positions, at_least_float32, margin
+from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.operating_point import frozen_routing, frozen_scales
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import activation_sites, capped_labels, secant, site_hooks
 from circuitlens.errors import check_choice
-from circuitlens.families import ActivationSite
-from circuitlens.freezing import gradients
-from circuitlens.hooks import Hook, then
-from circuitlens.means import NodeMeans
-from circuitlens.model import HookedModel
+from circuitlens.models.batch import Batch, Positions, at_least_float32, margin
+from circuitlens.models.families import ActivationSite
+from circuitlens.models.freezing import gradients
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.hooks import Hook, then
 
 __all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from circuitlens.cdt.decomposition import Decomposition, check_heads, check_means, check_tokens
 from circuitlens.cdt.gpt2 import PairedGPT2
-from circuitlens.model import HookedModel
-from circuitlens.progress import progress
+from circuitlens.models.hooked import HookedModel
+from circuitlens.utils.progress import progress
 
 __all__ = ["decompose_published"]
 

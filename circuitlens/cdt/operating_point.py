@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitlens.batch import Batch
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.cdt.secant import Secant, activation_sites, capped_labels, secant, site_hooks
 from circuitlens.errors import UnsupportedModelError
-from circuitlens.families import ActivationSite
-from circuitlens.hooks import (
+from circuitlens.models.batch import Batch
+from circuitlens.models.families import ActivationSite
+from circuitlens.models.hooked import Forward, HookedModel
+from circuitlens.models.hooks import (
     Hook,
     layer_of,
     pattern_hook,
@@ -31,7 +32,6 @@ from circuitlens.hooks import (
     recording,
     value_hook,
 )
-from circuitlens.model import Forward, HookedModel
 
 __all__ = ["OperatingPoint", "apply_pattern", "frozen_routing", "frozen_scales"]
 

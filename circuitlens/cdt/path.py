@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from circuitlens.batch import Batch, Positions, margin
+from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.gradient import LinearisedRun, project
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RULES
 from circuitlens.errors import InputError
-from circuitlens.means import NodeMeans
-from circuitlens.model import HookedModel
+from circuitlens.models.batch import Batch, Positions, margin
+from circuitlens.models.hooked import HookedModel
 
 __all__ = ["relevance_along_path"]
 

@@ -21,11 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from circuitlens.batch import Batch, at_least_float32
 from circuitlens.errors import UnsupportedModelError
-from circuitlens.families import ActivationSite
-from circuitlens.hooks import Hook, then
-from circuitlens.model import Forward, HookedModel
+from circuitlens.models.batch import Batch, at_least_float32
+from circuitlens.models.families import ActivationSite
+from circuitlens.models.hooked import Forward, HookedModel
+from circuitlens.models.hooks import Hook, then
 
 __all__ = ["Secant", "activation_sites", "capped_labels", "secant", "site_hooks"]
 

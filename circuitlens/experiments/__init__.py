@@ -1,7 +1,7 @@
 """Grids of transfers: strategies × languages × seeds, and what may be said of the differences."""
 
+from circuitlens.experiments.comparison import Comparison
 from circuitlens.experiments.grid import compare
 from circuitlens.experiments.paired import PairedDifference
-from circuitlens.experiments.table import Comparison
 
 __all__ = ["Comparison", "PairedDifference", "compare"]

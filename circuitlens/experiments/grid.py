@@ -16,7 +16,7 @@ from typing import Any
 
 from circuitlens.adapt.retention import retained_tasks
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
-from circuitlens.adapt.transfer import (
+from circuitlens.adapt.transfers import (
     DEFAULT_RATES,
     check_circuit,
     check_kv_policy,
@@ -26,14 +26,14 @@ from circuitlens.adapt.transfer import (
 )
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.experiments.folder import CellFolder, Key
-from circuitlens.experiments.table import Comparison
-from circuitlens.model import HookedModel
-from circuitlens.peak_memory import PeakMemory
-from circuitlens.progress import progress
-from circuitlens.scores import HeadScores
-from circuitlens.storage import digest
+from circuitlens.experiments.cell_folder import CellFolder, Key
+from circuitlens.experiments.comparison import Comparison
+from circuitlens.models.hooked import HookedModel
+from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
+from circuitlens.utils.peak_memory import PeakMemory
+from circuitlens.utils.progress import progress
+from circuitlens.utils.storage import digest
 
 __all__ = ["compare"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from circuitlens.bootstrap import percentiles, resampled_means
 from circuitlens.errors import InputError
+from circuitlens.utils.bootstrap import percentiles, resampled_means
 
 __all__ = ["PairedDifference", "bootstrap_difference", "differences"]
 

@@ -2,8 +2,22 @@
 
 from circuitlens.tasks import toy
 from circuitlens.tasks.encoding import Encoded
+from circuitlens.tasks.evaluation import Evaluation, evaluate
 from circuitlens.tasks.examples import Example, Pool, Pools
-from circuitlens.tasks.sources import load_task
+from circuitlens.tasks.sources import DataSet, data_sets, load_task
 from circuitlens.tasks.task import Source, Task
 
-__all__ = ["Encoded", "Example", "Pool", "Pools", "Source", "Task", "load_task", "toy"]
+__all__ = [
+    "DataSet",
+    "Encoded",
+    "Evaluation",
+    "Example",
+    "Pool",
+    "Pools",
+    "Source",
+    "Task",
+    "data_sets",
+    "evaluate",
+    "load_task",
+    "toy",
+]

@@ -21,8 +21,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from circuitlens.batch import Batch
 from circuitlens.errors import InputError, check_whole
+from circuitlens.models.batch import Batch
 from circuitlens.tasks.examples import Example
 
 __all__ = ["Encoded", "encode", "label_tokens", "label_words", "template_fields"]

@@ -14,7 +14,6 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
-from circuitlens.storage import digest
 from circuitlens.tasks.encoding import (
     Encoded,
     encode,
@@ -23,11 +22,12 @@ from circuitlens.tasks.encoding import (
     template_fields,
 )
 from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
+from circuitlens.utils.storage import digest
 
 if TYPE_CHECKING:
     import datasets
 
-    from circuitlens.model import HookedModel
+    from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks.files import Rows
 
 __all__ = ["COLUMNS", "OPTIONS", "Source", "Task", "check_options"]

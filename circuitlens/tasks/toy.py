@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from circuitlens.errors import InputError
-from circuitlens.model import HookedModel
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks.examples import Example
 
 __all__ = ["TOY_FINETUNE", "TOY_PROMPT", "Lexicon", "ToyLanguages", "toy_model", "toy_tokenizer"]

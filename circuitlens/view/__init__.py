@@ -1,40 +1,24 @@
-"""Figures, the explorer and the report. Results go in; no model is needed to draw."""
+"""Figures and the report. Results go in; no model is needed to draw.
 
-from circuitlens.view.agreement import scorer_agreement
-from circuitlens.view.curves import faithfulness_curve, minimality_bars
-from circuitlens.view.explorer import explore
-from circuitlens.view.export import export, export_all
-from circuitlens.view.gallery import figures_of, write_figures
-from circuitlens.view.graph import circuit_graph
-from circuitlens.view.heads import head_bars, head_heatmap, head_positions, overlap_matrix
-from circuitlens.view.languages import paired_differences, strategy_table
-from circuitlens.view.report import render_report, write_report
-from circuitlens.view.tokens import attention_pattern, attention_patterns, token_relevance
-from circuitlens.view.training import training_curves, weight_drift
-from circuitlens.view.transfers import transfer_tradeoff
+The public names are in ``__init__.pyi`` and are imported when they are first used, so that listing
+them shows figures and no modules.
+"""
 
-__all__ = [
-    "attention_pattern",
-    "attention_patterns",
-    "circuit_graph",
-    "explore",
-    "export",
-    "export_all",
-    "faithfulness_curve",
-    "figures_of",
-    "head_bars",
-    "head_heatmap",
-    "head_positions",
-    "minimality_bars",
-    "overlap_matrix",
-    "paired_differences",
-    "render_report",
-    "scorer_agreement",
-    "strategy_table",
-    "token_relevance",
-    "training_curves",
-    "transfer_tradeoff",
-    "weight_drift",
-    "write_figures",
-    "write_report",
-]
+import importlib as _importlib
+from typing import Any as _Any
+
+import lazy_loader as _lazy
+
+_figure, _, _figures = _lazy.attach_stub(__name__, __file__)
+__all__ = sorted([*_figures, "explore"])
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "explore":
+        # The explorer runs models and draws with this package: a circle, if it were imported here.
+        return _importlib.import_module("circuitlens.explorer").explore
+    return _figure(name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from circuitlens.adapt import TransferResult
-from circuitlens.curve import FaithfulnessCurve
+from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.experiments import Comparison
-from circuitlens.scores import HeadScores
+from circuitlens.scoring.head_scores import HeadScores
 
 __all__ = ["comparison_warnings", "run_warnings"]
 

@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuitlens.circuit import Circuit
-from circuitlens.curve import FaithfulnessCurve
+from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.measure_minimality import Minimality
 from circuitlens.errors import InputError
-from circuitlens.marginal import Minimality
 from circuitlens.view.theme import LEGEND_BELOW, PALETTE, Mode, figure, look, plain
 
 __all__ = ["faithfulness_curve", "minimality_bars"]

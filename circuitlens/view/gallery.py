@@ -10,24 +10,23 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from circuitlens.adapt import TransferResult
-from circuitlens.adapt.strategies import place_of
+from circuitlens.adapt.result import saved_transfers
 from circuitlens.circuit import Circuit
-from circuitlens.curve import FaithfulnessCurve
+from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
-from circuitlens.experiments.folder import CellFolder
-from circuitlens.experiments.table import Comparison
-from circuitlens.scores import HeadScores
-from circuitlens.storage import replacing
+from circuitlens.experiments.cell_folder import CellFolder
+from circuitlens.experiments.comparison import Comparison
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing
 from circuitlens.view.curves import faithfulness_curve
-from circuitlens.view.export import WIDTHS, Width, check_formats, export_all
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
-from circuitlens.view.languages import paired_differences, strategy_table
-from circuitlens.view.panels import MEAN, Results, cells_of, transfer_points
+from circuitlens.view.paper import WIDTHS, Width, check_formats, export_all
+from circuitlens.view.small_multiples import MEAN, Results, cells_of, transfer_points
+from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.theme import Mode, look
+from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import drift_frame, history_frame, training_curves, weight_drift
-from circuitlens.view.transfers import transfer_tradeoff
 
 __all__ = ["Drawn", "figures_of", "write_figures"]
 
@@ -97,7 +96,7 @@ def write_figures(
         The files.
 
     Raises:
-        InputError: as :func:`figures_of` and :func:`circuitlens.view.export` do.
+        InputError: as :func:`figures_of` and :func:`circuitlens.view.paper` do.
     """
     formats = [name.lower().removeprefix(".") for name in formats]
     check_formats(formats)
@@ -117,12 +116,9 @@ def write_figures(
 
 
 def _run(source: Path, columns: int, mode: Mode) -> dict[str, Drawn]:
-    # Here, because the pipeline writes reports with this package.
-    from circuitlens.pipeline import RunFolder
-
-    run = RunFolder.open(source, quiet=True)
+    record = read_json(source / "run.json", RUN_SCHEMA)
     found = _discovery(source, mode)
-    if results := _results(source, run.settings.targets):
+    if results := saved_transfers(source / "transfers", record["settings"]["targets"]):
         fingerprints = {r.provenance.model_fingerprint for r in results}
         if "heads" in found:
             scores = HeadScores.load(source / "scores.safetensors")
@@ -165,19 +161,6 @@ def _discovery(source: Path, mode: Mode) -> dict[str, Drawn]:
         fig = faithfulness_curve(curve, circuit, scale=scale, mode=mode)
         found["faithfulness"] = Drawn(fig, curve.to_frame())
     return found
-
-
-def _results(source: Path, targets: Sequence[str]) -> list[TransferResult]:
-    """Transfers of a run, its own targets first. Unlike the run itself, needs no data set."""
-    files = sorted((source / "transfers").glob("*/*/result.json"))
-    results = [TransferResult.load(file.parent) for file in files]
-
-    def place(result: TransferResult) -> tuple[int, str, tuple[int, str]]:
-        language = result.target_language
-        first = targets.index(language) if language in targets else len(targets)
-        return first, language, place_of(result.strategy)
-
-    return sorted(results, key=place)
 
 
 def _comparison(folder: Path) -> Comparison | None:

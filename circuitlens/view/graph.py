@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
-from circuitlens.scores import HeadScores
+from circuitlens.nodes import Head
+from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.view.theme import LEGEND_BELOW, Look, Mode, figure, look
 
 __all__ = ["circuit_graph"]

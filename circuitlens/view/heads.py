@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
-from circuitlens.scores import HeadScores
+from circuitlens.nodes import Head
+from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.view.theme import LEGEND_BELOW, Mode, colour_bar, figure, look, plain
 from circuitlens.view.tokens import label_tokens, token_axis, visible
 

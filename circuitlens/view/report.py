@@ -15,20 +15,20 @@ from plotly.offline import get_plotlyjs
 
 from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
-from circuitlens.curve import FaithfulnessCurve
+from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
-from circuitlens.provenance import Provenance
-from circuitlens.scorers import METHODS
-from circuitlens.scores import HeadScores
-from circuitlens.storage import replacing
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.scoring.scorers import METHODS
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import replacing
 from circuitlens.view.caveats import comparison_warnings, run_warnings
 from circuitlens.view.curves import faithfulness_curve
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
-from circuitlens.view.languages import paired_differences, strategy_table
+from circuitlens.view.strategy_grids import paired_differences, strategy_table
+from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import training_curves, weight_drift
-from circuitlens.view.transfers import transfer_tradeoff
 
 __all__ = ["render_report", "write_report"]
 

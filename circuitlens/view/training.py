@@ -13,7 +13,14 @@ from circuitlens.adapt import TransferResult
 from circuitlens.adapt.options import rank
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
-from circuitlens.view.panels import Results, below, cells_of, panels, shown, strategy_styles
+from circuitlens.view.small_multiples import (
+    Results,
+    below,
+    cells_of,
+    panels,
+    shown,
+    strategy_styles,
+)
 from circuitlens.view.theme import Mode, colour_bar, figure, look
 
 __all__ = ["drift_frame", "history_frame", "training_curves", "weight_drift"]

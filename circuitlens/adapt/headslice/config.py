@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 
 from circuitlens.adapt.headslice.registration import METHOD
 from circuitlens.errors import InputError
-from circuitlens.geometry import Head
+from circuitlens.nodes import Head
 
 __all__ = ["KV_POLICIES", "NORMS", "HeadSliceConfig"]
 

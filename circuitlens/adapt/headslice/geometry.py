@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from circuitlens.errors import UnsupportedModelError
-from circuitlens.geometry import HeadGeometry, norm_parameters
+from circuitlens.models.geometry import HeadGeometry, norm_parameters
 
 __all__ = ["Anatomy", "anatomy_of", "geometry_of"]
 

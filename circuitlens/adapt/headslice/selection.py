@@ -11,7 +11,8 @@ from torch import nn
 from circuitlens.adapt.headslice.config import HeadSliceConfig
 from circuitlens.adapt.headslice.geometry import Anatomy, anatomy_of
 from circuitlens.errors import InputError, UnsupportedModelError
-from circuitlens.geometry import Head, HeadGeometry, WeightSlice
+from circuitlens.models.geometry import HeadGeometry, WeightSlice
+from circuitlens.nodes import Head
 
 __all__ = ["Target", "selected_norms", "selected_slices", "targets_of"]
 
@@ -35,8 +36,8 @@ class Target:
 def selected_slices(geometry: HeadGeometry, config: HeadSliceConfig) -> tuple[WeightSlice, ...]:
     """Weight and bias slices that ``config`` trains, each once.
 
-    With :func:`circuitlens.geometry.selection_masks` they give the masks for gradient masking on
-    full weights, the reference for the adapter.
+    With :func:`circuitlens.models.geometry.selection_masks` they give the masks for gradient
+    masking on full weights, the reference for the adapter.
 
     Raises:
         InputError: for a head that the model does not have.

@@ -1,0 +1,98 @@
+"""Stage 1, competence: teach a model the task in the source language."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from circuitlens.adapt.options import TrainingOptions
+from circuitlens.adapt.training import train
+from circuitlens.errors import CompetenceError
+from circuitlens.models.hooked import HookedModel
+from circuitlens.tasks import Task
+from circuitlens.tasks.evaluation import near_chance, predict
+
+__all__ = ["finetune", "is_competent"]
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(
+    model: HookedModel,
+    task: Task,
+    *,
+    learning_rate: float = 1e-3,
+    epochs: int = 10,
+    batch_size: int = 16,
+    weight_decay: float = 0.01,
+    patience: int = 3,
+    accumulation: int = 1,
+    bf16: bool = False,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    inplace: bool = False,
+    quiet: bool = False,
+) -> HookedModel:
+    """Fine-tune all weights on pool A of a task and return the competent model.
+
+    Args:
+        model: left as it is, unless ``inplace``.
+        task: trains on pool A; the epoch with the best validation accuracy is kept.
+        learning_rate: peak rate. The default suits models of a few million parameters; large
+            ones want 1e-5 to 5e-5.
+        epochs, batch_size, weight_decay, patience, accumulation, bf16, seed: see
+            :class:`circuitlens.adapt.options.TrainingOptions`.
+        checkpoints: folder for the state after every epoch: a call that was killed goes on where
+            it stopped when it is repeated. Remove the folder once the model is saved.
+        inplace: train ``model`` itself, which saves a copy of the weights.
+        quiet: no progress bar.
+
+    Raises:
+        CompetenceError: if the validation accuracy is near chance afterwards: a circuit found in
+            such a model would be noise. The trained model is on the error as ``.model``.
+    """
+    options = TrainingOptions(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        patience=patience,
+        accumulation=accumulation,
+        bf16=bf16,
+        seed=seed,
+    )
+    data = task.encode(model, task["pool_a"])
+    validation = task.encode(model, task["validation"])
+    trained = model if inplace else model.clone()
+    kept = None if checkpoints is None else Path(checkpoints)
+    trained.origin = "fine-tuned"  # beforehand: an interrupt leaves changed weights too
+    log = train(trained, data, validation, options, checkpoints=kept, quiet=quiet)
+    logger.info(
+        "Competence: %s/%s validation accuracy %.3f after %d steps (best epoch %g).",
+        task.name,
+        task.language,
+        log.best["accuracy"],
+        log.steps,
+        log.best["epoch"],
+    )
+    correct = round(log.best["accuracy"] * len(validation))
+    chance, majority = near_chance(correct, validation.gold)
+    if chance:
+        raise CompetenceError(
+            f"After fine-tuning, {model.name} answers {log.best['accuracy']:.1%} of the "
+            f"{task.full_name} validation split, which is near chance (the most "
+            f"frequent label has {majority:.1%}), so a circuit would be noise: train longer, "
+            "change the learning rate, or give more data.",
+            trained,
+        )
+    return trained
+
+
+def is_competent(model: HookedModel, task: Task) -> tuple[bool, float]:
+    """Whether a model does better than chance on the validation split, and its accuracy."""
+    validation = task.encode(model, task["validation"])
+    predicted = predict(model, validation).argmax(1)
+    correct = int((predicted == torch.tensor(validation.gold)).sum())
+    return not near_chance(correct, validation.gold)[0], correct / len(validation)

@@ -1,0 +1,358 @@
+"""Stage 6, transfer: train a few heads on a little data of the target language.
+
+For each learning rate a part of the proxy (an adapter on slices of heads, LoRA, or weights of its
+own) is trained on pool B of the target language; the rate with the best accuracy on the target's
+validation split is kept; then, once, target and source are measured on their test splits.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.options import TrainingLog, TrainingOptions, rank
+from circuitlens.adapt.result import TransferResult
+from circuitlens.adapt.retention import (
+    Retained,
+    circuit_shift,
+    evaluate_all,
+    retained_tasks,
+    weight_drift,
+)
+from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
+from circuitlens.adapt.training import train
+from circuitlens.circuit import Circuit
+from circuitlens.errors import InputError, NotFiniteError
+from circuitlens.models.hooked import HookedModel
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.scoring.scorers import scorer
+from circuitlens.tasks import Encoded, Task
+from circuitlens.tasks.evaluation import Evaluation, predict, summarise
+from circuitlens.utils.progress import progress
+from circuitlens.utils.provenance import Provenance
+
+__all__ = [
+    "DEFAULT_RATES",
+    "check_circuit",
+    "check_kv_policy",
+    "check_scores",
+    "training_options",
+    "transfer",
+]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
+# Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
+# Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
+_GRADUAL = (1.0, 0.5, 0.25, 0.0)
+
+
+def transfer(
+    model: HookedModel,
+    circuit: Circuit,
+    task: Task,
+    *,
+    strategy: str = "circuit",
+    scores: HeadScores | None = None,
+    source: Task | None = None,
+    retain: Sequence[Task | str] = (),
+    replay: float = 0.0,
+    kv_policy: KVPolicy = "shared",
+    rediscover: bool = False,
+    learning_rates: Iterable[float] = DEFAULT_RATES,
+    epochs: int = 10,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
+    patience: int = 10,
+    accumulation: int = 1,
+    bf16: bool = False,
+    seed: int = 0,
+    checkpoints: str | Path | None = None,
+    quiet: bool = False,
+) -> TransferResult:
+    """Adapt a competent model to a target language by training a part of its weights.
+
+    Args:
+        model: the proxy, competent in the source language; left as it is.
+        circuit: the heads to train; other strategies take its size.
+        task: the task in the target language, usually ``source_task.to(language)``.
+        strategy: one of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``, which decides between
+            ``circuit`` and ``near-zero``, and the number of heads, by cross-validation inside the
+            training data (:mod:`circuitlens.adapt.auto`).
+        scores: of all heads; needed by ``near-zero``, ``circuit-lora``, ``auto`` and
+            ``rediscover``.
+        source: where retention is measured; by default the task that ``task`` was made from.
+        retain: further tasks, or languages of this one, on which retention is measured.
+        replay: mix this many source examples (pool A) per target example into the training data.
+        kv_policy: under grouped-query attention, train the key/value head that a chosen query
+            head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
+            none (``"frozen"``).
+        rediscover: search the source circuit anew in the adapted model.
+        learning_rates: tried in turn; the best on the target's validation split is kept. The
+            default suits models of a few million parameters; large ones want 1e-5 to 3e-4.
+        epochs, batch_size, weight_decay, patience, accumulation, bf16: see
+            :class:`circuitlens.adapt.options.TrainingOptions`. Weight decay of an adapter pulls
+            its own weights to zero, and so the model to where it began.
+        seed: for everything random.
+        checkpoints: folder for the state of every training after every epoch: a call that was
+            killed goes on where it stopped when it is repeated with the same arguments. Remove
+            the folder once the result is saved.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: for an unknown strategy, missing scores, or a circuit or scores of another
+            model.
+        NotFiniteError: if training diverges at every learning rate. One rate that diverges is
+            left out, with a warning in the log.
+    """
+    how = strategy_of("circuit" if strategy == AUTO else strategy)
+    check_circuit(model, circuit)
+    check_scores(model, scores)
+    check_kv_policy(kv_policy)
+    options = training_options(
+        learning_rates,
+        replay,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        patience=patience,
+        accumulation=accumulation,
+        bf16=bf16,
+        seed=seed,
+    )
+    kept = None if checkpoints is None else Path(checkpoints)
+    source = source or task.origin
+    if source is None and (replay or how.gradual or rediscover):
+        raise InputError(
+            "Replay, gradual training and rediscovery need the source task: pass source=…."
+        )
+    if rediscover:
+        if scores is None:
+            raise InputError(
+                "rediscover compares with the scores before the transfer: pass scores=…."
+            )
+        scorer(scores.method)  # a rule set of one's own has no name to find it by
+    others = retained_tasks(task, source, retain)
+    data = task.encode(model, task["pool_b"])
+    validation = task.encode(model, task["validation"])
+    choice = Choice(circuit, scores, seed, kv_policy, data.label_tokens)
+    # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
+    stages = _stages(model, data, source, how.gradual, replay, seed)
+    decision: Decision | None = None
+    if strategy == AUTO:
+        middle = sorted(options, key=lambda option: option.learning_rate)[len(options) // 2]
+        decision = decide(
+            model, choice, data, middle, checkpoints=kept and kept / AUTO, quiet=quiet
+        )
+        how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
+    heads = how.choose(choice)
+    target_before = _measure(model, task, quiet)[0]
+    before = evaluate_all(model, others, quiet=quiet)
+
+    trainable = how.make(model, choice, heads)
+    seconds = decision.seconds if decision else 0.0
+    tried: list[tuple[TrainingLog, float]] = []
+    initial = trainable.state()
+    best = initial
+    label = f"Transfer to {task.language} ({strategy})"
+    for option in progress(options, label, quiet=quiet):
+        trainable.load(initial)
+        per_stage = replace(option, epochs=max(1, epochs // len(stages)))
+        try:
+            for n, stage in enumerate(stages):
+                log = train(
+                    trainable.model,
+                    stage,
+                    validation,
+                    per_stage,
+                    trainable=trainable,
+                    checkpoints=kept and kept / f"rate-{option.learning_rate:g}" / f"stage-{n}",
+                    quiet=True,
+                )
+                seconds += log.seconds
+        except NotFiniteError as error:
+            logger.warning("%s: %s", label, error)
+            continue
+        if not tried or rank(log.best) > max(rank(earlier.best) for earlier, _ in tried):
+            best = trainable.state()
+        tried.append((log, option.learning_rate))
+    if not tried:
+        rates = ", ".join(f"{option.learning_rate:g}" for option in options)
+        raise NotFiniteError(
+            f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
+        )
+    trainable.load(best)
+    log, rate = max(tried, key=lambda pair: rank(pair[0].best))
+    n_trainable = trainable.n_entries
+    scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
+    trainable.write(Path(scratch.name))
+    adapted = trainable.merged()
+
+    target_after, target_right = _measure(adapted, task, quiet)
+    after = evaluate_all(adapted, others, quiet=quiet)
+    retained = tuple(
+        Retained(t.full_name, b, a) for t, b, a in zip(others, before, after, strict=True)
+    )
+    shift = None
+    if rediscover and source is not None and scores is not None:
+        try:
+            shift = circuit_shift(adapted, source, circuit, scores, quiet=quiet)
+        except InputError as error:
+            # The adapted model may have forgotten a label; what was trained is worth keeping.
+            logger.warning("%s: the circuit could not be searched anew: %s", label, error)
+    logger.info(
+        "%s: %s test accuracy %.3f -> %.3f at rate %g.",
+        strategy,
+        task.language,
+        target_before.accuracy,
+        target_after.accuracy,
+        rate,
+    )
+    settings = {
+        **options[0].to_dict(),
+        "learning_rate": [option.learning_rate for option in options],
+        "replay": replay,
+        "kv_policy": kv_policy,
+    }
+    return TransferResult(
+        strategy=strategy,
+        heads=heads,
+        target_language=task.language,
+        source_language=source.language if source else None,
+        target_before=target_before,
+        target_after=target_after,
+        retained=retained,
+        n_trainable=n_trainable,
+        learning_rate=rate,
+        validation={rate: log.best["accuracy"] for log, rate in tried},
+        history=log.history,
+        seconds=seconds,
+        target_right=target_right,
+        drift=tuple(tuple(row) for row in weight_drift(model, adapted).tolist()),
+        shift=shift,
+        decision=decision,
+        provenance=Provenance(
+            model.name,
+            model.fingerprint(),
+            task.full_name,
+            task.fingerprint(),
+            seed,
+            settings,
+        ),
+        model=adapted,
+        folder=Path(scratch.name),
+        _scratch=scratch,
+    )
+
+
+def training_options(
+    learning_rates: Iterable[float] | float, replay: float, **settings: Any
+) -> list[TrainingOptions]:
+    """Options for every rate, each once.
+
+    Raises:
+        InputError: for settings that no transfer could work with.
+    """
+    if isinstance(learning_rates, float | int):
+        raise InputError(f"learning_rates is a list: give [{learning_rates:g}].")
+    rates = list(dict.fromkeys(map(float, learning_rates)))
+    if not rates:
+        raise InputError("Give at least one learning rate.")
+    if replay < 0:
+        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
+    return [TrainingOptions(learning_rate=rate, **settings) for rate in rates]
+
+
+def check_circuit(model: HookedModel, circuit: Circuit) -> None:
+    """Refuse a circuit of a model with another number of layers or heads, or without any head.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    if not len(circuit):
+        raise InputError(
+            "The circuit has no heads, so there is nothing to train: choose some with scores.top, "
+            "or a lower threshold."
+        )
+    if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
+        raise InputError(
+            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
+            f"{model.name} has {model.geometry.n_layers} × {model.geometry.n_heads}."
+        )
+
+
+def check_scores(model: HookedModel, scores: HeadScores | None) -> None:
+    """Refuse scores of a model with another number of layers or heads.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    if scores is None:
+        return
+    size = (model.geometry.n_layers, model.geometry.n_heads)
+    if tuple(scores.mean.shape) != size:
+        raise InputError(
+            f"The scores are of a model with {' × '.join(map(str, scores.mean.shape))} heads, but "
+            f"{model.name} has {' × '.join(map(str, size))}."
+        )
+
+
+def check_kv_policy(kv_policy: str) -> None:
+    """Refuse a misspelt policy, also where a strategy does not need one.
+
+    Raises:
+        InputError: naming those there are.
+    """
+    if kv_policy not in get_args(KVPolicy):
+        raise InputError(
+            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
+        )
+
+
+def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, tuple[bool, ...]]:
+    """Evaluate on the test split, and say of every example whether it was answered right."""
+    encoded = task.encode(model, task["test"])
+    logits = predict(model, encoded, quiet=quiet)
+    gold = torch.tensor(encoded.gold)
+    return summarise(logits, gold), tuple((logits.argmax(1) == gold).tolist())
+
+
+def _stages(
+    model: HookedModel, data: Encoded, source: Task | None, gradual: bool, replay: float, seed: int
+) -> list[Encoded]:
+    """Training data of each stage: the target's, with some of the source's mixed in.
+
+    Raises:
+        InputError: if replay asks for more than there is, or for less than one example.
+    """
+    shares = [replay + share for share in (_GRADUAL if gradual else (0.0,))]
+    if source is None or not any(shares):
+        return [data]
+    old = source.encode(model, source["pool_a"])
+    _check_replay(replay, len(data), len(old))
+    order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).tolist()
+    # What gradual adds of its own nobody asked for in numbers: it goes as far as pool A does.
+    counts = [min(len(old), round(share * len(data))) for share in shares]
+    return [data + old.take(order[:count]) for count in counts]
+
+
+def _check_replay(replay: float, n_target: int, n_source: int) -> None:
+    wanted = round(replay * n_target)
+    if wanted > n_source:
+        raise InputError(
+            f"replay={replay:g} of {n_target} target examples asks for {wanted} source examples, "
+            f"but pool A has {n_source}: choose at most {n_source / n_target:g}."
+        )
+    if replay > 0 and n_target and not wanted:
+        raise InputError(
+            f"replay={replay:g} of {n_target} target examples rounds to no source example: choose "
+            f"more than {0.5 / n_target:g}, or 0 for none."
+        )

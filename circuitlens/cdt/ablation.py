@@ -1,0 +1,222 @@
+"""Mean ablation: the model with every head outside a circuit at its mean, for many circuits.
+
+1. The clean run of a batch leaves the residual stream entering each layer.
+2. A circuit's run begins at the lowest layer in which a head is ablated; all below is clean, so
+   it is not computed again.
+3. Circuits that begin at the same layer go through as one batch of rows (circuit, prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuitlens.baseline import MeanBaseline, NodeMeans
+from circuitlens.models.batch import Batch, Positions
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.hooks import Hook, recording
+from circuitlens.nodes import Head
+from circuitlens.tasks import Encoded
+from circuitlens.utils.progress import progress
+from circuitlens.utils.row_budget import RowBudget
+
+__all__ = ["PrefixCache", "ablated_label_logits", "circuit_label_logits", "head_mask"]
+
+# Circuits between two ticks of the progress bar.
+_TICK = 32
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What the clean run of a batch leaves for ablated runs to begin with.
+
+    Attributes:
+        residuals: by layer, the residual stream entering it.
+        labels: clean logits of the label tokens.
+    """
+
+    residuals: dict[int, Float[Tensor, "batch pos d_model"]]
+    labels: Float[Tensor, "batch label"]
+
+    @classmethod
+    @torch.no_grad()
+    def capture(
+        cls, model: HookedModel, batch: Batch, *, rows: int | RowBudget = 256
+    ) -> PrefixCache:
+        """Run ``batch`` and keep the residual stream entering each layer but the first.
+
+        Args:
+            model: the model.
+            batch: prompts.
+            rows: prompts that go through the model at once.
+        """
+        # What enters the first layer is as easily computed as kept.
+        layers = range(1, model.geometry.n_layers)
+
+        def run(chunk: range) -> tuple[dict[str, Tensor], Tensor]:
+            hooks, found = recording(f"blocks.{layer}.hook_in" for layer in layers)
+            labels = model.label_logits(batch.rows(chunk), hooks)
+            return found, labels
+
+        parts = _budget(rows).chunked(len(batch), run)
+        return cls(
+            {
+                layer: torch.cat([found[f"blocks.{layer}.hook_in"] for found, _ in parts])
+                for layer in layers
+            },
+            torch.cat([labels for _, labels in parts]),
+        )
+
+
+@torch.no_grad()
+def ablated_label_logits(
+    model: HookedModel,
+    batch: Batch,
+    keeps: Bool[Tensor, "circuit layer head"],
+    means: NodeMeans,
+    positions: Positions,
+    *,
+    prefix: PrefixCache | None = None,
+    rows: int | RowBudget = 256,
+) -> Float[Tensor, "circuit batch label"]:
+    """Label logits with every head outside each circuit at its mean.
+
+    Args:
+        model: the model.
+        batch: prompts.
+        keeps: the heads of each circuit; all others are ablated. A circuit of all heads gets the
+            clean logits.
+        means: what ablated heads are set to, on the model's device.
+        positions: where they are; elsewhere all heads stay as they are.
+        prefix: of this batch, if there is one already.
+        rows: prompts that go through the model at once; sets memory, not the result. It halves
+            when memory runs out.
+
+    Returns:
+        Logits in float32 at least.
+    """
+    budget = _budget(rows)
+    prefix = prefix or PrefixCache.capture(model, batch, rows=budget)
+    keeps = keeps.to(model.device)
+    where = batch.mask(positions)
+    result = prefix.labels.repeat(len(keeps), 1, 1)
+    for first, circuits in _by_lowest_layer(keeps):
+
+        def run(
+            chunk: range, first: int = first, circuits: Tensor = circuits
+        ) -> Float[Tensor, "row label"]:
+            # Row r is prompt r % B under circuit r // B.
+            row = torch.arange(chunk.start, chunk.stop, device=model.device)
+            prompt = row % len(batch)
+            kept = keeps[circuits[row // len(batch)]]
+            hooks = _ablation(model, kept, means, where[prompt])
+            with (
+                model.starting_at(first, prefix.residuals[first][prompt])
+                if first
+                else nullcontext()
+            ):
+                return model.label_logits(batch.take(prompt), hooks)
+
+        labels = torch.cat(budget.chunked(len(circuits) * len(batch), run))
+        result[circuits] = labels.unflatten(0, (len(circuits), len(batch)))
+    return result
+
+
+def circuit_label_logits(
+    model: HookedModel,
+    encoded: Encoded,
+    keeps: Bool[Tensor, "circuit layer head"],
+    baseline: MeanBaseline,
+    *,
+    batch_size: int = 32,
+    rows: int = 256,
+    label: str = "Ablating",
+    quiet: bool = False,
+) -> Float[Tensor, "circuit example label"]:
+    """Label logits of all examples under many circuits; none is run twice.
+
+    Args:
+        model: the model.
+        encoded: the examples.
+        keeps: the heads of each circuit; equal circuits may be among them.
+        baseline: gives the means, and the positions at which heads are ablated.
+        batch_size: examples that are padded to one width and share a clean run.
+        rows: prompts that go through the model at once.
+        label: of the progress bar.
+        quiet: no progress bar.
+    """
+    means = baseline.means(model.device)
+    budget = RowBudget(rows)
+    # Sorted by their bits, and so by their lowest ablated layer too: circuits of one piece
+    # nearly always begin at the same layer.
+    distinct, inverse = keeps.to(torch.uint8).unique(dim=0, return_inverse=True)
+    pieces = distinct.bool().split(_TICK)
+    shape = (len(distinct), len(encoded), len(encoded.label_tokens))
+    found = torch.empty(shape, dtype=torch.float64)
+
+    def jobs() -> Iterator[tuple[Tensor, Batch, PrefixCache, int]]:
+        for index, batch in encoded.batches(batch_size, model.device):
+            prefix = PrefixCache.capture(model, batch, rows=budget)
+            for number in range(len(pieces)):
+                yield index, batch, prefix, number
+
+    total = encoded.n_batches(batch_size) * len(pieces)
+    for index, batch, prefix, number in progress(jobs(), label, quiet=quiet, total=total):
+        logits = ablated_label_logits(
+            model,
+            batch,
+            pieces[number],
+            means,
+            baseline.positions,
+            prefix=prefix,
+            rows=budget,
+        )
+        start = number * _TICK
+        found[start : start + len(logits), index] = logits.cpu().double()
+    return found[inverse]
+
+
+def head_mask(heads: Iterable[Head], n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:
+    """Lay heads out as a grid that is true where one of them is."""
+    mask = torch.zeros(n_layers, n_heads, dtype=torch.bool)
+    for head in heads:
+        mask[head.layer, head.index] = True
+    return mask
+
+
+def _budget(rows: int | RowBudget) -> RowBudget:
+    return rows if isinstance(rows, RowBudget) else RowBudget(rows)
+
+
+def _by_lowest_layer(
+    keeps: Bool[Tensor, "circuit layer head"],
+) -> Iterator[tuple[int, Int[Tensor, " chosen"]]]:
+    """Lowest layers with an ablated head, and the circuits of which that is true."""
+    ablates = ~keeps.all(-1)
+    lowest = ablates.int().argmax(-1)
+    for layer in lowest[ablates.any(-1)].unique().tolist():
+        yield layer, ((lowest == layer) & ablates.any(-1)).nonzero()[:, 0]
+
+
+def _ablation(
+    model: HookedModel,
+    keeps: Bool[Tensor, "row layer head"],
+    means: NodeMeans,
+    where: Bool[Tensor, "row pos"],
+) -> dict[str, Hook]:
+    """Hooks that set the heads which each row does not keep to their means."""
+
+    def ablate(layer: int) -> Hook:
+        def hook(z: Tensor) -> Tensor:
+            away = where[:, :, None] & ~keeps[:, layer][:, None]
+            return torch.where(away[..., None], means.of_heads(layer, z), z)
+
+        return hook
+
+    touched = (~keeps).any(-1).any(0).nonzero()[:, 0].tolist()
+    return {model.z_hook(layer): ablate(layer) for layer in touched}

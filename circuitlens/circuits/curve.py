@@ -1,0 +1,283 @@
+"""Faithfulness: does the circuit alone do the task?
+
+Keep the heads of a circuit C and set all others to their means (mean ablation), at the positions
+of the baseline. With m the mean task margin,
+
+    f(C) = (m(C) − m(∅)) / (m(all) − m(∅))
+
+is the share of the margin, beyond what the heads' means give, that the circuit alone brings.
+Measured on examples that discovery did not see, for circuits of growing size, beside
+
+* random circuits of the same size, drawn from all heads, and drawn with as many heads in every
+  layer as the circuit has there;
+* the model without the circuit: its heads are ablated and all others kept. The f that is left is
+  what the other heads can do without it, so a complete circuit leaves little (the completeness
+  of Wang et al. 2023, arXiv 2211.00593, with all of the circuit taken away).
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.integrate import trapezoid
+
+from circuitlens.errors import InputError, check_choice
+from circuitlens.utils.bootstrap import percentiles, resampled_means
+from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import read_tensors, write_tensors
+
+__all__ = ["FaithfulnessCurve", "normalised"]
+
+_SCHEMA = "circuitlens.faithfulness/2"
+
+_METRICS = ("margin", "accuracy", "probability")
+_KINDS = ("", "random_", "layer_matched_", "without_")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FaithfulnessCurve:
+    """Task performance of circuits of growing size.
+
+    Each is measured by the task margin in logits, by accuracy, and by the probability of the
+    right label, which is the softmax over the label tokens only; means over examples.
+
+    Attributes:
+        sizes: numbers of heads kept, from none to all.
+        margin, accuracy, probability: of the top heads, for each size.
+        random_margin, random_accuracy, random_probability: of random circuits of the same sizes.
+        layer_matched_margin, layer_matched_accuracy, layer_matched_probability: of random circuits
+            with as many heads in every layer as the top heads have there.
+        without_margin, without_accuracy, without_probability: of the model without the top heads.
+        example_margin: margins of the top heads on each example.
+        n_heads: heads of the whole model.
+        method: the scorer whose ranking was followed.
+        example_ids: the examples, none of which discovery saw.
+        provenance: where it comes from.
+    """
+
+    sizes: tuple[int, ...]
+    margin: Float[np.ndarray, " size"]
+    accuracy: Float[np.ndarray, " size"]
+    probability: Float[np.ndarray, " size"]
+    random_margin: Float[np.ndarray, "draw size"]
+    random_accuracy: Float[np.ndarray, "draw size"]
+    random_probability: Float[np.ndarray, "draw size"]
+    layer_matched_margin: Float[np.ndarray, "draw size"]
+    layer_matched_accuracy: Float[np.ndarray, "draw size"]
+    layer_matched_probability: Float[np.ndarray, "draw size"]
+    without_margin: Float[np.ndarray, " size"]
+    without_accuracy: Float[np.ndarray, " size"]
+    without_probability: Float[np.ndarray, " size"]
+    example_margin: Float[np.ndarray, "size example"]
+    n_heads: int
+    method: str
+    example_ids: tuple[str, ...]
+    provenance: Provenance
+
+    @property
+    def shares(self) -> Float[np.ndarray, " size"]:
+        """Shares of all heads that were kept, from 0 to 1."""
+        return np.array(self.sizes) / self.n_heads
+
+    def _normalise(self, values: np.ndarray) -> np.ndarray:
+        return normalised(values, self.margin[0], self.margin[-1])
+
+    @property
+    def faithfulness(self) -> Float[np.ndarray, " size"]:
+        """Normalised margin f of the top heads, 0 for no heads and 1 for all.
+
+        Raises:
+            InputError: if ablating all heads changes nothing, so that f is undefined.
+        """
+        return self._normalise(self.margin)
+
+    @property
+    def random_faithfulness(self) -> Float[np.ndarray, "draw size"]:
+        """Normalised margin f of the random circuits."""
+        return self._normalise(self.random_margin)
+
+    @property
+    def layer_matched_faithfulness(self) -> Float[np.ndarray, "draw size"]:
+        """Normalised margin f of the random circuits that are matched layer by layer."""
+        return self._normalise(self.layer_matched_margin)
+
+    @property
+    def completeness(self) -> Float[np.ndarray, " size"]:
+        """Normalised margin f of the model without the top heads; low if they are complete."""
+        return self._normalise(self.without_margin)
+
+    # -- summaries -------------------------------------------------------------------------
+
+    @cached_property
+    def _resampled(self) -> Float[np.ndarray, "draw size"]:
+        drawn = resampled_means(self.example_margin, self.provenance.seed)
+        return np.asarray((drawn - drawn[:, :1]) / (drawn[:, -1:] - drawn[:, :1]))
+
+    def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound size"]:
+        """Percentile bootstrap interval of f over examples (1,000 draws).
+
+        A draw of examples is the same for the circuit and for the two margins that normalise f,
+        so the ends, 0 and 1 by definition, have no width.
+
+        Raises:
+            InputError: if ``level`` is not between 0 and 1.
+        """
+        return percentiles(self._resampled, level)
+
+    def area(self, metric: str = "faithfulness", scale: str = "linear") -> float:
+        """Average of the curve of the top heads over circuit sizes, by the trapezoid rule.
+
+        Args:
+            metric: ``"faithfulness"``, ``"accuracy"`` or ``"probability"``.
+            scale: ``"linear"`` integrates over the actual share of heads from 0 (no heads) to 1.
+                ``"log"`` integrates over log10 of the share, from the smallest circuit that has
+                heads to 1, and divides by the length of that range; small circuits weigh more.
+
+        Raises:
+            InputError: for another metric or scale.
+        """
+        check_choice("metric", metric, ("faithfulness", "accuracy", "probability"))
+        check_choice("scale", scale, ("linear", "log"))
+        y = getattr(self, metric)
+        if scale == "linear":
+            return float(trapezoid(y, self.shares))
+        x, y = np.log10(self.shares[1:]), y[1:]
+        # With all heads as the only circuit the range has no length, and its one value is left.
+        return float(trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
+
+    @property
+    def cpr(self) -> float:
+        """Circuit performance ratio: the integral of f over the share of heads; high is good.
+
+        MIB-style (Mueller et al. 2025, arXiv 2504.13151), with mean ablation of heads instead of
+        the benchmark's counterfactual patching of edges, so not comparable with its leaderboard.
+        (Here the integral begins at no heads, there at the smallest circuit.)
+        """
+        return self.area()
+
+    @property
+    def cmd(self) -> float:
+        """Circuit–model distance: the integral of |1 − f| over the share of heads; low is good.
+
+        MIB-style (Mueller et al. 2025, arXiv 2504.13151), with mean ablation of heads instead of
+        the benchmark's counterfactual patching of edges, so not comparable with its leaderboard.
+        (Here the integral begins at no heads, there at the smallest circuit.)
+        """
+        return float(trapezoid(np.abs(1 - self.faithfulness), self.shares))
+
+    def at(self, size: int) -> dict[str, float]:
+        """Return all columns of :meth:`to_frame` but ``heads`` at one of the sizes.
+
+        Raises:
+            InputError: if the curve does not have that size.
+        """
+        if size not in self.sizes:
+            raise InputError(f"The curve has no size {size}; it has {list(self.sizes)}.")
+        row = self.to_frame().drop(columns="heads").iloc[self.sizes.index(size)]
+        return {str(name): float(value) for name, value in row.items()}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a size.
+
+        Columns: ``heads`` and ``share``; ``margin``, ``faithfulness`` with its 95 % interval
+        (``_low``, ``_high``), ``accuracy`` and ``probability`` of the top heads; the last three
+        of random circuits as mean, least and largest value (``random_…``, ``_min``, ``_max``) and
+        of layer-matched ones as mean (``layer_matched_…``); of the model without the top heads
+        ``completeness``, ``without_accuracy`` and ``without_probability``. Without random
+        circuits their columns are NaN.
+        """
+        low, high = self.interval()
+        columns: dict[str, Any] = {
+            "heads": self.sizes,
+            "share": self.shares,
+            "margin": self.margin,
+            "faithfulness": self.faithfulness,
+            "faithfulness_low": low,
+            "faithfulness_high": high,
+            "accuracy": self.accuracy,
+            "probability": self.probability,
+        }
+        for metric in ("faithfulness", "accuracy", "probability"):
+            draws = _or_nan(getattr(self, f"random_{metric}"))
+            columns[f"random_{metric}"] = draws.mean(0)
+            columns[f"random_{metric}_min"] = draws.min(0)
+            columns[f"random_{metric}_max"] = draws.max(0)
+        for metric in ("faithfulness", "accuracy", "probability"):
+            draws = _or_nan(getattr(self, f"layer_matched_{metric}"))
+            columns[f"layer_matched_{metric}"] = draws.mean(0)
+        columns["completeness"] = self.completeness
+        columns["without_accuracy"] = self.without_accuracy
+        columns["without_probability"] = self.without_probability
+        return pd.DataFrame(columns)
+
+    # -- files -----------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        names = [kind + metric for kind in _KINDS for metric in _METRICS] + ["example_margin"]
+        meta: dict[str, Any] = {
+            "sizes": list(self.sizes),
+            "n_heads": self.n_heads,
+            "method": self.method,
+            "example_ids": list(self.example_ids),
+            "provenance": self.provenance.to_dict(),
+        }
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
+        write_tensors(Path(path), _SCHEMA, tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FaithfulnessCurve:
+        """Read what :meth:`save` wrote."""
+        tensors, meta = read_tensors(Path(path), _SCHEMA)
+        return cls(
+            sizes=tuple(meta["sizes"]),
+            n_heads=meta["n_heads"],
+            method=meta["method"],
+            example_ids=tuple(meta["example_ids"]),
+            provenance=Provenance.from_dict(meta["provenance"]),
+            **{name: tensor.numpy() for name, tensor in tensors.items()},
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"FaithfulnessCurve({self.method} on {self.provenance.task}: {len(self.sizes)} sizes "
+            f"up to {self.n_heads} heads, {len(self.example_ids)} examples, "
+            f"{len(self.random_margin)} random circuits of each kind and size)"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = ["heads", "share", "faithfulness", "faithfulness_low", "faithfulness_high"]
+        shown += ["accuracy", "probability", "random_faithfulness", "layer_matched_faithfulness"]
+        table = self.to_frame()[[*shown, "completeness"]]
+        return (
+            f"<p><b>FaithfulnessCurve</b> of {html.escape(self.method)} on "
+            f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, "
+            f"{len(self.random_margin)} random circuits of each kind and size; CPR {self.cpr:.3f}, "
+            f"CMD {self.cmd:.3f}</p>{table.to_html(index=False, float_format='{:.3f}'.format)}"
+        )
+
+
+def normalised(values: np.ndarray, empty: float, full: float) -> np.ndarray:
+    """Scale margins so that the model without any head has 0 and the whole model 1.
+
+    Raises:
+        InputError: if the two margins are the same.
+    """
+    if abs(full - empty) < 1e-6:
+        raise InputError(
+            "Ablating all heads leaves the margin as it is, so faithfulness is undefined: "
+            "the heads do not carry this task."
+        )
+    return np.asarray((values - empty) / (full - empty))
+
+
+def _or_nan(draws: Float[np.ndarray, "draw size"]) -> Float[np.ndarray, "row size"]:
+    return draws if len(draws) else np.full((1, draws.shape[1]), np.nan)

@@ -1,0 +1,189 @@
+"""Measuring the faithfulness of circuits of growing size.
+
+What it is: :mod:`circuitlens.circuits.curve`.
+
+1. Lay out as masks all circuits of the curve: the top heads of each size, the model without them,
+   random ones, and random ones matched layer by layer.
+2. Run every batch once as it is, then under all circuits (:mod:`circuitlens.cdt.ablation`).
+3. Average margin, accuracy and probability of the right label over examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuitlens.baseline import MeanBaseline
+from circuitlens.cdt.ablation import circuit_label_logits, head_mask
+from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
+from circuitlens.errors import InputError
+from circuitlens.models.batch import margin
+from circuitlens.models.hooked import HookedModel
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.tasks import Example, Task
+from circuitlens.utils.provenance import Provenance
+
+__all__ = ["DEFAULT_SHARES", "default_sizes", "faithfulness", "refuse_seen", "unseen_examples"]
+
+DEFAULT_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def default_sizes(n_heads: int) -> list[int]:
+    """Circuit sizes of the default curve.
+
+    No heads, and :data:`DEFAULT_SHARES` of all heads as whole numbers, at least 1; in small models
+    several shares are the same number.
+    """
+    return sorted({0, *(max(1, round(share * n_heads)) for share in DEFAULT_SHARES)})
+
+
+def faithfulness(
+    model: HookedModel,
+    task: Task,
+    scores: HeadScores,
+    baseline: MeanBaseline,
+    *,
+    sizes: Sequence[int | float] | None = None,
+    n_random: int = 30,
+    examples: Sequence[Example] | None = None,
+    batch_size: int = 32,
+    rows: int = 256,
+    seed: int = 0,
+    quiet: bool = False,
+) -> FaithfulnessCurve:
+    """Measure circuits of growing size, all other heads mean-ablated.
+
+    Args:
+        model: the model that was scored.
+        task: gives the held-out examples (pool B and validation of the source language).
+        scores: their ranking is followed, the most supporting head first.
+        baseline: the means that replace the ablated heads, and the positions where they do.
+        sizes: how many heads to keep (integers) or which shares of all heads (floats), as in
+            :meth:`HeadScores.top`; default: :func:`default_sizes`. No head and all heads are
+            always included.
+        n_random: random circuits for each size; as many more are matched layer by layer.
+        examples: use these instead of the held-out ones.
+        batch_size: examples that are padded to one width and share a clean run.
+        rows: prompts that go through the model at once; halves when memory runs out.
+        seed: for the random circuits and the bootstrap.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: if there are no examples or one was used for discovery, the baseline or the
+            scores are of another model, the baseline is of another task, or a size or
+            ``n_random`` is impossible.
+    """
+    baseline.check_task(task)
+    baseline.check_model(model)
+    g = model.geometry
+    total = len(g)
+    if (scores.n_layers, scores.n_heads) != (g.n_layers, g.n_heads):
+        raise InputError(
+            f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
+            f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."
+        )
+    if scores.provenance.model_fingerprint != baseline.provenance.model_fingerprint:
+        raise InputError(
+            f"The scores are of other weights than those of {model.name}: call cl.relevance on "
+            "this model."
+        )
+    if n_random < 0:
+        raise InputError(f"n_random cannot be negative, but is {n_random}.")
+    wanted = default_sizes(total) if sizes is None else sizes
+    counts = sorted({0, total, *(len(scores.top(size)) for size in wanted)})
+    examples = unseen_examples(task, examples, {*scores.example_ids, *baseline.example_ids})
+    encoded = task.encode(model, examples)
+    generator = torch.Generator().manual_seed(seed)
+    ranking = scores.ranking()
+    kept = torch.stack([head_mask(ranking[:n], g.n_layers, g.n_heads) for n in counts])
+    masks = {
+        "": kept,
+        "random_": random_masks(counts, g.n_layers, g.n_heads, n_random, generator),
+        "layer_matched_": layer_matched_masks(kept, n_random, generator),
+        "without_": ~kept,
+    }
+    labels = circuit_label_logits(
+        model,
+        encoded,
+        torch.cat([group.flatten(0, -3) for group in masks.values()]),
+        baseline,
+        batch_size=batch_size,
+        rows=rows,
+        label="Faithfulness",
+        quiet=quiet,
+    )
+    found: dict[str, np.ndarray] = {}
+    groups = labels.split([group[..., 0, 0].numel() for group in masks.values()])
+    for (kind, group), part in zip(masks.items(), groups, strict=True):
+        for metric, values in _measure(part, torch.tensor(encoded.gold)).items():
+            found[kind + metric] = values.mean(-1).view(group.shape[:-2]).numpy()
+            if (kind, metric) == ("", "margin"):
+                found["example_margin"] = values.numpy()
+    settings = {
+        "n_random": n_random,
+        "positions": baseline.positions,
+        "pooling": baseline.pooling,
+        "scores": scores.method,
+    }
+    return FaithfulnessCurve(
+        sizes=tuple(counts),
+        n_heads=total,
+        method=scores.method,
+        example_ids=encoded.ids,
+        provenance=Provenance(
+            model.name,
+            baseline.provenance.model_fingerprint,
+            task.full_name,
+            task.fingerprint(),
+            seed,
+            settings,
+        ),
+        **found,
+    )
+
+
+def _measure(
+    labels: Float[Tensor, "circuit example label"], gold: Int[Tensor, " example"]
+) -> dict[str, Float[Tensor, "circuit example"]]:
+    index = gold.expand(labels.shape[:-1])[..., None]
+    return {
+        "margin": margin(labels, gold),
+        "accuracy": (labels.argmax(-1) == gold).double(),
+        "probability": labels.softmax(-1).gather(-1, index)[..., 0],
+    }
+
+
+def unseen_examples(
+    task: Task, examples: Sequence[Example] | None, seen: Collection[str]
+) -> tuple[Example, ...]:
+    """The examples to measure on: those given, or the held-out ones of the task.
+
+    Raises:
+        InputError: if there are none, or the id of one of them is in ``seen``.
+    """
+    chosen = task.held_out if examples is None else tuple(examples)
+    if not chosen:
+        raise InputError(
+            "There are no examples to measure on: give some, or leave examples out to use the "
+            "held-out ones."
+        )
+    refuse_seen(chosen, seen)
+    return chosen
+
+
+def refuse_seen(examples: Sequence[Example], seen: Collection[str]) -> None:
+    """Refuse examples on which a circuit was found.
+
+    Raises:
+        InputError: if the id of one of them is in ``seen``.
+    """
+    if both := [e.id for e in examples if e.id in seen]:
+        raise InputError(
+            f"Example {both[0]!r} was used for discovery, so faithfulness measured on it would "
+            "be too good: use other examples."
+        )

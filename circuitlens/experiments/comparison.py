@@ -1,0 +1,290 @@
+"""Comparison: the numbers of a grid of transfers, as tables."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from circuitlens.errors import InputError
+from circuitlens.experiments.paired import (
+    PairedDifference,
+    bootstrap_difference,
+    differences,
+)
+from circuitlens.utils.storage import read_json, replacing, write_json
+
+__all__ = ["Comparison"]
+
+_SCHEMA = "circuitlens.comparison/1"
+_METRICS = ("accuracy", "macro_f1", "margin", "calibration_error")
+_COSTS = ("n_trainable", "seconds", "peak_mib")
+_TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
+_PAIRS = ("language", "a", "b", "difference", "low", "high", "p", "n_examples", "n_seeds")
+_REGRET = ("language", "strategy", "best", "accuracy", "best_accuracy", "regret", "n_seeds")
+_ALL = "all languages"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Transfers by several strategies, to several languages, with several seeds.
+
+    Make one with :func:`circuitlens.compare`.
+
+    Attributes:
+        cells: of every finished transfer what :meth:`circuitlens.TransferResult.to_dict` returns,
+            with ``seed`` and ``peak_mib`` (peak memory in MiB beyond what was in use before; on
+            the CPU an estimate, see :class:`circuitlens.utils.peak_memory.PeakMemory`).
+        errors: of every failed one ``language``, ``strategy``, ``seed``, and ``type`` and
+            ``message`` of the error.
+    """
+
+    cells: tuple[Mapping[str, Any], ...]
+    errors: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Target languages that have a finished cell."""
+        return tuple(dict.fromkeys(cell["target_language"] for cell in self.cells))
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Strategies that have a finished cell."""
+        return tuple(dict.fromkeys(cell["strategy"] for cell in self.cells))
+
+    @property
+    def reference(self) -> str:
+        """The strategy that others are compared with unless told otherwise."""
+        return "circuit" if "circuit" in self.strategies else self.strategies[0]
+
+    # -- tables ----------------------------------------------------------------------------
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the tidy long table: one number a row.
+
+        Columns: ``language``, ``strategy``, ``seed``; ``split``, which is ``target`` or the name
+        of a retained task; ``phase``, ``before`` or ``after`` the transfer; ``metric``
+        (``accuracy``, ``macro_f1`` and ``calibration_error`` as shares, ``margin`` in logits);
+        ``value``. Costs (``n_trainable`` in entries, ``seconds`` of training, ``peak_mib`` in
+        MiB) have an empty split and the phase ``after``.
+        """
+        rows: list[tuple[Any, ...]] = []
+        for cell in self.cells:
+            key = (cell["target_language"], cell["strategy"], cell["seed"])
+            measured = [("target", cell["target_before"], cell["target_after"])]
+            measured += [(r["name"], r["before"], r["after"]) for r in cell["retained"]]
+            for split, before, after in measured:
+                for phase, evaluation in (("before", before), ("after", after)):
+                    rows += [(*key, split, phase, name, evaluation[name]) for name in _METRICS]
+            rows += [(*key, "", "after", name, cell[name]) for name in _COSTS]
+        return pd.DataFrame(rows, columns=list(_TIDY)).astype({"seed": int, "value": float})
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a language and strategy, over seeds.
+
+        Accuracies are shares. ``_sd`` is the standard deviation over seeds (divisor n - 1; empty
+        with one seed), everything else a mean: ``target_before``, ``target_after``, ``gain``,
+        ``source_before``, ``source_after`` (empty without a source task), ``n_trainable``,
+        ``seconds``, ``peak_mib``; ``n_seeds`` says of how many.
+        """
+        rows = []
+        for cell in self.cells:
+            before, after = (cell[f"target_{phase}"]["accuracy"] for phase in ("before", "after"))
+            # The source is the first of the retained tasks.
+            source = cell["retained"][0] if cell["source_language"] else None
+            rows.append(
+                {
+                    "language": cell["target_language"],
+                    "strategy": cell["strategy"],
+                    "target_before": before,
+                    "target_after": after,
+                    "gain": after - before,
+                    "source_before": source["before"]["accuracy"] if source else np.nan,
+                    "source_after": source["after"]["accuracy"] if source else np.nan,
+                    **{name: cell[name] for name in _COSTS},
+                }
+            )
+        keys = ["language", "strategy"]
+        numbers = ["target_before", "target_after", "gain", "source_before", "source_after"]
+        frame = pd.DataFrame(rows, columns=[*keys, *numbers, *_COSTS])
+        # Without any cell the columns have no type of their own.
+        groups = frame.astype(dict.fromkeys((*numbers, *_COSTS), float)).groupby(keys, sort=False)
+        return groups.agg(
+            n_seeds=("gain", "size"),
+            target_before=("target_before", "mean"),
+            target_after=("target_after", "mean"),
+            target_after_sd=("target_after", "std"),
+            gain=("gain", "mean"),
+            source_before=("source_before", "mean"),
+            source_after=("source_after", "mean"),
+            source_after_sd=("source_after", "std"),
+            **{name: (name, "mean") for name in _COSTS},
+        ).reset_index()
+
+    # -- statistics ------------------------------------------------------------------------
+
+    def paired(
+        self,
+        a: str,
+        b: str,
+        language: str | None = None,
+        level: float = 0.95,
+        draws: int = 1000,
+    ) -> PairedDifference:
+        """Compare two strategies on the same test examples and seeds, with a bootstrap interval.
+
+        Args:
+            a, b: the strategies; the difference is the target accuracy of ``a`` minus that of
+                ``b``.
+            language: a target language; by default the mean of the differences of all languages
+                in which both have a seed in common, with examples drawn within each language.
+            level: of the interval.
+            draws: of the bootstrap.
+
+        Raises:
+            InputError: for an unknown strategy or language, or if no seed is common.
+        """
+        for name, known, kind in (
+            (a, self.strategies, "strategy"),
+            (b, self.strategies, "strategy"),
+            (language, self.languages, "language"),
+        ):
+            if name is not None and name not in known:
+                raise InputError(
+                    f"The comparison has no finished cell of the {kind} {name!r}; it has "
+                    f"{', '.join(known) or 'none'}."
+                )
+        chosen = self.languages if language is None else (language,)
+        values, counts = [], []
+        for name in chosen:
+            first, second = self._right(a, name), self._right(b, name)
+            if seeds := [seed for seed in first if seed in second]:
+                rows = (np.array([side[s] for s in seeds], dtype=bool) for side in (first, second))
+                values.append(differences(*rows))
+                counts.append(len(seeds))
+        if not values:
+            raise InputError(
+                f"{a} and {b} have no seed in common in {language or 'any language'}: compare them "
+                "with the same seeds."
+            )
+        difference, low, high, p = bootstrap_difference(values, level, draws)
+        return PairedDifference(
+            a=a,
+            b=b,
+            language=language,
+            difference=difference,
+            low=low,
+            high=high,
+            level=level,
+            p=p,
+            n_examples=sum(map(len, values)),
+            n_seeds=min(counts),
+            n_languages=len(values),
+        )
+
+    def regret(self, strategy: str = "auto") -> pd.DataFrame:
+        """Return how far a strategy stays behind the best single one, chosen on the test split.
+
+        One row a language: ``best`` is the other strategy with the highest mean target accuracy
+        over the seeds that both have, ``accuracy`` and ``best_accuracy`` are those means (shares),
+        ``regret`` their difference; negative if ``strategy`` is ahead. As
+        the best is chosen on test, regret is overstated by what chance gives the luckiest.
+
+        Raises:
+            InputError: if the strategy has no finished cell.
+        """
+        if strategy not in self.strategies:
+            raise InputError(
+                f"The comparison has no finished cell of the strategy {strategy!r}; it has "
+                f"{', '.join(self.strategies) or 'none'}."
+            )
+        rows = []
+        for language in self.languages:
+            mine = self._right(strategy, language)
+            found: list[tuple[float, float, str, int]] = []
+            for other in self.strategies:
+                theirs = self._right(other, language)
+                if other != strategy and (seeds := [seed for seed in mine if seed in theirs]):
+                    best, own = (
+                        float(np.mean([side[seed] for seed in seeds])) for side in (theirs, mine)
+                    )
+                    found.append((best, own, other, len(seeds)))
+            if found:
+                # Of equally good ones the first in the order of the strategies.
+                best, own, name, n = max(found, key=lambda row: row[0])
+                rows.append((language, strategy, name, own, best, best - own, n))
+        return pd.DataFrame(rows, columns=list(_REGRET))
+
+    def _right(self, strategy: str, language: str) -> dict[int, list[int]]:
+        """Which test examples are answered right, by seed."""
+        return {
+            cell["seed"]: cell["target_right"]
+            for cell in self.cells
+            if (cell["strategy"], cell["target_language"]) == (strategy, language)
+        }
+
+    def pairs(self, reference: str = "circuit") -> pd.DataFrame:
+        """Return :meth:`paired` of a strategy with every other one.
+
+        One row for each language, and one for the mean over all of them, whose ``language`` is
+        ``all languages``. Pairs without a common seed are left out.
+
+        Raises:
+            InputError: if the reference has no finished cell.
+        """
+        others = [name for name in self.strategies if name != reference]
+        if len(others) == len(self.strategies):
+            raise InputError(
+                f"The comparison has no finished cell of the strategy {reference!r}; it has "
+                f"{', '.join(self.strategies) or 'none'}: name another reference."
+            )
+        rows = []
+        for language in (*self.languages, None):
+            where = self.languages if language is None else (language,)
+            for other in others:
+                if any(self._right(reference, n).keys() & self._right(other, n) for n in where):
+                    row = asdict(self.paired(reference, other, language))
+                    rows.append({**row, "language": language or _ALL})
+        return pd.DataFrame(rows, columns=list(_PAIRS))
+
+    # -- files -----------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``table.parquet``, ``table.csv``, ``summary.csv`` and ``comparison.json``."""
+        folder = Path(folder)
+        table = self.to_frame()
+        with replacing(folder / "table.parquet") as temporary:
+            table.to_parquet(temporary, index=False)
+        for name, frame in (("table.csv", table), ("summary.csv", self.summary())):
+            with replacing(folder / name) as temporary:
+                frame.to_csv(temporary, index=False)
+        content = {"cells": list(self.cells), "errors": list(self.errors)}
+        write_json(folder / "comparison.json", _SCHEMA, content)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: if the folder holds no saved comparison.
+        """
+        content = read_json(Path(folder) / "comparison.json", _SCHEMA)
+        return cls(tuple(content["cells"]), tuple(content["errors"]))
+
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(index=False, float_format="{:.3f}".format, na_rep="")
+        failed = "".join(
+            "<li>"
+            + html.escape(
+                f"{e['language']}, {e['strategy']}, seed {e['seed']}: {e['type']}: {e['message']}"
+            )
+            + "</li>"
+            for e in self.errors
+        )
+        note = f"<p>{len(self.errors)} failed:</p><ul>{failed}</ul>" if failed else ""
+        return f"<p><b>Comparison</b> of {len(self.cells)} transfers</p>{table}{note}"

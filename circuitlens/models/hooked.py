@@ -1,0 +1,405 @@
+"""One set of weights, two views: Hugging Face for training, TransformerBridge for hooks.
+
+``TransformerBridge`` rewires the module tree it is given, after which ``state_dict`` and
+``save_pretrained`` no longer speak Hugging Face's names. So the Hugging Face model stays pristine
+and the bridge is built on a *structural* copy of it (:mod:`circuitlens.models.bridging`): new
+modules around the very same parameter and buffer tensors. Training one view is visible in the other
+at once, and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from circuitlens.errors import InputError, UnsupportedModelError
+from circuitlens.models.batch import Batch, at_least_float32, label_logits
+from circuitlens.models.bridging import Wiring, boot
+from circuitlens.models.families import Family, family_of
+from circuitlens.models.geometry import HeadGeometry
+from circuitlens.models.hooks import Hook, recording
+from circuitlens.utils.progress import hush_transformers
+from circuitlens.utils.storage import digest
+
+__all__ = ["HookedModel"]
+
+Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
+
+
+class HookedModel:
+    """A language model with a Hugging Face view and a hooked view of the same weights.
+
+    Make one with :func:`circuitlens.load`.
+
+    Attributes:
+        hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
+        name: name or folder it was loaded from.
+        origin: where the weights come from, ``"hub"`` (as ``name`` stands there), ``"folder"``,
+            ``"memory"`` or a revision; or what changed them since, ``"fine-tuned"`` or
+            ``"adapted"``. Set it if you change them yourself: model cards say what it says.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        origin: str = "memory",
+    ) -> None:
+        self.hf = hf.eval()
+        self.origin = origin
+        self.name = name or str(hf.config.name_or_path) or type(hf).__name__
+        self._tokenizer = tokenizer
+        self._view: tuple[Any, HeadGeometry, Wiring] | None = None
+
+    def __repr__(self) -> str:
+        # Not through the property: a model that was rewired can still be named.
+        g = self.geometry if self._view is None else self._view[1]
+        return (
+            f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
+            f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device})"
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            InputError: if the model was loaded from memory without one.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                f"The model {self.name} has no tokenizer, and text must be encoded here: "
+                "pass one, cl.load(model, tokenizer=…)."
+            )
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return torch.device(self.hf.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return cast(torch.dtype, self.hf.dtype)
+
+    def _hooked_view(self) -> tuple[Any, HeadGeometry, Wiring]:
+        if self._view is None or not self._view[2].holds(self.hf):
+            self._view = (*boot(self.family, self._tokenizer), Wiring(self.hf))
+        return self._view
+
+    @property
+    def bridge(self) -> Any:
+        """The hooked view, a ``TransformerBridge``, always in evaluation mode.
+
+        It is built when first used, and anew when the weights were moved to another device or
+        type since.
+
+        Raises:
+            InputError: if :attr:`hf` was given other parameters since, as adapters do.
+            UnsupportedModelError: if the model has no heads that can be hooked or told apart.
+        """
+        bridge = self._hooked_view()[0]
+        if bridge.training:
+            bridge.eval()
+        return bridge
+
+    @property
+    def geometry(self) -> HeadGeometry:
+        """Sizes of the heads and the weight slices that each one owns.
+
+        Raises:
+            InputError, UnsupportedModelError: as :attr:`bridge`.
+        """
+        return self._hooked_view()[1]
+
+    @cached_property
+    def family(self) -> Family:
+        """What this kind of model needs beyond the hooks that all share."""
+        return family_of(self.hf)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
+        pieces = chain.from_iterable(self.hf.named_parameters())
+        return digest(*pieces)
+
+    # -- forward ---------------------------------------------------------------------------
+
+    def logits(
+        self, batch: Batch, hooks: Mapping[str, Hook] | None = None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the decision position from the hooked view.
+
+        Args:
+            batch: the prompts.
+            hooks: by canonical hook name, a function of the activation that returns the
+                activation to go on with, or ``None`` to leave it as it is.
+
+        Raises:
+            UnsupportedModelError: if a hook did not fire, which would make any result wrong.
+        """
+        arguments = self._arguments(batch)
+        tokens = arguments.pop("input_ids")
+        bridge = self.bridge
+        with self.hooked(hooks or {}), self._only_decision(bridge.unembed, batch):
+            return cast(Tensor, bridge(tokens, **arguments))[:, 0]
+
+    def label_logits(
+        self, batch: Batch, hooks: Mapping[str, Hook] | None = None
+    ) -> Float[Tensor, "batch label"]:
+        """Logits of the label tokens at the decision position, in float32 at least.
+
+        As :meth:`logits`, but no other token of the vocabulary is computed.
+        """
+        unembed = self.bridge.unembed
+        head, tokens = unembed.original_component, batch.label_tokens
+        if not isinstance(head, torch.nn.Linear):
+            return label_logits(self.logits(batch, hooks), batch)
+        weight = head.weight[tokens]
+        bias = None if head.bias is None else head.bias[tokens]
+
+        def restricted(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return cast(Tensor, unembed.hook_out(F.linear(unembed.hook_in(x), weight, bias)))
+
+        unembed.__dict__["forward"] = restricted
+        try:
+            return at_least_float32(self.logits(batch, hooks))
+        finally:
+            del unembed.__dict__["forward"]
+
+    def hf_logits(
+        self, batch: Batch, model: torch.nn.Module | None = None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the decision position from the Hugging Face view.
+
+        Args:
+            batch: the prompts.
+            model: the Hugging Face model as a training framework has wrapped it, which runs in the
+                mode that it is in. Without it there is no dropout, whatever mode :attr:`hf` is in.
+        """
+        mode = _evaluating(self.hf) if model is None else nullcontext()
+        with mode, self._only_decision(self.hf.get_output_embeddings(), batch):
+            return cast(Tensor, (model or self.hf)(**self._arguments(batch)).logits)[:, 0]
+
+    @cached_property
+    def _accepted(self) -> Collection[str]:
+        return inspect.signature(self.hf.forward).parameters
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of ``hf.forward`` for a batch."""
+        arguments: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+        }
+        # Models without learned or rotary positions (BLOOM's ALiBi) derive them from the mask.
+        if "position_ids" in self._accepted:
+            arguments["position_ids"] = batch.position_ids + self.family.first_position
+        # Only the decision position is read; a vocabulary-sized row per token is pure memory.
+        if "logits_to_keep" in self._accepted:
+            arguments["logits_to_keep"] = -batch.decision
+        return arguments
+
+    @contextmanager
+    def _only_decision(self, head: torch.nn.Module, batch: Batch) -> Iterator[None]:
+        """Let the unembedding see nothing but the decision position, if it cannot be asked to."""
+        if "logits_to_keep" in self._accepted:
+            yield
+            return
+
+        def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            return inputs[0][:, batch.decision][:, None]
+
+        handle = head.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Attach hooks for the block's forward pass and make sure that each one fired."""
+        bridge = self.bridge
+        points = bridge.hook_dict
+        fired: set[str] = set()
+
+        def wrap(name: str, function: Hook) -> Callable[..., Tensor | None]:
+            def call(activation: Tensor, hook: object) -> Tensor | None:
+                fired.add(name)
+                return function(activation)
+
+            return call
+
+        if unknown := [name for name in hooks if name not in points]:
+            raise UnsupportedModelError(
+                f"{type(self.hf).__name__} has no hook {unknown[0]}, which this analysis needs."
+            )
+        with (
+            warnings.catch_warnings(),
+            bridge.hooks(fwd_hooks=[(n, wrap(n, f)) for n, f in hooks.items()]),
+        ):
+            # A held norm scale is meant to leave the native norm for the hooked one.
+            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+            yield
+        if missed := sorted(set(hooks) - fired):
+            raise UnsupportedModelError(
+                f"{type(self.hf).__name__}: hook {missed[0]} did not fire in the forward pass, so "
+                "the result would be wrong (TransformerLens fires hooks under canonical names)."
+            )
+
+    @contextmanager
+    def starting_at(
+        self,
+        layer: int,
+        residual: Float[Tensor, "batch pos d_model"],
+        z: Float[Tensor, "batch pos head d_head"] | None = None,
+    ) -> Iterator[None]:
+        """Let forward passes in this block begin at ``layer``, which is given ``residual``.
+
+        With ``z`` (where :attr:`takes_z`) the heads of that layer are not computed either: these
+        are their outputs, to which the hook of z is applied as ever.
+
+        The blocks below pass their input through uncomputed. (TransformerLens' own
+        ``start_at_layer`` replaces the residual stream too, but still computes them.)
+        """
+        below = list(self.bridge.blocks)[:layer]
+
+        def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            return (residual,) if self._blocks_return_tuples else residual
+
+        # Read before the blocks are replaced: finding out runs the model.
+        _ = self._blocks_return_tuples
+        attention = self.bridge.blocks[layer].attn
+
+        def write(*_: Any, **__: Any) -> Any:
+            assert z is not None
+            assert self._attention_returns is not None
+            return (attention.o(z.flatten(2)), *[None] * (self._attention_returns - 1))
+
+        replaced = below if z is None else [*below, attention]
+        _ = z is not None and self._attention_returns
+        try:
+            for block in below:
+                block.__dict__["forward"] = skip
+            if z is not None:
+                attention.__dict__["forward"] = write
+            yield
+        finally:
+            for module in replaced:
+                del module.__dict__["forward"]
+
+    @cached_property
+    def takes_z(self) -> bool:
+        """Whether :meth:`starting_at` can take z: attention returns just what W_O makes of it."""
+        return self._attention_returns is not None
+
+    @cached_property
+    def _attention_returns(self) -> int | None:
+        """Length of the tuple that attention returns, if its first item is W_O's output."""
+        found: list[Any] = []
+        attention = self.bridge.blocks[0].attn
+        handles = [
+            attention.o.register_forward_hook(lambda _m, _i, output: found.append(output)),
+            attention.register_forward_hook(lambda _m, _i, output: found.append(output)),
+        ]
+        try:
+            with torch.no_grad():
+                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        written, returned = found[0], found[1]
+        if isinstance(returned, tuple) and torch.equal(returned[0], written):
+            return len(returned)
+        return None
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        """Whether the blocks of this architecture return ``(hidden_states, …)``."""
+        found: list[bool] = []
+        handle = self.bridge.blocks[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.no_grad():
+                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
+        finally:
+            handle.remove()
+        return found[0]
+
+    # -- head by head ----------------------------------------------------------------------
+
+    @staticmethod
+    def z_hook(layer: int) -> str:
+        """Canonical name of z, the heads' outputs before W_O (TransformerLens ``hook_z``)."""
+        return f"blocks.{layer}.attn.o.hook_in"
+
+    def mlp_hook(self, layer: int) -> str:
+        """Canonical name of the hook at an MLP's output (TransformerLens ``hook_mlp_out``)."""
+        return self.family.mlp_output(layer)
+
+    @torch.no_grad()
+    def head_outputs(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_head"]:
+        """Return z, the output of every head before W_O."""
+        names = [self.z_hook(layer) for layer in range(self.geometry.n_layers)]
+        hooks, found = recording(names)
+        self.logits(batch, hooks)
+        return torch.stack([found[name] for name in names])
+
+    @torch.no_grad()
+    def head_contributions(self, batch: Batch) -> Float[Tensor, "layer batch pos head d_model"]:
+        """Return z_h W_O[h], what each head writes to the residual stream.
+
+        Summed over heads and with b_O added this is the attention output of the layer (in
+        models with a norm behind attention, such as Gemma 2: the input of that norm).
+        """
+        g = self.geometry
+        weights = torch.stack([g.output_weight(self.hf, head) for head in g]).unflatten(
+            0, (g.n_layers, g.n_heads)
+        )
+        return torch.einsum("lbphd,lhdm->lbphm", self.head_outputs(batch), weights)
+
+    def unlabelled(self, tokens: Int[Tensor, "batch pos"]) -> Batch:
+        """Wrap unpadded token ids as a :class:`Batch` without labels."""
+        tokens = tokens.to(self.device)
+        nothing = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        return Batch(tokens, torch.ones_like(tokens), nothing, nothing[:0])
+
+    # -- copies and files ------------------------------------------------------------------
+
+    def clone(self) -> HookedModel:
+        """Return an independent copy with weights of its own."""
+        return HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin)
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, configuration and tokenizer the Hugging Face way."""
+        hush_transformers()
+        self.hf.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off within the block; then every module is again in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

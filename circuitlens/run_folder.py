@@ -1,0 +1,384 @@
+"""The whole line on a folder: every stage writes its result there, whole, and is never redone.
+
+    DIR/run.json                       settings, versions, fingerprints, all numbers
+    DIR/proxy/                         the competent model, if the competence stage trained one
+    DIR/baseline.safetensors           means of the heads
+    DIR/scores.safetensors             relevance of the heads
+    DIR/circuit.json                   the circuit
+    DIR/faithfulness.safetensors       its faithfulness
+    DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
+    DIR/compare/                       strategies × languages × seeds (circuitlens compare)
+    DIR/report.html                    all of it to look at
+
+A stage whose files are there is loaded instead of computed, so an interrupted run goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
+from circuitlens.adapt.result import saved_transfers
+from circuitlens.baseline import MeanBaseline, label_balanced_mean
+from circuitlens.circuit import Circuit
+from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
+from circuitlens.errors import InputError
+from circuitlens.experiments import Comparison
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.loading import load
+from circuitlens.run_settings import TOY, RunSettings
+from circuitlens.scoring.head_scores import HeadScores, head_count
+from circuitlens.scoring.score_heads import relevance
+from circuitlens.tasks import Task
+from circuitlens.tasks.toy import TOY_FINETUNE
+from circuitlens.utils.provenance import library_versions
+from circuitlens.utils.storage import RUN_SCHEMA, read_json, write_json
+from circuitlens.view import write_report
+
+__all__ = ["RunFolder"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """A run and its folder. Attributes are computed, or loaded, when first asked for."""
+
+    def __init__(self, path: Path, settings: RunSettings, *, quiet: bool = False) -> None:
+        self.path = path
+        self.settings = settings
+        self.quiet = quiet
+
+    # -- opening ---------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, settings: RunSettings, *, quiet: bool = False) -> RunFolder:
+        """Begin a run in a new folder, or go on with an unfinished one of the same settings.
+
+        Raises:
+            InputError: if the folder holds anything else, or a finished run.
+        """
+        path = Path(path)
+        run = cls(path, settings, quiet=quiet)
+        if not path.exists() or not any(path.iterdir()):
+            # Before the folder is made, so that a mistake in an argument leaves nothing behind.
+            run.check()
+            run.write_record()
+            return run
+        if not (path / "run.json").is_file():
+            raise InputError(
+                f"The output folder {path} exists and is not empty, and holds no circuitlens run: "
+                "choose another --out."
+            )
+        record = read_json(path / "run.json", RUN_SCHEMA)
+        if record["finished"]:
+            raise InputError(
+                f"{path} holds a finished run: choose another --out, or use the single stages "
+                "(circuitlens transfer, report, …) on it."
+            )
+        if RunSettings.from_dict(record["settings"]) != settings:
+            mine = asdict(settings)
+            stored = asdict(RunSettings.from_dict(record["settings"]))
+            name = next(key for key in mine if mine[key] != stored[key])
+            raise InputError(
+                f"{path} holds an unfinished run with other settings ({name} was "
+                f"{stored[name]!r}, now {mine[name]!r}): choose another --out, or the old settings."
+            )
+        logger.info("Going on with the unfinished run in %s.", path)
+        run.check()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, *, quiet: bool = False) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            InputError: if there is no run in it.
+        """
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            raise InputError(
+                f"{path} holds no circuitlens run (no run.json): begin one with circuitlens run."
+            )
+        record = read_json(path / "run.json", RUN_SCHEMA)
+        return cls(path, RunSettings.from_dict(record["settings"]), quiet=quiet)
+
+    def check(self) -> None:
+        """Find mistakes in the settings before any work is done."""
+        for target in self.settings.targets:
+            self.task.to(target)
+        if not head_count(self.settings.size, len(self._start.geometry)):
+            raise InputError("A circuit of no heads was asked for: give a larger size.")
+        # Encoding one example checks the tokenizer and the label words.
+        self.task.encode(self._start, self.task["validation"][:1])
+
+    # -- stages ----------------------------------------------------------------------------
+
+    @cached_property
+    def task(self) -> Task:
+        """The task in the source language."""
+        return self.settings.open_task()
+
+    @cached_property
+    def _start(self) -> HookedModel:
+        return self.settings.open_model()
+
+    @cached_property
+    def model(self) -> HookedModel:
+        """The competent model: the proxy of the folder, trained if need be."""
+        proxy = self.path / "proxy"
+        if proxy.is_dir():
+            return load(proxy, device=self.settings.device)
+        mode = self.settings.competence
+        if mode == "never":
+            return self._start
+        competent, accuracy = is_competent(self._start, self.task)
+        if mode == "auto" and competent:
+            logger.info("Competence: validation accuracy is %.3f already.", accuracy)
+            return self._start
+        options: dict[str, Any] = {
+            "accumulation": self.settings.accumulation,
+            "bf16": self.settings.bf16,
+            "checkpoints": self.path / ".finetune",
+            **(TOY_FINETUNE if self.settings.model == TOY else {}),
+        }
+        if self.settings.finetune_rate is not None:
+            options["learning_rate"] = self.settings.finetune_rate
+        if self.settings.finetune_epochs is not None:
+            options["epochs"] = self.settings.finetune_epochs
+        logger.info("Competence: validation accuracy is %.3f, so fine-tuning begins.", accuracy)
+        trained = finetune(
+            self._start, self.task, seed=self.settings.seed, quiet=self.quiet, **options
+        )
+        temporary = self.path / ".proxy"
+        try:
+            trained.save(temporary)
+            temporary.rename(proxy)
+            shutil.rmtree(self.path / ".finetune", ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # From the folder, so that an interrupted run and a whole one go on with the same model.
+        return load(proxy, device=self.settings.device)
+
+    @cached_property
+    def baseline(self) -> MeanBaseline:
+        """Means of the heads."""
+        path = self.path / "baseline.safetensors"
+        if path.is_file():
+            return MeanBaseline.load(path)
+        baseline = label_balanced_mean(
+            self.model, self.task, positions=self.settings.positions, quiet=self.quiet
+        )
+        baseline.save(path)
+        return baseline
+
+    @cached_property
+    def scores(self) -> HeadScores:
+        """Relevance of the heads."""
+        path = self.path / "scores.safetensors"
+        if path.is_file():
+            return HeadScores.load(path)
+        scores = self._score(self.settings)
+        scores.save(path)
+        return scores
+
+    def _score(self, settings: RunSettings) -> HeadScores:
+        return relevance(
+            self.model,
+            self.task,
+            self.baseline,
+            method=settings.method,
+            max_examples=settings.max_examples,
+            seed=settings.seed,
+            quiet=self.quiet,
+        )
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """The circuit."""
+        path = self.path / "circuit.json"
+        if path.is_file():
+            return Circuit.load(path)
+        circuit = self.scores.top(self.settings.size)
+        circuit.save(path)
+        return circuit
+
+    @cached_property
+    def curve(self) -> FaithfulnessCurve:
+        """Faithfulness of the circuit and of larger and smaller ones."""
+        path = self.path / "faithfulness.safetensors"
+        if path.is_file():
+            return FaithfulnessCurve.load(path)
+        curve = faithfulness(
+            self.model,
+            self.task,
+            self.scores,
+            self.baseline,
+            sizes=[*default_sizes(len(self.model.geometry)), len(self.circuit)],
+            n_random=self.settings.n_random,
+            seed=self.settings.seed,
+            quiet=self.quiet,
+        )
+        curve.save(path)
+        return curve
+
+    def _transfer_path(self, target: str, strategy: str) -> Path:
+        return self.path / "transfers" / target.replace("/", "_") / strategy
+
+    def transfer(self, target: str, strategy: str) -> TransferResult:
+        """Adapt the model to a target language, or load the finished transfer."""
+        task = self.task.to(target)
+        path = self._transfer_path(task.language, strategy)
+        if (path / "result.json").is_file():
+            return self._checked(TransferResult.load(path))
+        result = transfer(
+            self.model,
+            self.circuit,
+            task,
+            strategy=strategy,
+            scores=self.scores,
+            learning_rates=self.settings.learning_rates,
+            **self.settings.training,
+            seed=self.settings.seed,
+            checkpoints=path / ".training",
+            quiet=self.quiet,
+        )
+        result.save(path)
+        shutil.rmtree(path / ".training", ignore_errors=True)
+        # The weights are in the folder; keeping an adapted model for each strategy would fill
+        # the memory.
+        return replace(result, model=None, folder=path, _scratch=None)
+
+    def _checked(self, result: TransferResult) -> TransferResult:
+        if result.provenance.model_fingerprint != self.baseline.provenance.model_fingerprint:
+            raise InputError(
+                f"{self._transfer_path(result.target_language, result.strategy)} was trained from "
+                "other weights than the baseline of this run was taken from: remove that folder, "
+                "or begin a new run."
+            )
+        return result
+
+    def transfers(self) -> list[TransferResult]:
+        """All finished transfers of the folder, the run's own targets first."""
+        found = saved_transfers(self.path / "transfers", self._targets())
+        return [self._checked(result) for result in found]
+
+    def _targets(self) -> list[str]:
+        """The run's target languages, as the source of the data names them."""
+        source = self.task.source
+        return [source.resolve(name) if source else name for name in self.settings.targets]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that the settings ask for is there."""
+        files = (self.path / name for name in ("faithfulness.safetensors", "report.html"))
+        return all(file.is_file() for file in files) and all(
+            (self._transfer_path(target, strategy) / "result.json").is_file()
+            for target in self._targets()
+            for strategy in self.settings.strategies
+        )
+
+    def discover_anew(self, settings: RunSettings) -> None:
+        """Score the heads and choose the circuit by other settings.
+
+        All that came of the old ones is removed, once the new circuit is there.
+        """
+        scores = self._score(settings)
+        circuit = scores.top(settings.size)
+        self._discard_discovery()
+        self.settings = settings
+        scores.save(self.path / "scores.safetensors")
+        circuit.save(self.path / "circuit.json")
+        self.write_record()
+
+    def _discard_discovery(self) -> None:
+        files = ("scores.safetensors", "circuit.json", "faithfulness.safetensors", "report.html")
+        for name in files:
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("transfers", "compare"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("scores", "circuit", "curve"):
+            self.__dict__.pop(name, None)
+
+    # -- output ----------------------------------------------------------------------------
+
+    def competence_sentence(self) -> str:
+        """Say how competent the model is."""
+        b = self.baseline
+        trained = (self.path / "proxy").is_dir()
+        how = "after fine-tuning on pool A" if trained else "as it was loaded"
+        return (
+            f"The model ({how}) answers {b.accuracy:.1%} of the pool-A examples of "
+            f"{b.provenance.task} correctly; discovery uses those."
+        )
+
+    def report(self) -> Path:
+        """Write the report of what is there."""
+        has_curve = (self.path / "faithfulness.safetensors").is_file()
+        compared = (self.path / "compare" / "comparison.json").is_file()
+        task = self.task
+        return write_report(
+            self.path / "report.html",
+            title=f"{task.name}: a circuit for {task.language}",
+            settings=asdict(self.settings),
+            scores=self.scores,
+            circuit=self.circuit,
+            curve=self.curve if has_curve else None,
+            results=self.transfers(),
+            comparison=Comparison.load(self.path / "compare") if compared else None,
+            competence=self.competence_sentence(),
+        )
+
+    def write_record(self) -> None:
+        """Write ``run.json`` with all numbers that are there."""
+        record: dict[str, Any] = {
+            "finished": self.finished,
+            "settings": asdict(self.settings),
+            "versions": library_versions(),
+        }
+        if (self.path / "circuit.json").is_file():
+            record["model_fingerprint"] = self.baseline.provenance.model_fingerprint
+            record["data_fingerprint"] = self.baseline.provenance.data_fingerprint
+            record["baseline"] = {
+                "accuracy": self.baseline.accuracy,
+                "n_per_label": self.baseline.n_per_label,
+            }
+            record["scores"] = self.scores.to_frame().to_dict("records")
+            record["circuit"] = self.circuit.to_dict()
+        if (self.path / "faithfulness.safetensors").is_file():
+            record["faithfulness"] = self.curve.to_frame().to_dict("records")
+        if (self.path / "transfers").is_dir():
+            record["transfers"] = [result.to_dict() for result in self.transfers()]
+        write_json(self.path / "run.json", RUN_SCHEMA, record)
+
+    def run_all(self) -> Sequence[TransferResult]:
+        """Do, or finish, the whole line and write record and report."""
+        logger.info("Discovery: %r", self.circuit)
+        at = self.curve.at(len(self.circuit))
+        logger.info(
+            "Faithfulness: the circuit alone keeps f = %.2f (95 %% interval %.2f to %.2f; random "
+            "circuits %.2f, layer-matched %.2f) and accuracy %.3f (whole model %.3f).",
+            at["faithfulness"],
+            at["faithfulness_low"],
+            at["faithfulness_high"],
+            at["random_faithfulness"],
+            at["layer_matched_faithfulness"],
+            at["accuracy"],
+            self.curve.accuracy[-1],
+        )
+        self.write_record()
+        results = [
+            self.transfer(target, strategy)
+            for target in self.settings.targets
+            for strategy in self.settings.strategies
+        ]
+        self.report()
+        self.write_record()
+        return results

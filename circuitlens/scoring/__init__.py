@@ -1,0 +1,8 @@
+"""Scores: how much every head supports the task, by a named method, and circuits from them."""
+
+from circuitlens.scoring.discovery import discover
+from circuitlens.scoring.head_scores import HeadScores, Stability
+from circuitlens.scoring.score_heads import relevance
+from circuitlens.scoring.scorers import METHODS, SCORERS
+
+__all__ = ["METHODS", "SCORERS", "HeadScores", "Stability", "discover", "relevance"]

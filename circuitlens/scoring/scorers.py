@@ -1,0 +1,296 @@
+"""The scorers: named ways to score every head, behind one registry.
+
+Most score a batch by itself; ``greedy`` ranks heads on all examples together. Rule sets of the
+engine (:data:`circuitlens.RULES`) are scorers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuitlens.baseline import NodeMeans
+from circuitlens.cdt import (
+    RULES,
+    Path,
+    Relevances,
+    RuleSet,
+    decompose,
+    relevance_along_path,
+    relevance_by_difference,
+    relevance_by_gradient,
+)
+from circuitlens.cdt.ablation import ablated_label_logits
+from circuitlens.errors import InputError, check_choice
+from circuitlens.models.batch import Batch, Positions, margin
+from circuitlens.models.hooked import HookedModel
+from circuitlens.utils.row_budget import RowBudget
+
+__all__ = ["METHODS", "SCORERS", "Request", "Scorer", "scorer"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a scorer.
+
+    Attributes:
+        positions: where nodes deviate from their means.
+        mlps: score MLPs too.
+        by_position: score every head at every single position too.
+        path: ``"total"`` or ``"direct"``, for scorers by gradient.
+        steps: of integrated gradients.
+        budget: prompts that go through the model at once in patched runs.
+    """
+
+    positions: Positions = "all"
+    mlps: bool = False
+    by_position: bool = False
+    path: Path = "total"
+    steps: int = 5
+    budget: RowBudget = field(default_factory=lambda: RowBudget(32))
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, get_args(Positions))
+        check_choice("path", self.path, get_args(Path))
+
+
+BatchScorer = Callable[[HookedModel, Batch, NodeMeans, Request], Relevances]
+SetScorer = Callable[[HookedModel, list[Batch], NodeMeans, Request], Float[Tensor, "layer head"]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A named way to score heads.
+
+    Attributes:
+        name, description: for tables and reports.
+        batch: scores the examples of a batch, or
+        whole: ranks heads on all batches together (one score for all examples).
+        mlps, by_position, direct: whether it can do what these requests ask.
+        joint: scoring MLPs too changes the scores of heads, because both are moved together.
+    """
+
+    name: str
+    description: str
+    batch: BatchScorer | None = None
+    whole: SetScorer | None = None
+    mlps: bool = False
+    by_position: bool = False
+    direct: bool = False
+    joint: bool = False
+
+    def check(self, request: Request) -> None:
+        """Refuse what this scorer cannot do.
+
+        Raises:
+            InputError: naming the request and scorers that can.
+        """
+        asked = {
+            "mlps": request.mlps,
+            "by_position": request.by_position,
+            "direct": request.path == "direct",
+        }
+        for what, wanted in asked.items():
+            if wanted and not getattr(self, what):
+                able = ", ".join(s.name for s in SCORERS.values() if getattr(s, what))
+                words = {
+                    "mlps": "mlps=True",
+                    "by_position": "by_position=True",
+                    "direct": "path='direct'",
+                }[what]
+                raise InputError(f"{self.name} cannot do {words}; these can: {able}.")
+
+
+def _by_rules(
+    rules: RuleSet, model: HookedModel, batch: Batch, means: NodeMeans, request: Request
+) -> Relevances:
+    shared = {
+        "positions": request.positions,
+        "mlps": request.mlps,
+        "by_position": request.by_position,
+    }
+    if rules.activation == "difference":
+        return relevance_by_difference(
+            model,
+            batch,
+            means,
+            rules,
+            budget=request.budget,
+            **shared,  # type: ignore[arg-type]
+        )
+    return relevance_by_gradient(model, batch, means, rules, path=request.path, **shared)  # type: ignore[arg-type]
+
+
+def _path(
+    model: HookedModel, batch: Batch, means: NodeMeans, request: Request, steps: int | None = None
+) -> Relevances:
+    return relevance_along_path(
+        model,
+        batch,
+        means,
+        steps=steps or request.steps,
+        positions=request.positions,
+        mlps=request.mlps,
+        by_position=request.by_position,
+    )
+
+
+def _direct(model: HookedModel, batch: Batch, means: NodeMeans, request: Request) -> Relevances:
+    # With every later node held, all that is left between a head and the logits are norms.
+    found = relevance_by_gradient(
+        model,
+        batch,
+        means,
+        RULES["cdt-linear"],
+        positions=request.positions,
+        mlps=True,
+        by_position=request.by_position,
+        path="direct",
+    )
+    return Relevances(found.heads, found.mlps if request.mlps else None, found.by_position)
+
+
+def _published(model: HookedModel, batch: Batch, means: NodeMeans, request: Request) -> Relevances:
+    """Decompose prompt by prompt, because the published rules know no padding."""
+    g = model.geometry
+    scores = []
+    where = batch.mask(request.positions)
+    for row in range(len(batch)):
+        length = int(batch.attention_mask[row].sum())
+        columns = (where[row, -length:].nonzero()[:, 0]).tolist()
+        like = torch.zeros(1, length, g.n_heads, g.d_head, device=model.device)
+        mean = torch.stack(
+            [means.of_heads(layer, like).expand(length, -1, -1) for layer in range(g.n_layers)]
+        )
+        found = decompose(
+            model,
+            batch.input_ids[row : row + 1, -length:],
+            [[(head, column) for column in columns] for head in g],
+            mean,
+            "hsu2024",
+            batch_size=request.budget.rows,
+            quiet=True,
+        )
+        labels = found.relevant[:, :, batch.label_tokens]
+        scores.append(margin(labels, batch.gold[row : row + 1])[:, 0])
+    return Relevances(torch.stack(scores).unflatten(1, (g.n_layers, g.n_heads)))
+
+
+def _greedy(
+    model: HookedModel, batches: list[Batch], means: NodeMeans, request: Request
+) -> Float[Tensor, "layer head"]:
+    """Take heads away one by one, each time the one whose loss costs the margin least.
+
+    The score of a head is the share of heads that were taken away before it, so the ranking is the
+    order of elimination, backwards.
+    """
+    g = model.geometry
+    heads = list(g)
+    keep = torch.ones(g.n_layers, g.n_heads, dtype=torch.bool)
+    scores = torch.zeros(g.n_layers, g.n_heads)
+    for step in range(len(heads)):
+        left = [head for head in heads if keep[head.layer, head.index]]
+        candidates = keep.expand(len(left), -1, -1).clone()
+        for k, head in enumerate(left):
+            candidates[k, head.layer, head.index] = False
+        total = torch.zeros(len(left), dtype=torch.float64)
+        for batch in batches:
+            labels = ablated_label_logits(
+                model, batch, candidates, means, request.positions, rows=request.budget
+            )
+            total += margin(labels, batch.gold).double().sum(1).cpu()
+        cheapest = left[int(total.argmax())]
+        keep[cheapest.layer, cheapest.index] = False
+        scores[cheapest.layer, cheapest.index] = step / len(heads)
+    return scores
+
+
+def _rule_scorer(name: str, description: str) -> Scorer:
+    gradient = RULES[name].activation != "difference"
+    return Scorer(
+        name,
+        description,
+        batch=partial(_by_rules, RULES[name]),
+        mlps=True,
+        by_position=True,
+        direct=gradient,
+    )
+
+
+SCORERS: dict[str, Scorer] = {
+    s.name: s
+    for s in (
+        _rule_scorer("cdt", "patterns and norm scales frozen, activations by difference"),
+        _rule_scorer(
+            "cdt-linear",
+            "patterns and norm scales frozen, activations by secant, one backward",
+        ),
+        _rule_scorer("cdt-live", "patterns frozen, norm scales live, activations by difference"),
+        Scorer("hsu2024", "the published CD-T rules to the letter (GPT-2)", batch=_published),
+        _rule_scorer("attribution", "gradient × deviation from the mean, nothing frozen"),
+        Scorer(
+            "midpoint",
+            "gradient × deviation half way between all heads at their means and the clean run",
+            batch=partial(_path, steps=1),
+            mlps=True,
+            by_position=True,
+            joint=True,
+        ),
+        Scorer(
+            "integrated-gradients",
+            "gradient × deviation, averaged from all heads at their means to the clean run",
+            batch=_path,
+            mlps=True,
+            by_position=True,
+            joint=True,
+        ),
+        Scorer(
+            "dla",
+            "direct logit attribution of the deviation, through the frozen final norm",
+            batch=_direct,
+            mlps=True,
+            by_position=True,
+        ),
+        _rule_scorer("ablation", "exact mean ablation, one head at a time"),
+        Scorer(
+            "greedy",
+            "backward elimination by exact mean ablation; scores are ranks (small models)",
+            whole=_greedy,
+        ),
+        Scorer("random", "random numbers, as a control"),
+    )
+}
+
+METHODS: dict[str, str] = {s.name: s.description for s in SCORERS.values()}
+
+
+def scorer(method: str | RuleSet) -> Scorer:
+    """Look a scorer up, or make one of a rule set.
+
+    Raises:
+        InputError: if there is none of that name (the known ones are listed), or a rule set has
+            the name of another scorer, whose place it would take in tables and files.
+    """
+    if isinstance(method, RuleSet) and method != RULES.get(method.name):
+        if method.name in SCORERS:
+            raise InputError(
+                f"There is a method {method.name!r} already, and this rule set is another: name "
+                "it otherwise, as in dataclasses.replace(rules, name='mine')."
+            )
+        return Scorer(
+            method.name,
+            "a rule set of your own",
+            batch=partial(_by_rules, method),
+            mlps=True,
+            by_position=True,
+            direct=method.activation != "difference",
+        )
+    name = method.name if isinstance(method, RuleSet) else method
+    check_choice("method", name, SCORERS)
+    return SCORERS[name]

@@ -1,0 +1,143 @@
+"""Answers at the decision position: margins, accuracy, macro-F1, and what counts as chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+from torch import Tensor
+
+from circuitlens.errors import NotFiniteError
+from circuitlens.models.batch import label_logits
+from circuitlens.models.hooked import HookedModel
+from circuitlens.tasks.encoding import Encoded
+from circuitlens.tasks.examples import Example
+from circuitlens.tasks.task import Task
+from circuitlens.utils.progress import progress
+
+__all__ = ["Evaluation", "evaluate", "near_chance", "predict", "summarise"]
+
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on some examples.
+
+    Attributes:
+        n: number of examples.
+        accuracy: share of examples whose right label has the largest logit of all labels.
+        macro_f1: F1 score, averaged over labels.
+        margin: mean task margin, in logits.
+        calibration_error: expected calibration error of the label probabilities (softmax over
+            the label tokens): mean distance between confidence and accuracy over 15 bins of equal
+            width (Guo et al. 2017, arXiv 1706.04599). 0 is calibrated.
+    """
+
+    n: int
+    accuracy: float
+    macro_f1: float
+    margin: float
+    calibration_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def predict(
+    model: HookedModel, encoded: Encoded, *, batch_size: int = 64, quiet: bool = True
+) -> Float[Tensor, "example label"]:
+    """Label logits of all examples from the Hugging Face view, in the order given.
+
+    Raises:
+        NotFiniteError: if any of them is NaN or infinite, as no accuracy would mean anything.
+    """
+    found = torch.empty(len(encoded), len(encoded.label_tokens))
+    batches = encoded.batches(batch_size, model.device)
+    for index, batch in progress(
+        batches, "Evaluating", quiet=quiet, total=encoded.n_batches(batch_size)
+    ):
+        found[index] = label_logits(model.hf_logits(batch), batch).float().cpu()
+    if n_bad := int((~found.isfinite()).any(1).sum()):
+        raise NotFiniteError(
+            f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of "
+            f"{len(found)} examples: load it with dtype float32 if float16 overflows, or go back "
+            "to weights that have not diverged."
+        )
+    return found
+
+
+def evaluate(
+    model: HookedModel,
+    task: Task,
+    examples: Sequence[Example] | str,
+    *,
+    batch_size: int = 64,
+    quiet: bool = False,
+) -> Evaluation:
+    """Evaluate a model on examples of a task.
+
+    Args:
+        model: the model.
+        task: gives prompt and labels.
+        examples: what to evaluate on: examples, or the name of a pool of the task, such as
+            ``"test"``.
+        batch_size: examples per forward pass; the result does not depend on it.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: if there are no examples, one does not fit the task, or there is no such pool.
+    """
+    encoded = task.encode(model, examples)
+    logits = predict(model, encoded, batch_size=batch_size, quiet=quiet)
+    return summarise(logits, torch.tensor(encoded.gold))
+
+
+def summarise(logits: Float[Tensor, "example label"], gold: Tensor) -> Evaluation:
+    """Turn label logits and right labels into an :class:`Evaluation`."""
+    predicted = logits.argmax(1)
+    right = logits.gather(1, gold[:, None])[:, 0]
+    margin = right - (logits.sum(1) - right) / (logits.shape[1] - 1)
+    macro = f1_score(
+        gold.numpy(),
+        predicted.numpy(),
+        labels=list(range(logits.shape[1])),
+        average="macro",
+        zero_division=0.0,
+    )
+    return Evaluation(
+        n=len(gold),
+        accuracy=float((predicted == gold).double().mean()),
+        macro_f1=float(macro),
+        margin=float(margin.double().mean()),
+        calibration_error=_calibration_error(logits, gold),
+    )
+
+
+def _calibration_error(logits: Float[Tensor, "example label"], gold: Tensor) -> float:
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == gold).double()
+    # A confidence of 1 belongs to the last bin.
+    bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
+    gap = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, confidence - right)
+    return float(gap.abs().sum() / len(gold))
+
+
+def near_chance(n_correct: int, gold: Sequence[int]) -> tuple[bool, float]:
+    """Whether an accuracy could be that of always naming the most frequent label.
+
+    Returns:
+        Whether the 95 % Wilson interval of the accuracy reaches down to the share of the most
+        frequent label, and that share.
+    """
+    majority = max(Counter(gold).values()) / len(gold)
+    interval = binomtest(n_correct, len(gold)).proportion_ci(0.95, method="wilson")
+    return bool(interval.low <= majority), majority

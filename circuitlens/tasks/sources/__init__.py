@@ -1,0 +1,66 @@
+"""Data sets known by name, a module each: its ``DATA_SET`` is all that has to be written.
+
+Folders have the layout of the data sets' own repositories; without a folder the hub is asked.
+Lists of known faults beside the data are honoured, and the log says how many rows that cost.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from circuitlens.errors import InputError
+from circuitlens.tasks.sources.data_set import DataSet
+from circuitlens.tasks.task import COLUMNS, OPTIONS, Task, check_options
+
+__all__ = ["DataSet", "data_sets", "load_task"]
+
+
+@cache
+def data_sets() -> dict[str, DataSet]:
+    """Return the data sets that :func:`circuitlens.load_task` knows, by name."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    sets = [module.DATA_SET for module in modules if hasattr(module, "DATA_SET")]
+    return {found.name: found for found in sorted(sets, key=lambda found: found.name)}
+
+
+def load_task(
+    name: str, language: str | None = None, *, data: str | Path | None = None, **options: Any
+) -> Task:
+    """Load a task by the name of its data set, or from a file.
+
+    Args:
+        name: one of :func:`circuitlens.tasks.data_sets`, such as ``nusax``, or the path of a CSV,
+            TSV, JSONL or Parquet file (see :meth:`Task.from_file`).
+        language: a name or a code; the default is the data set's usual source language.
+        data: local folder of the data set; without it, NusaX and XNLI come from the hub.
+        options: ``template``, ``labels``, ``seed``, ``share_a``, ``max_text_tokens``,
+            ``tokenizer`` (checks the label words at once); for a file, also its columns, as
+            ``label``, ``id`` and ``group``.
+
+    Raises:
+        InputError: for an unknown task, language or option (the known ones are listed), a missing
+            folder or file, or data that cannot be used.
+    """
+    known = data_sets()
+    if name not in known:
+        if Path(name).suffix or "{language}" in name or Path(name).is_dir():
+            if data is not None:
+                raise InputError(f"{name} is a data file itself: leave data (--data) out.")
+            check_options(options, (*COLUMNS, *OPTIONS), name)
+            return Task.from_file(name, language=language or "unnamed", **options)
+        raise InputError(
+            f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data "
+            "file."
+        )
+    check_options(options, OPTIONS, name)
+    chosen = known[name]
+    return Task.from_source(
+        chosen.open(None if data is None else Path(data)),
+        language or chosen.language,
+        name=name,
+        **{**chosen.prompt, **options},
+    )

@@ -1,0 +1,121 @@
+"""What a data set known by name is, and what the readers of several share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from circuitlens.errors import InputError
+from circuitlens.tasks.task import Source
+
+__all__ = [
+    "INFERENCE",
+    "SENTIMENT",
+    "DataSet",
+    "from_hub",
+    "needed",
+    "open_folder",
+    "parquet_folder",
+    "pick",
+    "refuse_foreign",
+]
+
+# Prompts and answer words that several data sets share.
+SENTIMENT = {
+    "template": "{text} sentimen:",
+    "labels": {"negative": " negatif", "neutral": " netral", "positive": " positif"},
+}
+INFERENCE = {
+    "template": "{premise} Question: {hypothesis} True, False or Neither? Answer:",
+    "labels": {"entailment": " True", "neutral": " Neither", "contradiction": " False"},
+}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that :func:`circuitlens.load_task` knows by name.
+
+    Attributes:
+        name: the name.
+        description: a line for help texts and lists.
+        open: makes the source from a local folder; ``None`` stands for the hub.
+        language: the usual source language.
+        prompt: ``template`` and ``labels`` of the task, or what makes them.
+    """
+
+    name: str
+    description: str
+    open: Callable[[Path | None], Source]
+    language: str
+    prompt: Mapping[str, Any]
+
+
+def pick(language: str, known: Mapping[str, str] | Sequence[str], what: str) -> str:
+    """Resolve a language name or code; the error lists what there is."""
+    key = language.strip().lower().replace(" ", "_")
+    names = dict(known) if isinstance(known, Mapping) else {name: name for name in known}
+    if key in names:
+        return names[key]
+    raise InputError(
+        f"{what} has no language {language!r}; it has {', '.join(sorted(set(names.values())))}."
+    )
+
+
+def refuse_foreign(languages: Sequence[str], folder: Path, what: str, holds: str) -> None:
+    """Say of a folder that is not the right one what it should hold, and not a list of nothing."""
+    if not languages:
+        raise InputError(
+            f"The data folder {folder} holds no language of {what}; it should hold {holds}."
+        )
+
+
+def open_folder(path: str | Path, *, holds: str) -> Path:
+    """Return a data folder.
+
+    Raises:
+        InputError: if it does not exist, saying what it should hold.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"The data folder {folder} does not exist; it should hold {holds}.")
+    return folder
+
+
+def from_hub(repository: str, configuration: str, **options: Any) -> Any:
+    """Load a configuration of a hub data set; a failed download says what to do."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, configuration, **options)
+    except Exception as error:
+        raise InputError(
+            f"{repository} ({configuration}) could not be loaded from the hub "
+            f"({type(error).__name__}); without network, give a local folder: data=… or --data."
+        ) from error
+
+
+def parquet_folder(folder: Path) -> Any:
+    """Open a folder of ``<split>*.parquet`` files as the hub lays them out."""
+    import datasets
+
+    names = ("train", "validation", "test")
+    files = {
+        name: sorted(map(str, open_folder(folder, holds="parquet files").glob(f"{name}*.parquet")))
+        for name in names
+    }
+    if missing := [name for name in names if not files[name]]:
+        raise InputError(f"The data folder {folder} has no {missing[0]}*.parquet file.")
+    return datasets.load_dataset("parquet", data_files=files)
+
+
+def needed(name: str, data: Path | None) -> Path:
+    """Return the folder of a data set that is read from a local folder only.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if data is None:
+        raise InputError(f"{name} is read from a local folder only: give data=… (--data).")
+    return data

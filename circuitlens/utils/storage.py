@@ -1,0 +1,121 @@
+"""Files: JSON and safetensors, each with a schema version, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from circuitlens.errors import InputError
+
+__all__ = [
+    "RUN_SCHEMA",
+    "digest",
+    "read_json",
+    "read_tensors",
+    "replacing",
+    "write_json",
+    "write_tensors",
+]
+
+
+# Of run.json in the folder of a run, which the run itself writes and figures are drawn from.
+RUN_SCHEMA = "circuitlens.run/1"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` that replaces it when the block ends well.
+
+    An interrupt inside the block leaves the old file (or none), never half of a new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        # mkstemp makes files private; results are ordinary files.
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, schema: str, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON with a ``schema`` key, e.g. ``circuitlens.circuit/1``."""
+    text = json.dumps({"schema": schema, **content}, indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _check_schema(path: Path, found: object, schema: str) -> None:
+    if found != schema:
+        raise InputError(
+            f"{path} has schema {found!r}, but {schema!r} is needed here: "
+            "it is another kind of file or was written by another version of circuitlens."
+        )
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote; the schema is checked and removed."""
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise InputError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
+    _check_schema(path, content.pop("schema", None), schema)
+    return content
+
+
+def write_tensors(
+    path: Path, schema: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write tensors as safetensors; ``meta`` (JSON) and the schema go into the header."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"schema": schema, "meta": json.dumps(meta, ensure_ascii=False, allow_nan=False)}
+    with replacing(path) as temporary:
+        save_file(plain, str(temporary), metadata=header)
+
+
+def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote: the tensors and the ``meta`` object."""
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            _check_schema(path, header.get("schema"), schema)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file ({error}).") from error
+    return tensors, json.loads(header["meta"])
+
+
+def digest(*parts: str | bytes | Tensor) -> str:
+    """Return a short SHA-256 of strings, bytes and tensors (dtype, shape and every bit)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
+            sha.update(flat.cpu().numpy().tobytes())
+        else:
+            sha.update(part.encode() if isinstance(part, str) else part)
+        sha.update(b"\x00")
+    return sha.hexdigest()[:16]

@@ -1,0 +1,41 @@
+import circuitlens.explorer
+
+from .curves import faithfulness_curve, minimality_bars
+from .gallery import figures_of, write_figures
+from .graph import circuit_graph
+from .heads import head_bars, head_heatmap, head_positions, overlap_matrix
+from .paper import export, export_all
+from .report import render_report, write_report
+from .scorers import scorer_agreement
+from .strategy_grids import paired_differences, strategy_table
+from .tokens import attention_pattern, attention_patterns, token_relevance
+from .tradeoff import transfer_tradeoff
+from .training import training_curves, weight_drift
+
+explore = circuitlens.explorer.explore
+
+__all__ = [
+    "attention_pattern",
+    "attention_patterns",
+    "circuit_graph",
+    "explore",
+    "export",
+    "export_all",
+    "faithfulness_curve",
+    "figures_of",
+    "head_bars",
+    "head_heatmap",
+    "head_positions",
+    "minimality_bars",
+    "overlap_matrix",
+    "paired_differences",
+    "render_report",
+    "scorer_agreement",
+    "strategy_table",
+    "token_relevance",
+    "training_curves",
+    "transfer_tradeoff",
+    "weight_drift",
+    "write_figures",
+    "write_report",
+]
