@@ -41,6 +41,8 @@ def execute(path: Path, timeout: int = 180) -> Any:
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         store_widget_state=False,
+        # How a cell's text is divided depends on timing.
+        coalesce_streams=True,
     ).execute()
     return notebook
 

@@ -17,6 +17,7 @@ import pytest
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.tasks import toy
+from circuitlens.tasks.sources import toy_languages
 
 pytestmark = pytest.mark.docs
 
@@ -57,7 +58,7 @@ def shrink(monkeypatch, sentences: int) -> None:
         n_validation: int = 60
         n_test: int = 100
 
-    monkeypatch.setattr(toy, "ToyLanguages", Fewer)
+    monkeypatch.setattr(toy_languages, "ToyLanguages", Fewer)
     assert len(cl.load_task("toy")["pool_a"]) < sentences
     measure = cl.faithfulness
 
