@@ -18,6 +18,7 @@ from benchmarks.timing import ratio
 from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradient
 from circuitlens.models.batch import Batch, task_margin
+from circuitlens.models.readouts import TokenReadout
 
 
 def qwen(d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> cl.HookedModel:
@@ -41,7 +42,7 @@ def small_qwen() -> cl.HookedModel:
 def batch_of(vocabulary: int, rows: int, length: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (rows, length), generator=generator)
-    return Batch(ids, torch.ones_like(ids), torch.zeros(rows).long(), torch.tensor([1, 2, 3]))
+    return Batch(ids, torch.ones_like(ids), torch.zeros(rows).long(), TokenReadout((1, 2, 3)))
 
 
 def zero_means(model: cl.HookedModel) -> NodeMeans:

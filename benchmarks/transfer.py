@@ -66,9 +66,7 @@ class Side:
 
     def step(self, batch: Any) -> None:
         self.model.hf.train()
-        logits = self.model.hf_logits(batch)
-        target = batch.label_tokens[batch.gold]
-        torch.nn.functional.cross_entropy(logits.float(), target).backward()
+        batch.readout.losses(self.model, batch, self.model.hf).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -22,7 +22,7 @@ class HandFrozen:
         self.model, self.batch, self.linear = model, batch, linear
         self.layers = range(model.geometry.n_layers)
         points = model.bridge.hook_dict
-        self.sites = model.family.activations(len(self.layers), points)
+        self.sites = model.activations()
         self.held = [h for la in self.layers for h in model.family.routing(la, points)]
         if scales:
             inside = ("q_norm", "k_norm", "embed")
@@ -89,7 +89,7 @@ class HandFrozen:
 
     def _uncapped(self, hooks, cap: float) -> Tensor:
         seen: list[Tensor] = []
-        hooks["unembed.hook_out"] = lambda x: seen.append(x[:, self.batch.decision])
+        hooks["unembed.hook_out"] = lambda x: seen.append(x[:, -1 - self.batch.n_suffix])
         self.model.logits(self.batch, hooks)
         self.clean.setdefault("unembed.hook_out", seen[0])
         clean = self.clean["unembed.hook_out"]

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
 from circuitlens.models.batch import Batch
+from circuitlens.models.readouts import TokenReadout
 from circuitlens.tasks import Encoded, toy
+from circuitlens.tasks.encoding import bare_prompt
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance
 
@@ -121,12 +123,23 @@ def prompts(*lengths: int, seed: int = 1, n_prefix: int = 0, n_suffix: int = 0):
         ids[row, width - length :] = torch.randint(5, 97, (length,), generator=generator)
         mask[row, width - length :] = 1
     gold = torch.arange(len(lengths)) % 3
-    return Batch(ids, mask, gold, torch.tensor([7, 11, 13]), n_prefix, n_suffix)
+    return Batch(ids, mask, gold, TokenReadout((7, 11, 13)), n_prefix, n_suffix)
 
 
 def batch_of(model: cl.HookedModel, *lengths: int, seed: int = 1) -> Batch:
     """Random prompts for a model; one that answers in a mask's place has a token behind it."""
     return prompts(*lengths, seed=seed, n_suffix=0 if model.family.causal else 1)
+
+
+def answers(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Logits of the label tokens, picked by hand."""
+    return logits[..., list(batch.readout.tokens)]  # type: ignore[attr-defined]
+
+
+def token_of_labels(tokenizer, template: str, words: dict[str, str]) -> dict[str, int]:
+    """The token that stands for each label."""
+    found = TokenReadout().for_labels(tokenizer, bare_prompt(template), words)
+    return dict(zip(words, found.tokens, strict=True))
 
 
 def row(batch: Batch, index: int) -> Batch:
@@ -161,7 +174,7 @@ def made_up(n=40):
         ids=tuple(map(str, range(n))),
         tokens=tuple(tuple((7 * i + k) % 85 + 5 for k in range(m)) for i, m in enumerate(lengths)),
         gold=tuple(i % 2 for i in range(n)),
-        label_tokens=(1, 2),
+        readout=TokenReadout((1, 2)),
         pad_token=0,
         n_prefix=0,
         n_suffix=0,

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers import ALL, FLOAT32_ONLY, loaded, prompts
+from helpers import ALL, FLOAT32_ONLY, answers, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
@@ -60,7 +60,7 @@ def one_by_one(model, batch, keeps, means, positions):
 
                 hooks[model.z_hook(layer)] = ablate
             with torch.no_grad():
-                rows.append(model.logits(alone, hooks)[0, batch.label_tokens])
+                rows.append(answers(model.logits(alone, hooks), batch)[0])
         found.append(torch.stack(rows))
     return torch.stack(found)
 

@@ -61,7 +61,7 @@ def watched(model, toy_task, monkeypatch):
 
         def predict(model, data, **kwargs):
             held.append([place[i] for i in data.ids])
-            gold = torch.nn.functional.one_hot(torch.tensor(data.gold), len(data.label_tokens))
+            gold = torch.nn.functional.one_hot(torch.tensor(data.gold), data.readout.n_labels)
             if right is None:
                 return gold
             sign = torch.tensor(right[(len(held) - 1) // 3, held[-1]]) * 2 - 1

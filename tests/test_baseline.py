@@ -18,7 +18,7 @@ def naive_mean(model, task, examples, positions):
         encoded = task.encode(model, [example])
         batch = encoded.batch([0])
         with torch.no_grad():
-            answer = model.hf_logits(batch)[0, batch.label_tokens].argmax()
+            answer = model.hf_label_logits(batch)[0].argmax()
         if int(answer) != encoded.gold[0]:
             continue
         z = model.head_outputs(batch)[:, 0].double()
@@ -126,7 +126,7 @@ def test_the_mean_of_mlps_is_that_of_their_outputs(toy_proxy, toy_task):
     for i in range(len(encoded)):
         batch = encoded.batch([i])
         with torch.no_grad():
-            answer = toy_proxy.hf_logits(batch)[0, batch.label_tokens].argmax()
+            answer = toy_proxy.hf_label_logits(batch)[0].argmax()
         if int(answer) == encoded.gold[i]:
             per_label.setdefault(encoded.gold[i], []).append(outputs[-1])
     handle.remove()

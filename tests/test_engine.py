@@ -346,7 +346,7 @@ def test_direct_logit_attribution_by_hand():
         model.logits(batch, {"ln_final.hook_scale": lambda s: seen.__setitem__(0, s)})
         z = model.head_outputs(batch)[:, 0, -1]
         found = scorer("dla").batch(model, batch, means, Request())
-        unembedding = model.hf.lm_head.weight[batch.label_tokens]
+        unembedding = model.hf.lm_head.weight[list(batch.readout.tokens)]
         for head in HEADS:
             out = (z[head.layer, head.index] - means.heads[head.layer, 0, head.index]) @ (
                 model.geometry.output_weight(model.hf, head)

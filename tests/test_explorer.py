@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, loaded, prompts
+from helpers import ALL, answers, loaded, prompts
 
 import circuitlens as cl
 from circuitlens.baseline import MeanBaseline
@@ -128,9 +128,7 @@ def test_direct_attribution_by_hand(probe, model, baseline):
             assert [v for _, v in said.suppressed] == pytest.approx(worst, 1e-3)
             word = model.tokenizer.decode([int(best[0])])
             assert said.promoted[0][0] == word or "\ufffd" in word
-            by_label = dict(
-                zip(probe.task.labels, expected[batch.label_tokens].tolist(), strict=True)
-            )
+            by_label = dict(zip(probe.task.labels, answers(expected, batch).tolist(), strict=True))
             assert said.labels == pytest.approx(by_label, rel=1e-3, abs=1e-6)
 
 
@@ -149,7 +147,7 @@ def test_direct_attribution_is_the_scorers_in_every_family(name):
     expected = scorer("dla").batch(model, batch, baseline.means(), Request()).heads[0]
     path = _DirectPath(model, batch, baseline)
     for head in (cl.Head(0, 1), cl.Head(2, 3)):
-        found = margin(path.of(head)[None, batch.label_tokens], batch.gold)[0]
+        found = margin(answers(path.of(head)[None], batch), batch.gold)[0]
         torch.testing.assert_close(
             found.float(), expected[head.layer, head.index].float(), rtol=1e-3, atol=1e-5
         )
@@ -176,7 +174,7 @@ def by_hand(model, baseline, sample, ablated):
             hooks = {model.z_hook(layer): at(layer) for layer in range(2)}
             logits = model.logits(batch, hooks)
         margins.append(float(task_margin(logits, batch)))
-        right.append(bool(logits[0, batch.label_tokens].argmax() == batch.gold[0]))
+        right.append(bool(answers(logits, batch)[0].argmax() == batch.gold[0]))
     return np.array(margins), np.mean(right)
 
 

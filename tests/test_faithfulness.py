@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import circuitlens as cl
 from circuitlens.circuits.measure_faithfulness import DEFAULT_SHARES, default_sizes
 from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
-from circuitlens.models.batch import label_logits, task_margin
+from circuitlens.models.batch import task_margin
 from circuitlens.utils.provenance import Provenance
 from circuitlens.view import faithfulness_curve
 
@@ -93,7 +93,7 @@ def test_one_circuit_by_hand(curve, toy_proxy, toy_task, toy_scores, toy_baselin
         with torch.no_grad():
             logits = toy_proxy.logits(batch, hooks)
         margins.append(float(task_margin(logits, batch)))
-        labels = label_logits(logits, batch)
+        labels = batch.readout.of_labels(logits)
         right.append(int(labels.argmax()) == encoded.gold[index])
         probability.append(float(labels.softmax(1)[0, encoded.gold[index]]))
     place = curve.sizes.index(4)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import circuitlens as cl
+from circuitlens.models.readouts import TokenReadout
 from circuitlens.tasks.encoding import encode
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -63,9 +64,9 @@ def test_the_answer_belongs_in_the_place_of_the_mask(task, model):
         pieces = " ".join(model.tokenizer.convert_ids_to_tokens(list(row)))
         assert pieces.replace(" ##", "") == f"[CLS] {example.fields['text']} mood : [MASK] [SEP]"
     assert (encoded.n_prefix, encoded.n_suffix) == (1, 1)
-    assert model.tokenizer.convert_ids_to_tokens(list(encoded.label_tokens)) == ["bad", "good"]
+    assert model.tokenizer.convert_ids_to_tokens(list(encoded.readout.tokens)) == ["bad", "good"]
     batch = encoded.batch([0, 1, 2, 3])
-    assert (batch.input_ids[:, batch.decision] == model.tokenizer.mask_token_id).all()
+    assert (batch.input_ids[batch.mask("decision")] == model.tokenizer.mask_token_id).all()
     # Sources are neither [CLS] nor [SEP].
     assert not batch.mask("all")[:, -1].any()
     assert batch.mask("all").sum() == batch.attention_mask.sum() - 2 * len(batch)
@@ -80,13 +81,14 @@ def test_a_causal_model_gets_no_mask(task):
 
 def test_the_mask_and_what_follows_it_count_against_the_context(task):
     options = {"template": task.template, "words": task.labels, "max_text_tokens": 96}
+    options["readout"] = TokenReadout(masked=True)
     # [CLS] mood : [MASK] [SEP] and one token for "x"; two to spare.
     for context, texts in ((10, 2), (9, 1)):
-        encoded = encode(task["test"], word_pieces(), masked=True, context=context, **options)
+        encoded = encode(task["test"], word_pieces(), context=context, **options)
         assert {len(row) for row in encoded.tokens} == {5 + texts}
         assert all(row[-2:] == (4, 3) for row in encoded.tokens)
     with pytest.raises(cl.InputError, match="takes 6 tokens of the model's context of 8"):
-        encode(task["test"], word_pieces(), masked=True, context=8, **options)
+        encode(task["test"], word_pieces(), context=8, **options)
 
 
 def test_roberta_s_reserved_positions_are_no_context(task):

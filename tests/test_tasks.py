@@ -17,14 +17,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import token_of_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import circuitlens as cl
+from circuitlens.models.readouts import TokenReadout
 from circuitlens.tasks import Encoded, Example, Pools, Task
-from circuitlens.tasks.encoding import _report_truncation, encode, label_tokens
+from circuitlens.tasks.encoding import _report_truncation, encode
 from circuitlens.tasks.examples import split_pools
 from circuitlens.tasks.task import _file_name
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
@@ -314,7 +316,15 @@ sentences = st.lists(st.sampled_from(["bada", "bidi", "gu", "zevo"]), min_size=1
 
 def encode_texts(*texts: str, limit: int = 96, context: int | None = None) -> Encoded:
     examples = [example(str(n), text, LABELS[n % 2]) for n, text in enumerate(texts)]
-    return encode(examples, tokenizer(), TEMPLATE, WORDS, max_text_tokens=limit, context=context)
+    return encode(
+        examples,
+        tokenizer(),
+        TEMPLATE,
+        WORDS,
+        readout=TokenReadout(),
+        max_text_tokens=limit,
+        context=context,
+    )
 
 
 @quick
@@ -402,6 +412,7 @@ def test_of_two_fields_the_longest_is_cut_first(premise, hypothesis, limit, syll
         tokenizer(),
         "{premise} {hypothesis} ->",
         WORDS,
+        readout=TokenReadout(),
         max_text_tokens=limit,
     )
     pieces = tokenizer().convert_ids_to_tokens(list(encoded.tokens[0][1:-1]))
@@ -414,12 +425,13 @@ def test_of_two_fields_the_longest_is_cut_first(premise, hypothesis, limit, syll
     assert encoded.tokens[0][-1:] == tuple(ids_of(" ->"))
 
 
-def test_gold_labels_and_label_tokens_follow_the_order_of_the_labels():
+def test_gold_labels_and_tokens_follow_the_order_of_the_labels():
     words = {"positive": " positive", "neutral": " neutral", "negative": " negative"}
     rows = [example(str(n), "bada", label) for n, label in enumerate(["negative", "positive"])]
-    encoded = encode(rows, tokenizer(), TEMPLATE, words, max_text_tokens=96)
+    options = {"readout": TokenReadout(), "max_text_tokens": 96}
+    encoded = encode(rows, tokenizer(), TEMPLATE, words, **options)
     assert encoded.gold == (2, 0)
-    assert tokenizer().convert_ids_to_tokens(list(encoded.label_tokens)) == [
+    assert tokenizer().convert_ids_to_tokens(list(encoded.readout.tokens)) == [
         "Ġpositive",
         "Ġneutral",
         "Ġnegative",
@@ -510,10 +522,12 @@ def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
 def test_without_a_beginning_token_the_prompt_has_no_prefix():
     words = word_tokenizer("x", "hot", "->", "yes", "no")
     rows = [example("1", "hot hot", "a"), example("2", "hot", "b")]
-    encoded = encode(rows, words, TEMPLATE, {"a": " yes", "b": " no"}, max_text_tokens=9)
+    encoded = encode(
+        rows, words, TEMPLATE, {"a": " yes", "b": " no"}, readout=TokenReadout(), max_text_tokens=9
+    )
     assert encoded.n_prefix == 0
     assert encoded.tokens == ((2, 2, 3), (2, 3))
-    assert encoded.label_tokens == (4, 5)
+    assert encoded.readout.tokens == (4, 5)
     batch = encoded.batch([0, 1])
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert batch.mask("all").equal(batch.attention_mask.bool())
@@ -521,7 +535,7 @@ def test_without_a_beginning_token_the_prompt_has_no_prefix():
 
 def test_a_label_word_of_two_tokens_is_an_error_that_shows_the_pieces():
     with pytest.raises(cl.InputError) as caught:
-        label_tokens(tokenizer(), TEMPLATE, {"good": " positive", "awful": " badi"})
+        token_of_labels(tokenizer(), TEMPLATE, {"good": " positive", "awful": " badi"})
     for part in ("' badi'", "'awful'", "['Ġba', 'di']", "labels="):
         assert part in str(caught.value)
 
@@ -529,25 +543,25 @@ def test_a_label_word_of_two_tokens_is_an_error_that_shows_the_pieces():
 def test_a_label_word_is_tried_as_it_follows_the_prompt():
     # Without the blank it is another word, and here one of several tokens.
     with pytest.raises(cl.InputError, match="'negative' of the label 'bad' must be one token"):
-        label_tokens(tokenizer(), TEMPLATE, {"bad": "negative", "good": " positive"})
+        token_of_labels(tokenizer(), TEMPLATE, {"bad": "negative", "good": " positive"})
     # Behind a blank in the prompt, "ba" makes no token of its own: " ba" is the token.
     assert ids_of("ba") != ids_of(" ba")
-    found = label_tokens(tokenizer(), "{text} ->", {"bad": " ba", "good": " da"})
+    found = token_of_labels(tokenizer(), "{text} ->", {"bad": " ba", "good": " da"})
     assert found == {"bad": ids_of(" ba")[0], "good": ids_of(" da")[0]}
     with pytest.raises(cl.InputError, match="must be one token"):
-        label_tokens(tokenizer(), "{text} -> ", {"bad": "ba", "good": "da"})
+        token_of_labels(tokenizer(), "{text} -> ", {"bad": "ba", "good": "da"})
 
 
 def test_two_labels_with_one_token_are_an_error_that_names_both():
     words = {"bad": " negative", "fine": " neutral", "awful": " negative"}
     with pytest.raises(cl.InputError, match=r"'bad' and 'awful' have the same token"):
-        label_tokens(tokenizer(), TEMPLATE, words)
+        token_of_labels(tokenizer(), TEMPLATE, words)
 
 
 def test_a_label_word_that_the_tokenizer_does_not_know_is_an_error():
     words = word_tokenizer("x", "->", "yes")
     with pytest.raises(cl.InputError, match=r"' nope' of the label 'b' is unknown"):
-        label_tokens(words, TEMPLATE, {"a": " yes", "b": " nope"})
+        token_of_labels(words, TEMPLATE, {"a": " yes", "b": " nope"})
 
 
 # -- tasks ---------------------------------------------------------------------------------
@@ -1104,17 +1118,31 @@ def test_a_template_that_leaves_no_room_for_the_text_is_refused():
     for context in (3, 4, 5):
         with pytest.raises(cl.InputError, match="shorten the template"):
             encode(
-                examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=96, context=context
+                examples,
+                toy_tokenizer(),
+                "{text} ->",
+                words,
+                readout=TokenReadout(),
+                max_text_tokens=96,
+                context=context,
             )
     with pytest.raises(cl.InputError, match="max_text_tokens must be a whole number"):
-        encode(examples, toy_tokenizer(), "{text} ->", words, max_text_tokens=0)
+        encode(
+            examples,
+            toy_tokenizer(),
+            "{text} ->",
+            words,
+            readout=TokenReadout(),
+            max_text_tokens=0,
+        )
 
 
 def test_a_field_used_twice_counts_twice():
     words = {"neg": " negative", "pos": " positive"}
     examples = [Example("1", {"text": "bada " * 30}, "neg")]
     template = "{text} {text} ->"
-    found = encode(examples, toy_tokenizer(), template, words, max_text_tokens=96, context=40)
+    options = {"readout": TokenReadout(), "max_text_tokens": 96, "context": 40}
+    found = encode(examples, toy_tokenizer(), template, words, **options)
     assert len(found.tokens[0]) <= 40
     assert found.n_truncated == 1
 

@@ -8,10 +8,10 @@ from functools import cache
 
 import pytest
 import torch
+from helpers import token_of_labels
 from transformers import AutoTokenizer
 
 import circuitlens as cl
-from circuitlens.tasks.encoding import label_tokens
 from circuitlens.tasks.toy import TOY_PROMPT, Lexicon, ToyLanguages, toy_model, toy_tokenizer
 
 LANGUAGES = ("source", "near", "far")
@@ -249,7 +249,7 @@ def test_syllables_and_label_words_are_one_token_each():
             for text, first in ((word, syllables[0]), (f" {word}", f"Ġ{syllables[0]}")):
                 ids = tokenizer(text)["input_ids"]
                 assert tokenizer.convert_ids_to_tokens(ids) == [first, *syllables[1:]]
-    found = label_tokens(tokenizer, TOY_PROMPT["template"], TOY_PROMPT["labels"])
+    found = token_of_labels(tokenizer, TOY_PROMPT["template"], TOY_PROMPT["labels"])
     assert tokenizer.convert_ids_to_tokens(list(found.values())) == [
         "Ġnegative",
         "Ġneutral",

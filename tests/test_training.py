@@ -81,7 +81,7 @@ def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_sco
     elif strategy == "head":
         weight = toy_proxy.hf.get_output_embeddings().weight
         rows = torch.zeros_like(weight, dtype=torch.bool)
-        rows[list(toy_task.encode(toy_proxy, toy_task["test"][:1]).label_tokens)] = True
+        rows[list(toy_task.encode(toy_proxy, toy_task["test"][:1]).readout.tokens)] = True
         masks = {n: rows for n, p in toy_proxy.hf.named_parameters() if p is weight}
         assert result.n_trainable == 3 * weight.shape[1]
     else:  # LoRA reaches whole projections

@@ -24,7 +24,7 @@ from circuitlens.view.theme import look, plain
 from circuitlens.view.tokens import (
     attention_pattern,
     attention_patterns,
-    label_tokens,
+    short_tokens,
     token_relevance,
 )
 
@@ -304,13 +304,13 @@ def test_a_long_token_is_cut_in_the_picture_and_whole_in_the_hover():
     assert text.text[0].endswith("x…")
     assert len(text.text[0]) < 44
     assert heat.customdata[0][0][0] == long
-    assert label_tokens([long]) == ["x" * 11 + "…"]
+    assert short_tokens([long]) == ["x" * 11 + "…"]
 
 
 def test_marks_of_spaces_follow_the_vocabulary():
-    assert label_tokens(["Ġa", "ĠĠb", " c", "dĠ"]) == ["·a", "··b", "·c", "dĠ"]
+    assert short_tokens(["Ġa", "ĠĠb", " c", "dĠ"]) == ["·a", "··b", "·c", "dĠ"]
     # In Maltese, Ġ is a letter.
-    assert label_tokens(["▁Ġurnata", "Ġ"]) == ["·Ġurnata", "Ġ"]
+    assert short_tokens(["▁Ġurnata", "Ġ"]) == ["·Ġurnata", "Ġ"]
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])

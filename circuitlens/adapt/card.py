@@ -11,8 +11,8 @@ from circuitlens.adapt.retention import Retained
 from circuitlens.adapt.strategies import STRATEGIES
 from circuitlens.adapt.trainable import Trained
 from circuitlens.circuit import Circuit
-from circuitlens.models.families import is_encoder
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance
 
@@ -197,16 +197,16 @@ def _base(result: Described) -> str:
 
 def _code(result: Described) -> str:
     """Write the code that loads what the folder holds."""
-    base, encoder = f'"{_BASE}"', False
+    base, readout = f'"{_BASE}"', DEFAULT
     if result.model is not None:
-        encoder = is_encoder(result.model.hf.config)
+        readout = result.model.readout
         if _is_on_hub(result):
             # The checkpoint's own type may be another one.
             dtype = str(result.model.dtype).removeprefix("torch.")
             base = f'"{result.provenance.model}", dtype="{dtype}"'
     template = _ADAPTER_CODE if result.is_adapter else _ENTRIES_CODE
     return template.format(
-        auto="AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM",
+        auto=readout.auto_class().__name__,
         method=_METHOD if result.trained and result.trained.kind == "headslice" else "",
         base=base,
         folder=_FOLDER,

@@ -101,7 +101,7 @@ class Checkpoints:
 
 
 def _content(data: Encoded) -> str:
-    return digest(repr((data.ids, data.tokens, data.gold, data.label_tokens)))
+    return digest(repr((data.ids, data.tokens, data.gold, data.readout)))
 
 
 def _selection(trainable: Trainable | None) -> str:

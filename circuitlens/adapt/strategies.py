@@ -15,6 +15,7 @@ import torch
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
+from circuitlens.models.batch import Readout
 from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
@@ -45,14 +46,14 @@ class Choice:
         scores: of all heads, for the strategies that need them.
         seed: for heads drawn at random and for adapters that begin at random.
         kv_policy: which key/value heads are trained under grouped-query attention.
-        label_tokens: tokens of the labels.
+        readout: of the task.
     """
 
     circuit: Circuit
     scores: HeadScores | None = None
     seed: int = 0
     kv_policy: KVPolicy = "shared"
-    label_tokens: tuple[int, ...] = ()
+    readout: Readout | None = None
 
     @property
     def ranked(self) -> HeadScores:
@@ -185,12 +186,9 @@ def _circuit_lora(model: HookedModel, choice: Choice, heads: Circuit | None) -> 
 
 
 def _label_rows(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
-    """The unembedding's rows of the label tokens; where it is tied, the embedding's too."""
-    weight = model.hf.get_output_embeddings().weight
-    name = next(n for n, p in model.hf.named_parameters() if p is weight)
-    mask = torch.zeros_like(weight, dtype=torch.bool)
-    mask[list(choice.label_tokens)] = True
-    return Trainable.of_entries(model, {name: mask})
+    """What of the model's head belongs to the labels."""
+    assert choice.readout is not None
+    return Trainable.of_entries(model, choice.readout.head_masks(model.hf))
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -238,7 +236,7 @@ STRATEGIES: dict[str, Strategy] = {
             _everything,
             gradual=True,
         ),
-        Strategy("head", "the unembedding's rows of the label tokens only", _label_rows),
+        Strategy("head", "the output layer's rows of the labels only", _label_rows),
         Strategy("full", "all weights", _everything),
     )
 }

@@ -114,6 +114,7 @@ class Trainable:
         from peft import get_peft_model
 
         copy = model.clone()
+        config.task_type = config.task_type or model.readout.peft_task_type()
         # PEFT writes this into the adapter's configuration as the base to load it with.
         cast(Any, copy.hf).name_or_path = _checkpoint(model)
         # Some adapters begin at random.

@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` for the label token, and what it keeps between epochs and processes."""
+"""``transformers.Trainer`` for labelled prompts, and what it keeps between epochs and processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import predict, summarise
 from circuitlens.utils.storage import read_tensors, write_tensors
 
-__all__ = ["KeepBest", "LabelTokenTrainer", "put", "trained"]
+__all__ = ["KeepBest", "LabelTrainer", "put", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def put(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -
         parameter.copy_(weights[name])
 
 
-class LabelTokenTrainer(Trainer):
-    """Cross-entropy over the vocabulary at the decision position.
+class LabelTrainer(Trainer):
+    """The loss is that of the task's readout.
 
     Checkpoints hold trained parameters only, not the whole model.
     """
@@ -86,26 +86,22 @@ class LabelTokenTrainer(Trainer):
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "gold": batch.gold,
-            "label_tokens": batch.label_tokens,
             "weights": torch.tensor([weight for _, weight in part]),
         }
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Weighted sum of the cross-entropies of a part."""
+        """Weighted sum of the losses of a part."""
         batch = Batch(
             inputs["input_ids"],
             inputs["attention_mask"],
             inputs["gold"],
-            inputs["label_tokens"],
+            self._data.readout,
             self._data.n_prefix,
             self._data.n_suffix,
         )
-        logits = self._hooked.hf_logits(batch, model).float()
-        targets = batch.label_tokens[batch.gold]
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return losses @ inputs["weights"]
+        return batch.readout.losses(self._hooked, batch, model) @ inputs["weights"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy and margin on validation; every process does it for itself.

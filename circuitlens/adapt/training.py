@@ -1,6 +1,6 @@
-"""Training on the label token, on top of ``transformers.Trainer``.
+"""Training on labelled prompts, on top of ``transformers.Trainer``.
 
-The loss is the cross-entropy over the vocabulary at the decision position. After every epoch the
+The loss is that of the task's readout. After every epoch the
 validation split is evaluated; the best weights are kept in memory and put back at the end.
 """
 
@@ -24,7 +24,7 @@ from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.precision import in_float32
 from circuitlens.adapt.trainable import Trainable
-from circuitlens.adapt.trainer import KeepBest, LabelTokenTrainer
+from circuitlens.adapt.trainer import KeepBest, LabelTrainer
 from circuitlens.errors import InputError, NotFiniteError
 from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
@@ -97,7 +97,7 @@ def train(
                 weight_decay=options.weight_decay,
             )
         )
-        trainer = LabelTokenTrainer(
+        trainer = LabelTrainer(
             model,
             data,
             validation,

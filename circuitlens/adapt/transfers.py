@@ -143,7 +143,7 @@ def transfer(
     others = retained_tasks(task, source, retain)
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
-    choice = Choice(circuit, scores, seed, kv_policy, data.label_tokens)
+    choice = Choice(circuit, scores, seed, kv_policy, data.readout)
     # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
     stages = _stages(model, data, source, how.gradual, replay, seed)
     decision: Decision | None = None

@@ -37,7 +37,7 @@ class PrefixCache:
 
     Attributes:
         residuals: by layer, the residual stream entering it.
-        labels: clean logits of the label tokens.
+        labels: clean scores of the labels.
     """
 
     residuals: dict[int, Float[Tensor, "batch pos d_model"]]
@@ -156,7 +156,7 @@ def circuit_label_logits(
     # nearly always begin at the same layer.
     distinct, inverse = keeps.to(torch.uint8).unique(dim=0, return_inverse=True)
     pieces = distinct.bool().split(_TICK)
-    shape = (len(distinct), len(encoded), len(encoded.label_tokens))
+    shape = (len(distinct), len(encoded), encoded.readout.n_labels)
     found = torch.empty(shape, dtype=torch.float64)
 
     def jobs() -> Iterator[tuple[Tensor, Batch, PrefixCache, int]]:

@@ -65,7 +65,7 @@ def decompose(
         mlp_means: mean output of every MLP at every position, in the place of a baseline's.
         hooks: names of hooks whose activations are decomposed too (rule sets only); ``"all"`` is
             the residual stream entering each layer, z, what attention and MLPs write, activations,
-            and the input of the unembedding.
+            and the input of the head.
         batch_size: rows (one prompt under one source set) that are computed at once; sets memory,
             not the result. With a rule set it halves, with a line in the log, when memory runs
             out.
@@ -215,8 +215,8 @@ def _default_hooks(model: HookedModel) -> tuple[str, ...]:
             f"blocks.{layer}.attn.o.hook_out",
             model.mlp_hook(layer),
         ]
-    names += [s.post for s in model.family.activations(len(layers), model.bridge.hook_dict)]
-    return (*(n for n in names if ".experts." not in n), "unembed.hook_in")
+    names += [site.post for site in model.activations()]
+    return (*(n for n in names if ".experts." not in n), model.readout.input_hook())
 
 
 @torch.no_grad()

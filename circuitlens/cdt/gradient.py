@@ -31,7 +31,7 @@ from circuitlens.errors import check_choice
 from circuitlens.models.batch import Batch, Positions, at_least_float32, margin
 from circuitlens.models.families import ActivationSite
 from circuitlens.models.freezing import gradients
-from circuitlens.models.hooked import HookedModel
+from circuitlens.models.hooked import Forward, HookedModel
 from circuitlens.models.hooks import Hook, then
 
 __all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
@@ -58,6 +58,7 @@ class LinearisedRun:
         mlps: bool = False,
         hold: Bool[Tensor, "batch pos"] | None = None,
         move: Callable[[str, Tensor], Tensor] | None = None,
+        all_logits: bool = False,
     ) -> None:
         """Run the batch.
 
@@ -67,7 +68,8 @@ class LinearisedRun:
             rules: what is frozen; the activation must go by ``gradient`` or ``secant``.
             mlps: MLPs are nodes too.
             hold: positions at which nodes pass nothing on, for direct paths.
-            move: changes the output of a node (by hook name) before it goes on.
+            move: changes the output of a node (by hook name) before it is read by the next.
+            all_logits: ``labels`` are all logits, not only those of labels.
         """
         self.model = model
         self.leaves: dict[str, Tensor] = {}
@@ -107,10 +109,11 @@ class LinearisedRun:
         for name in nodes:
             then(hooks, name, tap(name))
         with torch.enable_grad(), gradients(model.hf, wanted=False):
+            forward: Forward = model.logits if all_logits else model.label_logits
             if rules.activation == "secant":
-                self.labels, _ = capped_labels(model, batch, hooks, model.label_logits)
+                self.labels, _ = capped_labels(model, batch, hooks, forward)
             else:
-                self.labels = model.label_logits(batch, hooks)
+                self.labels = forward(batch, hooks)
 
     def gradients(self, objective: Float[Tensor, ""], *, keep: bool = False) -> dict[str, Tensor]:
         """Gradients of a scalar at the nodes' outputs, by hook name (0 where it has none)."""

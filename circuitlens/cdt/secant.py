@@ -54,7 +54,7 @@ def activation_sites(model: HookedModel) -> tuple[ActivationSite, ...]:
         UnsupportedModelError: if one has no hooks round it.
     """
     hooks = model.bridge.hook_dict
-    sites = model.family.activations(model.geometry.n_layers, hooks)
+    sites = model.activations()
     for site in sites:
         for name in (site.post, site.up, site.gate):
             if name is not None and name not in hooks:
@@ -106,7 +106,7 @@ def capped_labels(
     forward: Forward,
     cap: Float[Tensor, "batch label"] | None = None,
 ) -> tuple[Float[Tensor, "batch label"], Float[Tensor, "batch label"] | None]:
-    """Logits with the cap on them (Gemma 2) as a linear map too, its secant.
+    """Label scores with a cap on them (Gemma 2's on logits) as a linear map too, its secant.
 
     Args:
         model: the model.
@@ -118,14 +118,16 @@ def capped_labels(
     Returns:
         The logits and the coefficients, or ``None`` where the model has no cap.
     """
-    if not getattr(model.hf.config.get_text_config(), "final_logit_softcapping", None):
+    before = batch.readout.uncapped(model)
+    if before is None:
         return forward(batch, hooks), None
+    name, pick = before
     uncapped: list[Tensor] = []
 
     def see(logits: Tensor) -> None:
-        uncapped.append(at_least_float32(logits[:, batch.decision]))
+        uncapped.append(pick(logits))
 
-    then(hooks, "unembed.hook_out", see)
+    then(hooks, name, see)
     labels = at_least_float32(forward(batch, hooks))
     if cap is None:
         cap = _ratio(labels.detach(), uncapped[0].detach(), at_zero=1.0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -79,35 +79,34 @@ class _DirectPath:
     """The map from every head's output at the decision position to the logits of one prompt."""
 
     def __init__(self, model: HookedModel, batch: Batch, baseline: MeanBaseline) -> None:
-        vocabulary = model.hf.config.get_text_config().vocab_size
-        tokens = torch.arange(vocabulary, device=model.device)
-        # All tokens as labels. Nodes that pass on constants leave a graph of norms and sums.
+        # Nodes that pass on constants leave a graph of norms and sums.
         run = LinearisedRun(
             model,
-            replace(batch, label_tokens=tokens),
+            batch,
             RULES["cdt-linear"],
             mlps=True,
             move=lambda _, output: output.detach(),
+            all_logits=True,
         )
-        self._logits, self._decision = run.labels, batch.decision
+        self._logits, self._where = run.labels, batch.mask("decision")
         means = baseline.means(model.device)
         self._leaves, self._deviations = [], []
         for layer in range(model.geometry.n_layers):
             z = run.outputs[model.z_hook(layer)]
             self._leaves.append(run.leaves[model.z_hook(layer)])
-            self._deviations.append((z - means.of_heads(layer, z))[0, batch.decision])
+            self._deviations.append((z - means.of_heads(layer, z))[self._where])
 
     def of(self, head: Head) -> Float[Tensor, " d_vocab"]:
         """What the head's deviation from its mean adds to each logit."""
-        leaf, deviation = self._leaves[head.layer], self._deviations[head.layer][head.index]
+        leaf, deviation = self._leaves[head.layer], self._deviations[head.layer][:, head.index]
         with torch.enable_grad():
             v = torch.zeros_like(self._logits, requires_grad=True)
             (slope,) = torch.autograd.grad(self._logits, leaf, v, create_graph=True)
             # As all statistics, in float32 at least.
-            slope = at_least_float32(slope[0, self._decision, head.index])
+            slope = at_least_float32(slope[self._where][:, head.index])
             moved = (slope * at_least_float32(deviation)).sum()
             (added,) = torch.autograd.grad(moved, v, retain_graph=True)
-        return added[0].detach().cpu()
+        return at_least_float32(added[0].detach().cpu())
 
 
 class Probe:
@@ -202,6 +201,10 @@ class Probe:
             found.append(text)
         return found
 
+    def decision(self, language: str, example: int) -> int:
+        """Column at which the answer to a prompt is read."""
+        return int(self._prompt(language, example).mask("decision")[0].nonzero()[-1])
+
     @torch.no_grad()
     def attention(self, language: str, example: int, head: Head) -> Float[Tensor, "query key"]:
         """Attention pattern of a head on an example of the sample."""
@@ -232,7 +235,7 @@ class Probe:
             ids = (sign * added).topk(min(k, len(added))).indices.tolist()
             return list(zip(self._texts(ids), added[ids].tolist(), strict=True))
 
-        labels = added[list(self.sample(language).encoded.label_tokens)].tolist()
+        labels = self.sample(language).encoded.readout.of_labels(added).tolist()
         return Attribution(dict(zip(self.task.labels, labels, strict=True)), top(1), top(-1))
 
     def effect(self, language: str, head: Head) -> Effect:

@@ -278,10 +278,9 @@ def _sample(probe: Probe, language: str) -> dict[str, Any]:
 
 def _look(probe: Probe, language: str, example: int, head: Head) -> Reply:
     pattern = probe.attention(language, example, head).contiguous()
-    suffix = probe.sample(language).encoded.n_suffix
     content = {
         "tokens": probe.tokens(language, example),
-        "decision": len(pattern) - 1 - suffix,
+        "decision": probe.decision(language, example),
         **asdict(probe.attribution(language, example, head)),
     }
     return content, [pattern.numpy().tobytes()]

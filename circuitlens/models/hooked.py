@@ -22,15 +22,15 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, UnsupportedModelError
-from circuitlens.models.batch import Batch, at_least_float32, label_logits
+from circuitlens.models.batch import Batch, Readout, Views
 from circuitlens.models.bridging import Wiring, boot
-from circuitlens.models.families import Family, family_of
+from circuitlens.models.families import ActivationSite, Family, family_of
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
+from circuitlens.models.readouts import readout_of
 from circuitlens.utils.progress import hush_transformers
 from circuitlens.utils.storage import digest
 
@@ -39,7 +39,7 @@ __all__ = ["HookedModel"]
 Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
 
-class HookedModel:
+class HookedModel(Views):
     """A language model with a Hugging Face view and a hooked view of the same weights.
 
     Make one with :func:`circuitlens.load`.
@@ -132,6 +132,16 @@ class HookedModel:
         """What this kind of model needs beyond the hooks that all share."""
         return family_of(self.hf)
 
+    def activations(self) -> tuple[ActivationSite, ...]:
+        """All activation functions on the residual stream's way to the answer, in order."""
+        layers = self.family.activations(self.geometry.n_layers, self.bridge.hook_dict)
+        return (*layers, *self.readout.activations(self))
+
+    @cached_property
+    def readout(self) -> Readout:
+        """Where this kind of model answers; it knows no labels, which a task adds."""
+        return readout_of(self.hf.config)
+
     def fingerprint(self) -> str:
         """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
         pieces = chain.from_iterable(self.hf.named_parameters())
@@ -141,62 +151,60 @@ class HookedModel:
 
     def logits(
         self, batch: Batch, hooks: Mapping[str, Hook] | None = None
-    ) -> Float[Tensor, "batch d_vocab"]:
-        """Logits at the decision position from the hooked view.
+    ) -> Float[Tensor, "batch d_out"]:
+        """All logits where the answer is read (of a language model: the vocabulary's), hooked.
 
         Args:
             batch: the prompts.
             hooks: by canonical hook name, a function of the activation that returns the
-                activation to go on with, or ``None`` to leave it as it is.
+                activation to continue with, or ``None`` to leave it as it is.
 
         Raises:
             UnsupportedModelError: if a hook did not fire, which would make any result wrong.
         """
-        arguments = self._arguments(batch)
-        tokens = arguments.pop("input_ids")
-        bridge = self.bridge
-        with self.hooked(hooks or {}), self._only_decision(bridge.unembed, batch):
-            return cast(Tensor, bridge(tokens, **arguments))[:, 0]
+        return batch.readout.logits(self, batch, hooks or {})
 
     def label_logits(
         self, batch: Batch, hooks: Mapping[str, Hook] | None = None
     ) -> Float[Tensor, "batch label"]:
-        """Logits of the label tokens at the decision position, in float32 at least.
-
-        As :meth:`logits`, but no other token of the vocabulary is computed.
-        """
-        unembed = self.bridge.unembed
-        head, tokens = unembed.original_component, batch.label_tokens
-        if not isinstance(head, torch.nn.Linear):
-            return label_logits(self.logits(batch, hooks), batch)
-        weight = head.weight[tokens]
-        bias = None if head.bias is None else head.bias[tokens]
-
-        def restricted(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            return cast(Tensor, unembed.hook_out(F.linear(unembed.hook_in(x), weight, bias)))
-
-        unembed.__dict__["forward"] = restricted
-        try:
-            return at_least_float32(self.logits(batch, hooks))
-        finally:
-            del unembed.__dict__["forward"]
+        """Scores of the labels, in float32 at least; else as :meth:`logits`, but cheaper."""
+        return batch.readout.label_logits(self, batch, hooks or {})
 
     def hf_logits(
-        self, batch: Batch, model: torch.nn.Module | None = None
-    ) -> Float[Tensor, "batch d_vocab"]:
-        """Logits at the decision position from the Hugging Face view.
+        self, batch: Batch, module: torch.nn.Module | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """As :meth:`logits`, from the Hugging Face view.
 
         Args:
             batch: the prompts.
-            model: the Hugging Face model as a training framework has wrapped it, which runs in the
+            module: the Hugging Face model as a training framework has wrapped it, which runs in the
                 mode that it is in. Without it there is no dropout, whatever mode :attr:`hf` is in.
         """
-        mode = _evaluating(self.hf) if model is None else nullcontext()
-        with mode, self._only_decision(self.hf.get_output_embeddings(), batch):
-            return cast(Tensor, (model or self.hf)(**self._arguments(batch)).logits)[:, 0]
+        return batch.readout.hf_logits(self, batch, module)
+
+    def hf_label_logits(self, batch: Batch) -> Float[Tensor, "batch label"]:
+        """Scores of the labels from the Hugging Face view, in float32 at least."""
+        return batch.readout.hf_label_logits(self, batch)
+
+    def run(self, batch: Batch, hooks: Mapping[str, Hook], **arguments: Any) -> Any:
+        """Output of the hooked view for whole prompts; readouts pick answers from it.
+
+        Raises:
+            UnsupportedModelError: if a hook did not fire.
+        """
+        arguments |= self._arguments(batch)
+        tokens = arguments.pop("input_ids")
+        with self.hooked(hooks):
+            return self.bridge(tokens, **arguments)
+
+    def run_hf(self, batch: Batch, module: torch.nn.Module | None = None, **arguments: Any) -> Any:
+        """Output of the Hugging Face view; ``module`` as in :meth:`hf_logits`."""
+        with _evaluating(self.hf) if module is None else nullcontext():
+            return (module or self.hf)(**self._arguments(batch), **arguments)
 
     @cached_property
-    def _accepted(self) -> Collection[str]:
+    def accepted(self) -> Collection[str]:
+        """Names of the arguments that the Hugging Face model takes."""
         return inspect.signature(self.hf.forward).parameters
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
@@ -206,28 +214,9 @@ class HookedModel:
             "attention_mask": batch.attention_mask,
         }
         # Models without learned or rotary positions (BLOOM's ALiBi) derive them from the mask.
-        if "position_ids" in self._accepted:
+        if "position_ids" in self.accepted:
             arguments["position_ids"] = batch.position_ids + self.family.first_position
-        # Only the decision position is read; a vocabulary-sized row per token is pure memory.
-        if "logits_to_keep" in self._accepted:
-            arguments["logits_to_keep"] = -batch.decision
         return arguments
-
-    @contextmanager
-    def _only_decision(self, head: torch.nn.Module, batch: Batch) -> Iterator[None]:
-        """Let the unembedding see nothing but the decision position, if it cannot be asked to."""
-        if "logits_to_keep" in self._accepted:
-            yield
-            return
-
-        def select(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            return inputs[0][:, batch.decision][:, None]
-
-        handle = head.register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -376,7 +365,7 @@ class HookedModel:
         """Wrap unpadded token ids as a :class:`Batch` without labels."""
         tokens = tokens.to(self.device)
         nothing = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        return Batch(tokens, torch.ones_like(tokens), nothing, nothing[:0])
+        return Batch(tokens, torch.ones_like(tokens), nothing, self.readout)
 
     # -- copies and files ------------------------------------------------------------------
 

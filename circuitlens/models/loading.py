@@ -10,17 +10,16 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from circuitlens.errors import InputError, UnsupportedModelError, first_line
-from circuitlens.models.families import is_encoder, tested_types
+from circuitlens.models.families import tested_types
 from circuitlens.models.geometry import made_by
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.readouts import readout_of
 from circuitlens.models.selfcheck import check_hooks
 from circuitlens.utils.progress import hush_transformers
 
@@ -199,7 +198,7 @@ def load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> P
             f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
             "network, or download it elsewhere and give the local folder."
         ) from error
-    auto = AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+    auto = readout_of(config).auto_class()
     if type(config) not in auto._model_mapping:
         raise UnsupportedModelError(
             f"{name} is a {config.model_type} model, for which Hugging Face has no causal "

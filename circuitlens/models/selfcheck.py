@@ -104,7 +104,7 @@ def _tolerance(model: HookedModel) -> float:
 def _fault(model: HookedModel) -> str | None:
     """What is wrong with a model of another type, if something is."""
     layers = range(model.geometry.n_layers)
-    for site in model.family.activations(len(layers), model.bridge.hook_dict):
+    for site in model.activations():
         for hook in (site.post, site.up):
             if hook not in model.bridge.hook_dict:
                 return f"there is no hook {hook}"

@@ -177,7 +177,7 @@ def _published(model: HookedModel, batch: Batch, means: NodeMeans, request: Requ
             batch_size=request.budget.rows,
             quiet=True,
         )
-        labels = found.relevant[:, :, batch.label_tokens]
+        labels = batch.readout.of_labels(found.relevant)
         scores.append(margin(labels, batch.gold[row : row + 1])[:, 0])
     return Relevances(torch.stack(scores).unflatten(1, (g.n_layers, g.n_heads)))
 

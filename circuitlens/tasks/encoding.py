@@ -1,9 +1,9 @@
 """From examples to token batches.
 
-A prompt is the template filled with the texts, behind ``<s>`` if the tokenizer has one. For a
-masked language model it stands behind ``[CLS]``, and ``[MASK]`` and ``[SEP]`` follow it: the answer
-belongs in the place of the mask. A text that is too long loses its end, never the end of the
-prompt: the question is asked in any case.
+A prompt is the template filled with the texts, in the frame of tokens that the model's readout
+asks for: behind ``<s>`` if the tokenizer has one; for a masked language model behind ``[CLS]``, and
+with ``[MASK]``, in whose place the answer belongs, and ``[SEP]`` after it. A text that is too long
+loses its end, never the end of the prompt: the question is asked in any case.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, check_whole
-from circuitlens.models.batch import Batch
+from circuitlens.models.batch import Batch, Readout
 from circuitlens.tasks.examples import Example
 
-__all__ = ["Encoded", "encode", "label_tokens", "label_words", "template_fields"]
+__all__ = ["Encoded", "bare_prompt", "encode", "label_words", "template_fields"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,10 @@ class Encoded:
         ids: example ids.
         tokens: prompt tokens of every example, unpadded.
         gold: index of the right label of every example.
-        label_tokens: the token of every label.
+        readout: where the answer is read, and what stands for the labels there.
         pad_token: token for padding on the left.
         n_prefix: 1 if prompts begin with ``<s>`` or ``[CLS]``, else 0.
-        n_suffix: tokens behind the decision position (1 for ``[SEP]``).
+        n_suffix: tokens at the end of prompts that belong to no text (1 for ``[SEP]``).
         n_truncated: how many texts lost their end.
         groups: the group of every example (:class:`Example`); its id where none are given.
     """
@@ -101,7 +101,7 @@ class Encoded:
     ids: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     gold: tuple[int, ...]
-    label_tokens: tuple[int, ...]
+    readout: Readout
     pad_token: int
     n_prefix: int
     n_suffix: int
@@ -117,7 +117,7 @@ class Encoded:
 
     def __repr__(self) -> str:
         return (
-            f"Encoded({len(self)} examples, {len(self.label_tokens)} labels, "
+            f"Encoded({len(self)} examples, {self.readout.n_labels} labels, "
             f"n_truncated={self.n_truncated})"
         )
 
@@ -125,11 +125,11 @@ class Encoded:
         """These examples, then those.
 
         Raises:
-            InputError: if labels have other tokens there.
+            InputError: if the answers are read otherwise there.
         """
-        if self.label_tokens != other.label_tokens or self.n_suffix != other.n_suffix:
+        if (self.readout, self.n_suffix) != (other.readout, other.n_suffix):
             raise InputError(
-                "Examples cannot be mixed whose labels have different tokens: give both tasks the "
+                "Examples cannot be mixed whose answers are read differently: give both tasks the "
                 "same label words and the same model."
             )
         return replace(
@@ -161,8 +161,7 @@ class Encoded:
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         gold = torch.tensor([self.gold[i] for i in indices])
-        labels = torch.tensor(self.label_tokens)
-        batch = Batch(ids, mask, gold, labels, self.n_prefix, self.n_suffix)
+        batch = Batch(ids, mask, gold, self.readout, self.n_prefix, self.n_suffix)
         return batch if device is None else batch.to(device)
 
     def batches(
@@ -189,63 +188,13 @@ class Encoded:
         return -(-len(self) // check_whole("batch_size", batch_size))
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, masked: bool) -> tuple[list[int], list[int]]:
-    """Return the tokens before a filled template and those behind it."""
-    if not masked:
-        return _some(tokenizer.bos_token_id), []
-    if tokenizer.mask_token_id is None:
-        raise InputError(
-            "The tokenizer of this masked language model has no mask token, in whose place the "
-            "answer belongs: set tokenizer.mask_token."
-        )
-    behind = [int(tokenizer.mask_token_id), *_some(tokenizer.sep_token_id)]
-    return _some(tokenizer.cls_token_id), behind
-
-
-def _some(token: int | None) -> list[int]:
-    return [] if token is None else [int(token)]
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def label_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str, words: Mapping[str, str]
-) -> dict[str, int]:
-    """Find the token of every label word as it follows the prompt.
-
-    Words are tried behind the prompt and not alone, because tokenizers of the SentencePiece
-    kind split the two cases differently.
-
-    Raises:
-        InputError: if a word is not exactly one token there, or two labels share one.
-    """
-    prompt = template.format(**dict.fromkeys(template_fields(template), "x"))
-    before = _ids(tokenizer, prompt)
-    found: dict[str, int] = {}
-    for label, word in words.items():
-        after = _ids(tokenizer, prompt + word)
-        if len(after) != len(before) + 1 or after[:-1] != before:
-            pieces = tokenizer.convert_ids_to_tokens(_ids(tokenizer, word))
-            raise InputError(
-                f"The word {word!r} of the label {label!r} must be one token behind the prompt "
-                f"{template!r}, but is tokenised as {pieces}: choose another word (labels=…)."
-            )
-        if after[-1] in found.values():
-            other = next(name for name, token in found.items() if token == after[-1])
-            raise InputError(
-                f"The labels {other!r} and {label!r} have the same token for {word!r}: "
-                "choose different words (labels=…)."
-            )
-        found[label] = after[-1]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found.values():
-        label = next(name for name, token in found.items() if token == tokenizer.unk_token_id)
-        raise InputError(
-            f"The word {words[label]!r} of the label {label!r} is unknown to the tokenizer: "
-            "choose another word (labels=…)."
-        )
-    return found
+def bare_prompt(template: str) -> str:
+    """An example of a prompt: the template with ``x`` for every text."""
+    return template.format(**dict.fromkeys(template_fields(template), "x"))
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:
@@ -265,7 +214,7 @@ def encode(
     words: Mapping[str, str],
     *,
     max_text_tokens: int,
-    masked: bool = False,
+    readout: Readout,
     context: int | None = None,
     where: str = "examples",
 ) -> Encoded:
@@ -278,21 +227,20 @@ def encode(
         words: label word by label; their order numbers the labels.
         max_text_tokens: limit for the texts of one example together. The longest text of an
             example is cut first.
-        masked: encode for a masked language model, which answers in the place of its mask.
+        readout: that of the model.
         context: most tokens that the model takes; lowers the limit where needed.
         where: what to call the examples in the log.
 
     Raises:
-        InputError: for label words that are not one token, a limit that is not a whole number of
-            at least 1, a template longer than the context, or a missing mask token.
+        InputError: for label words that the readout cannot tell apart, a limit that is not a whole
+            number of at least 1, a template longer than the context, or a missing mask token.
     """
-    tokens_of = label_tokens(tokenizer, template, words)
-    before, behind = _frame(tokenizer, masked)
+    readout = readout.for_labels(tokenizer, bare_prompt(template), words)
+    before, place, behind = readout.frame(tokenizer)
     fields = template_fields(template)
     limit = check_whole("max_text_tokens", max_text_tokens)
     if context is not None:
-        empty = _ids(tokenizer, template.format(**dict.fromkeys(fields, "x")))
-        bare = len(before) + len(empty) + len(behind)
+        bare = sum(map(len, (before, _ids(tokenizer, bare_prompt(template)), place, behind)))
         if bare >= context:
             raise InputError(
                 f"The prompt template takes {bare} tokens, but the model's context has {context}: "
@@ -314,7 +262,8 @@ def encode(
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
-        rows.append(tuple(before + _ids(tokenizer, template.format(**texts)) + behind))
+        prompt = _ids(tokenizer, template.format(**texts))
+        rows.append((*before, *prompt, *place, *behind))
     if truncated:
         _report_truncation(where, truncated, len(examples), limit, limit < max_text_tokens)
     index = {label: i for i, label in enumerate(words)}
@@ -323,11 +272,11 @@ def encode(
         ids=tuple(e.id for e in examples),
         tokens=tuple(rows),
         gold=tuple(index[e.label] for e in examples),
-        label_tokens=tuple(tokens_of[label] for label in words),
+        readout=readout,
         # Padding is masked everywhere, so any token serves where a tokenizer names none.
         pad_token=int(pad) if pad is not None else 0,
         n_prefix=len(before),
-        n_suffix=max(0, len(behind) - 1),
+        n_suffix=len(behind),
         n_truncated=truncated,
         groups=tuple(e.group for e in examples),
     )

@@ -14,7 +14,6 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 
 from circuitlens.errors import NotFiniteError
-from circuitlens.models.batch import label_logits
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks.encoding import Encoded
 from circuitlens.tasks.examples import Example
@@ -36,7 +35,7 @@ class Evaluation:
         macro_f1: F1 score, averaged over labels.
         margin: mean task margin, in logits.
         calibration_error: expected calibration error of the label probabilities (softmax over
-            the label tokens): mean distance between confidence and accuracy over 15 bins of equal
+            the labels' scores): mean distance between confidence and accuracy over 15 bins of equal
             width (Guo et al. 2017, arXiv 1706.04599). 0 is calibrated.
     """
 
@@ -60,12 +59,12 @@ def predict(
     Raises:
         NotFiniteError: if any of them is NaN or infinite, as no accuracy would mean anything.
     """
-    found = torch.empty(len(encoded), len(encoded.label_tokens))
+    found = torch.empty(len(encoded), encoded.readout.n_labels)
     batches = encoded.batches(batch_size, model.device)
     for index, batch in progress(
         batches, "Evaluating", quiet=quiet, total=encoded.n_batches(batch_size)
     ):
-        found[index] = label_logits(model.hf_logits(batch), batch).float().cpu()
+        found[index] = model.hf_label_logits(batch).float().cpu()
     if n_bad := int((~found.isfinite()).any(1).sum()):
         raise NotFiniteError(
             f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of "

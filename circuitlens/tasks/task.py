@@ -14,10 +14,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
+from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.encoding import (
     Encoded,
+    bare_prompt,
     encode,
-    label_tokens,
     label_words,
     template_fields,
 )
@@ -168,7 +169,7 @@ class Task:
         pools = split_pools(source.splits(language), seed=seed, share_a=share_a)
         task = cls(name, language, template, words, pools, max_text_tokens, seed, share_a, source)
         if tokenizer is not None:
-            label_tokens(tokenizer, template, words)
+            DEFAULT.for_labels(tokenizer, bare_prompt(template), words)
         return task
 
     @classmethod
@@ -363,7 +364,7 @@ class Task:
             self.template,
             self.labels,
             max_text_tokens=self.max_text_tokens,
-            masked=not model.family.causal,
+            readout=model.readout,
             context=context,
             where=self.full_name,
         )

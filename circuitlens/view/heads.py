@@ -13,7 +13,7 @@ from circuitlens.errors import InputError
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.view.theme import LEGEND_BELOW, Mode, colour_bar, figure, look, plain
-from circuitlens.view.tokens import label_tokens, token_axis, visible
+from circuitlens.view.tokens import short_tokens, token_axis, visible
 
 __all__ = ["head_bars", "head_heatmap", "head_positions", "overlap_matrix"]
 
@@ -274,7 +274,7 @@ def head_positions(
     if tokens is None:
         fig.update_xaxes(type="category", title="position from the end", showgrid=False)
     else:
-        labels = dict(zip(map(str, places), label_tokens(tokens)[-shown:], strict=True))
+        labels = dict(zip(map(str, places), short_tokens(tokens)[-shown:], strict=True))
         fig.update_xaxes(token_axis(labels), tickangle=-90)
     return fig
 

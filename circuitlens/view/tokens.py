@@ -20,7 +20,7 @@ from circuitlens.view.theme import Look, Mode, colour_bar, figure, look, plain
 __all__ = [
     "attention_pattern",
     "attention_patterns",
-    "label_tokens",
+    "short_tokens",
     "token_axis",
     "token_relevance",
     "visible",
@@ -49,7 +49,7 @@ def visible(tokens: Sequence[str]) -> list[str]:
     return shown
 
 
-def label_tokens(tokens: Sequence[str], longest: int = 12) -> list[str]:
+def short_tokens(tokens: Sequence[str], longest: int = 12) -> list[str]:
     """Labels of an axis: visible, escaped, and shortened to ``longest`` characters."""
     return [plain(_shorten(token, longest)) for token in visible(tokens)]
 
@@ -308,7 +308,7 @@ def _attention(
             row=number // columns + 1,
             col=number % columns + 1,
         )
-    labels = token_axis(dict(zip(places, label_tokens(tokens), strict=True)))
+    labels = token_axis(dict(zip(places, short_tokens(tokens), strict=True)))
     fig.update_xaxes(labels, tickangle=-90)
     fig.update_yaxes(labels, autorange="reversed")
     # Below the lowest panel of every column, which is not always in the last row.

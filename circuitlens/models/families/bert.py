@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from circuitlens.models.families.family import ActivationSite, Family
 
 __all__ = ["BertFamily", "RobertaFamily"]
@@ -14,10 +12,10 @@ class BertFamily(Family):
 
     causal = False
 
-    def activations(self, n_layers: int, hooks: Collection[str]) -> tuple[ActivationSite, ...]:
-        """Those of the layers, and that of the head before its norm."""
-        head = ActivationSite("ln_final.hook_in", "mlm_head.hook_out")
-        return (*super().activations(n_layers, hooks), head)
+    @property
+    def lm_head_activations(self) -> tuple[ActivationSite, ...]:
+        """The one before the head's norm."""
+        return (ActivationSite("ln_final.hook_in", "mlm_head.hook_out"),)
 
 
 class RobertaFamily(BertFamily):

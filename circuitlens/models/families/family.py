@@ -50,6 +50,11 @@ class Family:
         """Position id of the first token."""
         return 0
 
+    @property
+    def lm_head_activations(self) -> tuple[ActivationSite, ...]:
+        """Activation functions in the language-model head."""
+        return ()
+
     def adapt(self, adapter: Any) -> None:
         """Change how TransformerLens is going to build the hooked view."""
 
@@ -63,7 +68,7 @@ class Family:
         return ()
 
     def activations(self, n_layers: int, hooks: Collection[str]) -> tuple[ActivationSite, ...]:
-        """All activation functions on the residual stream's way to the logits, in order."""
+        """The activation functions of all layers, in order."""
         return tuple(self.activation(layer, hooks) for layer in range(n_layers))
 
     def activation(self, layer: int, hooks: Collection[str]) -> ActivationSite:
