@@ -22,23 +22,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
 from circuitlens.adapt.result import saved_transfers
-from circuitlens.baseline import MeanBaseline, label_balanced_mean
+from circuitlens.baseline import MeanBaseline, Pooling, label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
+from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import load
-from circuitlens.run_settings import TOY, RunSettings
+from circuitlens.run_settings import RunSettings
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.tasks import Task
-from circuitlens.tasks.toy import TOY_FINETUNE
 from circuitlens.utils.provenance import library_versions
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, write_json
 from circuitlens.view import write_report
@@ -84,8 +84,8 @@ class RunFolder:
                 "(circuitlens transfer, report, …) on it."
             )
         if RunSettings.from_dict(record["settings"]) != settings:
-            mine = asdict(settings)
-            stored = asdict(RunSettings.from_dict(record["settings"]))
+            mine = settings.to_flat()
+            stored = RunSettings.from_dict(record["settings"]).to_flat()
             name = next(key for key in mine if mine[key] != stored[key])
             raise InputError(
                 f"{path} holds an unfinished run with other settings ({name} was "
@@ -143,19 +143,13 @@ class RunFolder:
         if mode == "auto" and competent:
             logger.info("Competence: validation accuracy is %.3f already.", accuracy)
             return self._start
-        options: dict[str, Any] = {
-            "accumulation": self.settings.accumulation,
-            "bf16": self.settings.bf16,
-            "checkpoints": self.path / ".finetune",
-            **(TOY_FINETUNE if self.settings.model == TOY else {}),
-        }
-        if self.settings.finetune_rate is not None:
-            options["learning_rate"] = self.settings.finetune_rate
-        if self.settings.finetune_epochs is not None:
-            options["epochs"] = self.settings.finetune_epochs
         logger.info("Competence: validation accuracy is %.3f, so fine-tuning begins.", accuracy)
         trained = finetune(
-            self._start, self.task, seed=self.settings.seed, quiet=self.quiet, **options
+            self._start,
+            self.task,
+            training=self.settings.competence_options({}),
+            checkpoints=self.path / ".finetune",
+            quiet=self.quiet,
         )
         temporary = self.path / ".proxy"
         try:
@@ -174,7 +168,13 @@ class RunFolder:
         if path.is_file():
             return MeanBaseline.load(path)
         baseline = label_balanced_mean(
-            self.model, self.task, positions=self.settings.positions, quiet=self.quiet
+            self.model,
+            self.task,
+            positions=cast(Positions, self.settings.positions),
+            pooling=cast(Pooling, self.settings.pooling),
+            allow_chance=self.settings.allow_chance,
+            **self.settings.batch_size,
+            quiet=self.quiet,
         )
         baseline.save(path)
         return baseline
@@ -190,15 +190,7 @@ class RunFolder:
         return scores
 
     def _score(self, settings: RunSettings) -> HeadScores:
-        return relevance(
-            self.model,
-            self.task,
-            self.baseline,
-            method=settings.method,
-            max_examples=settings.max_examples,
-            seed=settings.seed,
-            quiet=self.quiet,
-        )
+        return relevance(self.model, self.task, self.baseline, **settings.scoring, quiet=self.quiet)
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -221,9 +213,14 @@ class RunFolder:
             self.task,
             self.scores,
             self.baseline,
-            sizes=[*default_sizes(len(self.model.geometry)), len(self.circuit)],
+            sizes=[
+                *default_sizes(len(self.model.geometry)),
+                len(self.circuit),
+                *self.settings.sizes,
+            ],
             n_random=self.settings.n_random,
             seed=self.settings.seed,
+            **self.settings.batch_size,
             quiet=self.quiet,
         )
         curve.save(path)
@@ -244,9 +241,8 @@ class RunFolder:
             task,
             strategy=strategy,
             scores=self.scores,
-            learning_rates=self.settings.learning_rates,
-            **self.settings.training,
-            seed=self.settings.seed,
+            **self.settings.transferring,
+            rediscover=self.settings.rediscover,
             checkpoints=path / ".training",
             quiet=self.quiet,
         )
@@ -327,7 +323,7 @@ class RunFolder:
         return write_report(
             self.path / "report.html",
             title=f"{task.name}: a circuit for {task.language}",
-            settings=asdict(self.settings),
+            settings=self.settings.to_flat(),
             scores=self.scores,
             circuit=self.circuit,
             curve=self.curve if has_curve else None,

@@ -1,32 +1,101 @@
-"""Everything that is chosen for a run: the arguments of ``circuitlens run``."""
+"""Everything that is chosen for a run: the arguments of ``circuitlens run``.
+
+The command line is made from the fields and their documentation here, and checks them before torch
+is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from circuitlens.adapt.strategies import AUTO, strategy_of
-from circuitlens.adapt.transfers import DEFAULT_RATES, training_options
-from circuitlens.errors import InputError
-from circuitlens.models.batch import Positions
-from circuitlens.models.hooked import HookedModel
-from circuitlens.models.loading import find_device, load
-from circuitlens.scoring.scorers import METHODS
-from circuitlens.tasks import Task, load_task
-from circuitlens.tasks.task import COLUMNS
-from circuitlens.tasks.toy import toy_model
+from circuitlens import catalogue
+from circuitlens.adapt.options import (
+    COMPETENCE,
+    DEFAULT_RATES,
+    TRANSFER,
+    TrainingOptions,
+    check_replay,
+    training_tries,
+)
+from circuitlens.errors import InputError, check_choice
 
-__all__ = ["DEFAULT_STRATEGIES", "TOY", "RunSettings"]
+if TYPE_CHECKING:
+    from circuitlens.models.hooked import HookedModel
+    from circuitlens.tasks import Task
+
+__all__ = ["CHOICES", "DEFAULT_STRATEGIES", "TOY", "RunSettings"]
 
 TOY = "toy"
 
-# What a run compares unless told otherwise; all of STRATEGIES would take twice as long.
+# What a run compares unless told otherwise; all of them would take twice as long.
 DEFAULT_STRATEGIES = ("circuit", "near-zero", "random", "norms", "lora", "full")
+
+# By field, what it may be; of tuples, what their items may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "competence": ("auto", "always", "never"),
+    "positions": catalogue.choices("models/batch.py", "Positions"),
+    "pooling": catalogue.choices("baseline.py", "Pooling"),
+    "method": tuple(catalogue.scorers()),
+    "path": catalogue.choices("cdt/gradient.py", "Path"),
+    "strategies": tuple(catalogue.strategies()),
+    "kv_policy": catalogue.choices("adapt/strategies.py", "KVPolicy"),
+    "dtype": ("auto", *catalogue.choices("models/loading.py", "_DTYPES")),
+}
+# Endings of data files that a task can be.
+_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that was chosen for a run; the arguments of ``circuitlens run``."""
+    """Everything that is chosen for a run.
+
+    Attributes:
+        model: hub name or local folder; `toy` makes the built-in small model.
+        task: name of a data set, or a CSV, TSV, JSONL or Parquet file; `{language}` in its path
+            stands for the language.
+        source: source language; default: the data set's usual one.
+        targets: target language.
+        data: local folder of the data set; default: the hub.
+        template: prompt with the fields in braces: '{text} sentimen:'.
+        labels: answer word of a label, one token: 'positive= positif'.
+        columns: columns of a data file: label=NAME, id=NAME or group=NAME.
+        share_a: share of the training data for discovery (pool A); the rest is for transfer.
+        max_text_tokens: longer texts lose their end.
+        revision: branch, tag or commit of a model on the hub.
+        dtype: floating-point type of the weights; auto is the checkpoint's own.
+        device: such as cpu or cuda:0.
+        competence: fine-tune on the source first: auto (if the model is near chance), always or
+            never.
+        finetuning: of the competence stage.
+        positions: where heads deviate from their means.
+        pooling: one mean for all positions, or one for each position.
+        allow_chance: continue although the model does no better than chance.
+        method: scorer of the heads.
+        mlps: score MLPs too.
+        by_position: score heads at every single position too.
+        path: let relevance pass through later heads (total), or not (direct).
+        steps: of integrated-gradients.
+        max_examples: maximum number of examples for discovery; default: all correct ones.
+        size: heads in the circuit: a number (8) or a share (0.25).
+        sizes: further circuit sizes in the faithfulness curve.
+        n_random: random circuits for each size, and as many matched layer by layer.
+        analysis_batch_size: examples per forward pass in discovery and faithfulness; sets memory,
+            not the results.
+        strategies: what a transfer trains.
+        learning_rates: learning rate of the transfer; the best of several is chosen on validation.
+        training: of the transfer.
+        replay: source examples per target example that are mixed into the training data.
+        kv_policy: which key/value heads are trained under grouped-query attention.
+        retain: further language in which accuracy is measured before and after the transfer.
+        rediscover: search the source circuit again in the adapted model.
+        seed: everything random follows from it.
+
+    Raises:
+        InputError: for what no run could work with.
+    """
 
     model: str
     task: str
@@ -36,63 +105,128 @@ class RunSettings:
     template: str | None = None
     labels: dict[str, str] | None = None
     columns: dict[str, str] | None = None
-    competence: Literal["auto", "always", "never"] = "auto"
-    finetune_rate: float | None = None
-    finetune_epochs: int | None = None
-    positions: Positions = "all"
-    method: str = "cdt-linear"
-    size: float | int = 0.25
-    max_examples: int | None = None
-    n_random: int = 30
-    strategies: tuple[str, ...] = DEFAULT_STRATEGIES
-    learning_rates: tuple[float, ...] = DEFAULT_RATES
-    epochs: int = 10
-    accumulation: int = 1
-    bf16: bool = False
+    share_a: float | None = None
+    max_text_tokens: int | None = None
+    revision: str | None = None
     dtype: str = "auto"
     device: str | None = None
+    competence: str = "auto"
+    finetuning: TrainingOptions | None = None
+    positions: str = "all"
+    pooling: str = "pooled"
+    allow_chance: bool = False
+    method: str = "cdt-linear"
+    mlps: bool = False
+    by_position: bool = False
+    path: str = "total"
+    steps: int = 5
+    max_examples: int | None = None
+    size: float | int = 0.25
+    sizes: tuple[float | int, ...] = ()
+    n_random: int = 30
+    analysis_batch_size: int | None = None
+    strategies: tuple[str, ...] = DEFAULT_STRATEGIES
+    learning_rates: tuple[float, ...] = DEFAULT_RATES
+    training: TrainingOptions = TRANSFER
+    replay: float = 0.0
+    kv_policy: str = "shared"
+    retain: tuple[str, ...] = ()
+    rediscover: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"There is no method {self.method!r}; known: {', '.join(METHODS)}.")
-        if unknown := sorted(set(self.columns or ()) - set(COLUMNS)):
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                check_choice(name, item, known)
+        if unknown := sorted(set(self.columns or ()) - set(_columns())):
             raise InputError(
-                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(COLUMNS)}; "
+                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_columns())}; "
                 "texts are the columns that the template names."
             )
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
-        for strategy in self.strategies:
-            if strategy != AUTO:
-                strategy_of(strategy)
-        training_options(self.learning_rates, 0.0, **self.training)
+        check_replay(self.replay)
+        # The seed of the run is that of its trainings.
+        object.__setattr__(self, "training", self.training.updated({"seed": self.seed}))
+        object.__setattr__(self, "finetuning", self.competence_options({}))
+        training_tries(self.learning_rates, self.training, {})
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """What every transfer is trained with."""
-        return {"epochs": self.epochs, "accumulation": self.accumulation, "bf16": self.bf16}
+    def competence_options(self, changes: Mapping[str, Any]) -> TrainingOptions:
+        """How the competence stage trains, with some fields changed.
+
+        What is not said follows the toy model's or the usual options, and parts and precision
+        those of the transfer.
+        """
+        options = self.finetuning
+        if options is None:
+            given = {"accumulation": self.training.accumulation, "bf16": self.training.bf16}
+            toy = catalogue.constant("tasks/toy.py", "TOY_FINETUNE") if self.model == TOY else {}
+            options = COMPETENCE.updated({**given, **toy})
+        return options.updated({**changes, "seed": self.seed})
+
+    def to_flat(self) -> dict[str, Any]:
+        """All settings by name, those of trainings as ``training.epochs``; for people to read."""
+        names = [f.name for f in fields(self) if f.name not in ("training", "finetuning")]
+        flat = {name: getattr(self, name) for name in names}
+        for part in ("finetuning", "training"):
+            options = getattr(self, part).to_dict()
+            flat |= {f"{part}.{k}": v for k, v in options.items() if k != "seed"}
+        # Of transfers there are several.
+        del flat["training.learning_rate"]
+        return flat
+
+    def check_names(self) -> None:
+        """Look for what is misspelt, without importing anything that takes long.
+
+        Raises:
+            InputError: if there is no such data set, file or folder.
+        """
+        known = catalogue.data_sets()
+        is_file = Path(self.task).suffix in _FILES or "{language}" in self.task
+        if self.task not in known and not is_file and not Path(self.task).is_dir():
+            raise InputError(
+                f"There is no task {self.task!r}; known are {', '.join(known)}, or give the path "
+                "of a data file."
+            )
+        if self.data is not None and not Path(self.data).exists():
+            raise InputError(f"There is no folder {self.data} of data: check --data.")
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RunSettings:
-        """Rebuild settings from JSON."""
+        """Rebuild settings from JSON, those of runs from before version 0.2 too."""
+        content = dict(content)
+        if "epochs" in content:
+            shared = {name: content.pop(name) for name in ("accumulation", "bf16")}
+            content["training"] = {"epochs": content.pop("epochs"), **shared}
+            old = {name: content.pop(f"finetune_{name}") for name in ("rate", "epochs")}
+            given = {"learning_rate": old["rate"], "epochs": old["epochs"]}
+            changes = {name: value for name, value in given.items() if value is not None}
+        else:
+            changes = content.pop("finetuning", None) or {}
+        training = TRANSFER.updated(content.pop("training", {}))
         arguments: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in content.items()
         }
-        return cls(**arguments)
+        plain = cls(**arguments, training=training)
+        return replace(plain, finetuning=plain.competence_options(changes))
 
     def open_task(self) -> Task:
         """Load the task in the source language."""
+        from circuitlens.tasks import load_task
+
         options: dict[str, Any] = {"seed": self.seed, **(self.columns or {})}
-        if self.template is not None:
-            options["template"] = self.template
-        if self.labels is not None:
-            options["labels"] = self.labels
+        for name in ("template", "labels", "share_a", "max_text_tokens"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
         return load_task(self.task, self.source, data=self.data, **options)
 
     def open_model(self) -> HookedModel:
         """Load the model; the name ``toy`` makes the untrained toy model."""
+        from circuitlens.models.loading import find_device, load
+        from circuitlens.tasks.toy import toy_model
+
         if self.model == TOY:
             if self.dtype not in ("auto", "float32"):
                 raise InputError(f"The toy model is made in float32, not in {self.dtype}.")
@@ -100,4 +234,27 @@ class RunSettings:
             if (device := find_device(self.device)) is not None:
                 toy.hf.to(device)
             return toy
-        return load(self.model, dtype=self.dtype, device=self.device)
+        return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
+
+    @property
+    def batch_size(self) -> dict[str, Any]:
+        """The batch size of the analysis as a keyword argument, if one was given."""
+        if self.analysis_batch_size is None:
+            return {}
+        return {"batch_size": self.analysis_batch_size}
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`circuitlens.relevance`."""
+        names = ("method", "mlps", "by_position", "path", "steps", "max_examples", "seed")
+        return {name: getattr(self, name) for name in names} | self.batch_size
+
+    @property
+    def transferring(self) -> dict[str, Any]:
+        """Keyword arguments of transfers and comparisons alike."""
+        names = ("learning_rates", "training", "replay", "kv_policy", "retain")
+        return {name: getattr(self, name) for name in names}
+
+
+def _columns() -> tuple[str, ...]:
+    return catalogue.choices("tasks/task.py", "COLUMNS")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +18,8 @@ from circuitlens.tasks import toy
 from circuitlens.utils.provenance import Provenance
 
 # `circuitlens.adapt.transfers` is the function; its module has the same name.
-AUTO = sys.modules["circuitlens.adapt.auto"]
-TRANSFER = sys.modules["circuitlens.adapt.transfers"]
+AUTO = importlib.import_module("circuitlens.adapt.auto")
+TRANSFER = importlib.import_module("circuitlens.adapt.transfers")
 PLANS = [(name, size) for name in ("circuit", "near-zero") for size in (2, 4)]
 
 
@@ -205,7 +205,7 @@ def mixed(model, toy_task, monkeypatch):
 
     def train(model, data, *args, **kwargs):
         counts.append(len(data) - 40)
-        best = {"accuracy": 0.5, "margin": 0.0}
+        best = {"epoch": 1.0, "accuracy": 0.5, "margin": 0.0}
         return TrainingLog((best,), best, 1, 0.0)
 
     def run(**options):

@@ -18,7 +18,7 @@ from circuitlens.adapt import result as module
 from circuitlens.adapt.card import model_card
 from circuitlens.models.loading import load_weights
 
-OPTIONS = {"learning_rates": [3e-3], "epochs": 1, "quiet": True}
+OPTIONS = {"learning_rates": [1e-2], "epochs": 3, "quiet": True}
 
 
 def saved_card(result, folder):

@@ -14,7 +14,8 @@ import torch
 from helpers import tiny
 
 import circuitlens as cl
-from circuitlens import run_folder, run_settings
+from circuitlens import run_folder
+from circuitlens.adapt.options import COMPETENCE, TRANSFER
 from circuitlens.run_folder import RunFolder
 from circuitlens.run_settings import RunSettings
 from circuitlens.tasks import toy
@@ -66,7 +67,7 @@ def finished(tmp_path_factory, proxy_folder) -> Path:
         max_examples=40,
         n_random=2,
         learning_rates=(1e-3,),
-        epochs=1,
+        training=TRANSFER.updated({"epochs": 1}),
         strategies=("circuit", "norms"),
     )
     RunFolder.create(out, settings, quiet=True).run_all()
@@ -173,7 +174,7 @@ def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
         patch.setattr(run_folder, "transfer", interrupt)
         code, _, err = cli(*base(proxy_folder, out, "--strategy", "norms"))
     assert code == 130
-    assert "goes on from there" in err
+    assert "resumes there" in err
     assert not [p for p in out.rglob("*") if p.name.startswith(".")]
     assert not (out / "report.html").exists()
     code, _, err = cli(*base(proxy_folder, out, "--strategy", "norms", "--seed", "3"))
@@ -313,7 +314,6 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             *("--model", "toy", "--task", "toy", "--dtype", "float64"),
             *out,
         ],
-        r"There is no strategy 'magic'": [*model, "--task", "toy", "--strategy", "magic", *out],
         r"--label takes name=value": [*model, "--task", "toy", "--label", "positive", *out],
     }
     for pattern, arguments in cases.items():
@@ -342,16 +342,19 @@ def test_help_answers_without_the_heavy_imports():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "LIGHT" in done.stdout
-    for word in ("--target", "--competence", "--positions", "goes on where it stopped"):
+    for word in ("--target", "--competence", "--positions", "An interrupted run resumes"):
         assert word in " ".join(done.stdout.split()), word
 
 
 def test_a_competence_stage_saves_the_proxy(tmp_path, toy_proxy, monkeypatch):
     settings = RunSettings(
-        model="toy", task="toy", competence="always", finetune_epochs=1, finetune_rate=1e-5
+        model="toy",
+        task="toy",
+        competence="always",
+        finetuning=COMPETENCE.updated({"epochs": 1, "learning_rate": 1e-5}),
     )
     # Training itself is tested elsewhere; one epoch at a tiny rate keeps what it was given.
-    monkeypatch.setattr(run_settings, "toy_model", lambda seed: toy_proxy.clone())
+    monkeypatch.setattr(toy, "toy_model", lambda seed: toy_proxy.clone())
     trained = RunFolder.create(tmp_path / "run", settings, quiet=True).model
     assert (tmp_path / "run" / "proxy" / "config.json").is_file()
     assert trained.fingerprint() != toy_proxy.fingerprint()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import inspect
+import random
 import sys
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from circuitlens.adapt.auto import _pick, decide
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
+from circuitlens.adapt.trainable import Trained, restore
 from circuitlens.adapt.training import train
 from circuitlens.models.geometry import norm_parameters, selection_masks
 from circuitlens.tasks import toy
@@ -70,7 +73,7 @@ def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_sco
         strategy=strategy,
         scores=toy_scores,
         learning_rates=[1e-2],
-        epochs=1,
+        epochs=3,
     )
     after = bits(result.model)
     assert list(after) == list(before)
@@ -92,6 +95,8 @@ def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_sco
             for n, p in before.items()
             if n.endswith("proj.weight") and any(part in n for part in inside)
         }
+        if strategy == "lora-norms":
+            masks |= slices_and_norms(toy_proxy, ())
     for name, mine in changed.items():
         assert not bool((mine & ~masks.get(name, torch.zeros_like(mine))).any()), name
     assert any(bool(mine.any()) for mine in changed.values())
@@ -189,7 +194,90 @@ def test_the_rate_is_chosen_on_validation_and_never_on_test(toy_proxy, toy_task,
     assert other.learning_rate == honest.learning_rate == 3e-3
     assert other.model.fingerprint() == honest.model.fingerprint()
     assert other.target_after.accuracy < honest.target_after.accuracy
-    assert list(honest.validation) == [1e-6, 3e-3]
+    assert list(honest.validation) == [0.0, 1e-6, 3e-3]
+
+
+def test_no_training_is_a_candidate_of_every_transfer(toy_proxy, toy_task, toy_scores, caplog):
+    near = toy_task.to("near")
+    # One epoch at this rate leaves the model worse than it was.
+    options = {"learning_rates": [0.3], "epochs": 1, "quiet": True}
+    result = cl.transfer(toy_proxy, toy_scores.top(3), near, **options)
+    assert result.validation[0.3] < result.validation[0.0]
+    assert result.learning_rate == 0
+    assert result.model.fingerprint() == toy_proxy.fingerprint()
+    assert result.target_before == result.target_after
+    assert result.source_before == result.source_after
+    assert "no learning rate did better on validation than no training" in caplog.text
+    start = cl.evaluate(toy_proxy, near, "validation", quiet=True)
+    assert result.validation[0.0] == start.accuracy
+
+
+@pytest.mark.parametrize(("epochs", "stages"), [(1, [1]), (3, [1, 1, 1]), (10, [2, 2, 3, 3])])
+def test_gradual_trains_as_many_epochs_as_the_options_say(
+    toy_proxy, toy_task, toy_scores, monkeypatch, epochs, stages
+):
+    module = importlib.import_module("circuitlens.adapt.transfers")
+    original, seen = module.train, []
+
+    def note(model, data, validation, options, **kwargs):
+        log = original(model, data, validation, options, **kwargs)
+        seen.append((options.epochs, len(data), len(log.history)))
+        return log
+
+    monkeypatch.setattr(module, "train", note)
+    near = toy_task.to("near")
+    few = replace(near, pools=replace(near.pools, pool_b=near["pool_b"][:20]))
+    options = {"strategy": "gradual", "epochs": epochs, "learning_rates": [1e-3]}
+    result = cl.transfer(toy_proxy, toy_scores.top(2), few, **options, quiet=True)
+    assert [each for each, *_ in seen] == stages
+    # Fewer epochs than stages are the last ones, which have the least of the source.
+    assert [n for _, n, _ in seen] == [40, 30, 25, 20][-len(stages) :]
+    assert [entry["epoch"] for entry in result.history] == list(range(1, epochs + 1))
+    assert len(result.history) == sum(n for *_, n in seen)
+
+
+def test_random_states_are_as_they_were_after_a_training_that_diverged(toy_proxy, toy_task):
+    data = toy_task.encode(toy_proxy, toy_task["pool_a"][:40])
+    validation = toy_task.encode(toy_proxy, toy_task["validation"][:20])
+    model = toy_proxy.clone()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with pytest.raises(cl.NotFiniteError):
+        train(model, data, validation, TrainingOptions(1e30, warmup=0.0), quiet=True)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert before[2].equal(after[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "bert"])
+def test_lora_with_norms_trains_norms_in_float32_and_comes_back_plain(name, dtype, tmp_path):
+    model = cl.load(tiny(name, dtype))
+    g = model.geometry
+    choice = Choice(cl.Circuit((cl.Head(0, 0),), g.n_layers, g.n_heads))
+    made = strategy_of("lora-norms").make(model, choice, None)
+    alone = strategy_of("lora").make(model, choice, None)
+    norms = sum(dict(model.hf.named_parameters())[n].numel() for n in norm_parameters(model.hf))
+    assert made.n_entries == alone.n_entries + norms
+    assert {p.dtype for p in made.parameters.values()} == {torch.float32}
+    batch = model.unlabelled(torch.randint(5, 90, (2, 6)))
+    torch.testing.assert_close(made.model.hf_logits(batch), model.hf_logits(batch))
+    with torch.no_grad():
+        for parameter in made.parameters.values():
+            parameter.add_(0.1)
+    changed = made.model.hf_logits(batch)
+    made.write(tmp_path)
+    plain = made.merged()
+    assert {p.dtype for p in plain.hf.parameters()} == {dtype}
+    assert [n for n, _ in plain.hf.named_parameters()] == [
+        n for n, _ in model.hf.named_parameters()
+    ]
+    tolerance = {} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.3}
+    torch.testing.assert_close(plain.hf_logits(batch), changed, **tolerance)
+    again = restore(model, tmp_path, Trained.found(tmp_path))
+    assert again.fingerprint() == plain.fingerprint()
 
 
 def test_a_transfer_reports_gain_and_retention_and_reloads(

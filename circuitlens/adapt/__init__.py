@@ -1,8 +1,9 @@
-"""Training: competence in the source language, transfer to a target language."""
+"""Training: competence in the source language, transfer to a target language.
 
-from circuitlens.adapt.competence import finetune, is_competent
-from circuitlens.adapt.result import TransferResult
-from circuitlens.adapt.strategies import STRATEGIES
-from circuitlens.adapt.transfers import transfer
+The names are in ``__init__.pyi`` and are imported when they are first used, so that settings can be
+checked before torch is imported.
+"""
 
-__all__ = ["STRATEGIES", "TransferResult", "finetune", "is_competent", "transfer"]
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -152,12 +152,15 @@ def model_card(result: Described) -> ModelCard:
         ],
     )
     heads = result.heads
+    rate = f"learning rate {result.learning_rate:g}"
+    if not result.learning_rate:
+        rate = "left as they were, because no learning rate did better on validation"
     card = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         title=name,
-        trained=f"strategy `{result.strategy}`, {result.n_trainable:,} trained entries, learning "
-        f"rate {result.learning_rate:g}." + (f" {result.decision.why}" if result.decision else ""),
+        trained=f"strategy `{result.strategy}`, {result.n_trainable:,} trained entries, {rate}."
+        + (f" {result.decision.why}" if result.decision else ""),
         base=_base(result),
         code=_code(result),
         remarks=_remarks(result),

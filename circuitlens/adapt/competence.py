@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
-from circuitlens.adapt.options import TrainingOptions
+from circuitlens.adapt.options import COMPETENCE, TrainingKeywords, TrainingOptions, trains
 from circuitlens.adapt.training import train
 from circuitlens.errors import CompetenceError
 from circuitlens.models.hooked import HookedModel
@@ -19,56 +20,43 @@ __all__ = ["finetune", "is_competent"]
 logger = logging.getLogger(__name__)
 
 
+@trains(COMPETENCE)
 def finetune(
     model: HookedModel,
     task: Task,
     *,
-    learning_rate: float = 1e-3,
-    epochs: int = 10,
-    batch_size: int = 16,
-    weight_decay: float = 0.01,
-    patience: int = 3,
-    accumulation: int = 1,
-    bf16: bool = False,
-    seed: int = 0,
+    training: TrainingOptions = COMPETENCE,
     checkpoints: str | Path | None = None,
     inplace: bool = False,
     quiet: bool = False,
+    **options: Unpack[TrainingKeywords],
 ) -> HookedModel:
     """Fine-tune all weights on pool A of a task and return the competent model.
 
     Args:
         model: left as it is, unless ``inplace``.
         task: trains on pool A; the epoch with the best validation accuracy is kept.
-        learning_rate: peak rate. The default suits models of a few million parameters; large
-            ones want 1e-5 to 5e-5.
-        epochs, batch_size, weight_decay, patience, accumulation, bf16, seed: see
-            :class:`circuitlens.adapt.options.TrainingOptions`.
-        checkpoints: folder for the state after every epoch: a call that was killed goes on where
-            it stopped when it is repeated. Remove the folder once the model is saved.
+        training: how to train. The default learning rate suits models of a few million
+            parameters; large ones want 1e-5 to 5e-5.
+        checkpoints: folder for the state after every epoch: a call that was killed resumes when
+            it is repeated. Remove the folder once the model is saved.
         inplace: train ``model`` itself, which saves a copy of the weights.
         quiet: no progress bar.
+        options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
+            of ``training``: ``learning_rate``, ``epochs``, ``batch_size`` and so on.
 
     Raises:
         CompetenceError: if the validation accuracy is near chance afterwards: a circuit found in
             such a model would be noise. The trained model is on the error as ``.model``.
+        InputError: for options that no training could work with.
     """
-    options = TrainingOptions(
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        patience=patience,
-        accumulation=accumulation,
-        bf16=bf16,
-        seed=seed,
-    )
+    training = training.updated(options)
     data = task.encode(model, task["pool_a"])
     validation = task.encode(model, task["validation"])
     trained = model if inplace else model.clone()
     kept = None if checkpoints is None else Path(checkpoints)
     trained.origin = "fine-tuned"  # beforehand: an interrupt leaves changed weights too
-    log = train(trained, data, validation, options, checkpoints=kept, quiet=quiet)
+    log = train(trained, data, validation, training, checkpoints=kept, quiet=quiet)
     logger.info(
         "Competence: %s/%s validation accuracy %.3f after %d steps (best epoch %g).",
         task.name,

@@ -42,9 +42,10 @@ class TransferResult:
         target_before, target_after: on the target's test split.
         retained: the source task, if there is one, and others on request, before and after.
         n_trainable: trained entries.
-        learning_rate: the rate chosen on the target's validation split.
-        validation: best validation accuracy for every rate tried.
-        history: validation after each epoch, at the chosen rate.
+        learning_rate: the rate chosen on the target's validation split; 0 where none did better
+            than no training, and the model was kept as it was.
+        validation: best validation accuracy for every rate tried, and at rate 0 before training.
+        history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.
         target_right: which examples of the target's test split are answered right afterwards.
         drift: norm of the change of every head's weights, ``layer head``.

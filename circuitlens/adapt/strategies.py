@@ -16,6 +16,7 @@ from circuitlens.adapt.trainable import Trainable
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.models.batch import Readout
+from circuitlens.models.geometry import norm_parameters
 from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
@@ -106,8 +107,10 @@ def _everything(model: HookedModel, choice: Choice, heads: Circuit | None) -> Tr
     return Trainable.of_entries(model, masks)
 
 
-def _lora(model: HookedModel, ranks: dict[str, int], seed: int) -> Trainable:
-    """LoRA on named modules, each with its rank; alpha is twice the rank."""
+def _lora(
+    model: HookedModel, ranks: dict[str, int], seed: int, *, norms: bool = False
+) -> Trainable:
+    """LoRA on named modules, each with its rank; alpha is twice the rank. And, perhaps, norms."""
     from peft import LoraConfig
 
     # Peft reads keys of its patterns as regular expressions behind a dot.
@@ -119,8 +122,14 @@ def _lora(model: HookedModel, ranks: dict[str, int], seed: int) -> Trainable:
         rank_pattern=escaped,
         alpha_pattern={name: 2 * rank for name, rank in escaped.items()},
         fan_in_fan_out=_transposed(model),
+        modules_to_save=_norms(model) if norms else None,
     )
     return Trainable.of_adapter(model, config, seed)
+
+
+def _norms(model: HookedModel) -> list[str]:
+    """Modules that are norms of the residual stream."""
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in norm_parameters(model.hf)))
 
 
 def _transposed(model: HookedModel) -> bool:
@@ -147,7 +156,9 @@ def _slice_entries(model: HookedModel, choice: Choice) -> int:
     return sum(piece.of(parameters[piece.parameter]).numel() for piece in pieces)
 
 
-def _lora_of_rank(rank: int | None) -> Callable[[HookedModel, Choice, Circuit | None], Trainable]:
+def _lora_of_rank(
+    rank: int | None, *, norms: bool = False
+) -> Callable[[HookedModel, Choice, Circuit | None], Trainable]:
     """LoRA on all attention projections; without a rank, as many entries as the circuit has."""
 
     def make(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
@@ -156,9 +167,8 @@ def _lora_of_rank(rank: int | None) -> Callable[[HookedModel, Choice, Circuit | 
         ]
         budget = _slice_entries(model, choice)
         each = sum(_width(model, module) for module in modules)
-        return _lora(
-            model, dict.fromkeys(modules, rank or max(1, round(budget / each))), choice.seed
-        )
+        ranks = dict.fromkeys(modules, rank or max(1, round(budget / each)))
+        return _lora(model, ranks, choice.seed, norms=norms)
 
     return make
 
@@ -224,6 +234,7 @@ STRATEGIES: dict[str, Strategy] = {
             "LoRA on all attention projections, with about as many entries as the circuit's slices",
             _lora_of_rank(None),
         ),
+        Strategy("lora-norms", "as lora, and all norms", _lora_of_rank(None, norms=True)),
         Strategy("lora-r8", "LoRA of rank 8 on all attention projections", _lora_of_rank(8)),
         Strategy(
             "circuit-lora",

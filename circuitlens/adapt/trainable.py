@@ -123,6 +123,7 @@ class Trainable:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
             torch.manual_seed(seed)
             adapter = get_peft_model(cast(Any, copy.hf), config)
+        _whole_modules_in_float32(adapter)
         return cls(copy, adapter=adapter)
 
     @property
@@ -186,10 +187,36 @@ class Trainable:
         if self.adapter is None:
             self.model.origin = "adapted"
             return self.model
+        from peft.utils import ModulesToSaveWrapper
+
+        dtypes = {
+            name.removeprefix("base_model.model."): next(wrapper.original_module.parameters()).dtype
+            for name, wrapper in self.adapter.named_modules()
+            if isinstance(wrapper, ModulesToSaveWrapper)
+        }
         plain = self.adapter.merge_and_unload()
+        for name, dtype in dtypes.items():
+            plain.get_submodule(name).to(dtype)
         for parameter in plain.parameters():
             parameter.requires_grad_(True)
         return HookedModel(plain, self.model._tokenizer, self.model.name, "adapted")
+
+
+def _whole_modules_in_float32(adapter: Any) -> None:
+    """Train what PEFT copies whole (``modules_to_save``) in float32, whatever the model's type.
+
+    PEFT does so with adapter layers only, and in 16 bits small steps are lost.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in adapter.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            if all(p.dtype not in (torch.bfloat16, torch.float16) for p in module.parameters()):
+                continue
+            module.float()
+            wrapper.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
 
 
 def _checkpoint(model: HookedModel) -> str:

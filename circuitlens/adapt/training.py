@@ -199,7 +199,9 @@ def _undo_autocast(trainer: Trainer) -> None:
 def _own_randomness() -> Iterator[None]:
     """Give the block random states of its own: the Trainer seeds the global ones."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -2,7 +2,8 @@
 
 For each learning rate a part of the proxy (an adapter on slices of heads, LoRA, or weights of its
 own) is trained on pool B of the target language; the rate with the best accuracy on the target's
-validation split is kept; then, once, target and source are measured on their test splits.
+validation split is kept, or the model as it was, if none does better; then, once, target and source
+are measured on their test splits.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Unpack, get_args
 
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
-from circuitlens.adapt.options import TrainingLog, TrainingOptions, rank
+from circuitlens.adapt.options import (
+    TRANSFER,
+    TrainingKeywords,
+    TrainingLog,
+    TrainingOptions,
+    check_replay,
+    rank,
+    training_tries,
+    trains,
+)
 from circuitlens.adapt.result import TransferResult
 from circuitlens.adapt.retention import (
     Retained,
@@ -27,6 +37,7 @@ from circuitlens.adapt.retention import (
     weight_drift,
 )
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
+from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError, NotFiniteError
@@ -39,22 +50,20 @@ from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
 __all__ = [
-    "DEFAULT_RATES",
     "check_circuit",
     "check_kv_policy",
     "check_scores",
-    "training_options",
     "transfer",
 ]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
 # Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
 # Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
 _GRADUAL = (1.0, 0.5, 0.25, 0.0)
 
 
+@trains(TRANSFER, but=("learning_rate",))
 def transfer(
     model: HookedModel,
     circuit: Circuit,
@@ -67,16 +76,11 @@ def transfer(
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
     rediscover: bool = False,
-    learning_rates: Iterable[float] = DEFAULT_RATES,
-    epochs: int = 10,
-    batch_size: int = 16,
-    weight_decay: float = 0.0,
-    patience: int = 10,
-    accumulation: int = 1,
-    bf16: bool = False,
-    seed: int = 0,
+    learning_rates: Iterable[float] | None = None,
+    training: TrainingOptions | None = None,
     checkpoints: str | Path | None = None,
     quiet: bool = False,
+    **options: Unpack[TrainingKeywords],
 ) -> TransferResult:
     """Adapt a competent model to a target language by training a part of its weights.
 
@@ -97,15 +101,16 @@ def transfer(
             none (``"frozen"``).
         rediscover: search the source circuit anew in the adapted model.
         learning_rates: tried in turn; the best on the target's validation split is kept. The
-            default suits models of a few million parameters; large ones want 1e-5 to 3e-4.
-        epochs, batch_size, weight_decay, patience, accumulation, bf16: see
-            :class:`circuitlens.adapt.options.TrainingOptions`. Weight decay of an adapter pulls
-            its own weights to zero, and so the model to where it began.
-        seed: for everything random.
+            default is that of ``training``, or 3e-4, 1e-3 and 3e-3, which suit models of a few
+            million parameters; large ones want 1e-5 to 3e-4.
+        training: how to train. Weight decay of an adapter pulls its own weights to zero, and so
+            the model to where it began.
         checkpoints: folder for the state of every training after every epoch: a call that was
-            killed goes on where it stopped when it is repeated with the same arguments. Remove
-            the folder once the result is saved.
+            killed resumes when it is repeated with the same arguments. Remove the folder once the
+            result is saved.
         quiet: no progress bar.
+        options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
+            of ``training``: ``epochs``, ``batch_size``, ``seed`` (for everything random) and so on.
 
     Raises:
         InputError: for an unknown strategy, missing scores, or a circuit or scores of another
@@ -117,17 +122,9 @@ def transfer(
     check_circuit(model, circuit)
     check_scores(model, scores)
     check_kv_policy(kv_policy)
-    options = training_options(
-        learning_rates,
-        replay,
-        epochs=epochs,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        patience=patience,
-        accumulation=accumulation,
-        bf16=bf16,
-        seed=seed,
-    )
+    tries = training_tries(learning_rates, training, options)
+    check_replay(replay)
+    seed = tries[0].seed
     kept = None if checkpoints is None else Path(checkpoints)
     source = source or task.origin
     if source is None and (replay or how.gradual or rediscover):
@@ -148,7 +145,7 @@ def transfer(
     stages = _stages(model, data, source, how.gradual, replay, seed)
     decision: Decision | None = None
     if strategy == AUTO:
-        middle = sorted(options, key=lambda option: option.learning_rate)[len(options) // 2]
+        middle = sorted(tries, key=lambda option: option.learning_rate)[len(tries) // 2]
         decision = decide(
             model, choice, data, middle, checkpoints=kept and kept / AUTO, quiet=quiet
         )
@@ -156,6 +153,8 @@ def transfer(
     heads = how.choose(choice)
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
+    untrained = summarise(predict(model, validation), torch.tensor(validation.gold))
+    start = {"epoch": 0.0, "accuracy": untrained.accuracy, "margin": untrained.margin}
 
     trainable = how.make(model, choice, heads)
     seconds = decision.seconds if decision else 0.0
@@ -163,34 +162,33 @@ def transfer(
     initial = trainable.state()
     best = initial
     label = f"Transfer to {task.language} ({strategy})"
-    for option in progress(options, label, quiet=quiet):
+    for option in progress(tries, label, quiet=quiet):
         trainable.load(initial)
-        per_stage = replace(option, epochs=max(1, epochs // len(stages)))
+        rate_folder = kept and kept / f"rate-{option.learning_rate:g}"
         try:
-            for n, stage in enumerate(stages):
-                log = train(
-                    trainable.model,
-                    stage,
-                    validation,
-                    per_stage,
-                    trainable=trainable,
-                    checkpoints=kept and kept / f"rate-{option.learning_rate:g}" / f"stage-{n}",
-                    quiet=True,
-                )
-                seconds += log.seconds
+            log = _train_in_stages(trainable, stages, validation, option, rate_folder)
         except NotFiniteError as error:
             logger.warning("%s: %s", label, error)
             continue
-        if not tried or rank(log.best) > max(rank(earlier.best) for earlier, _ in tried):
+        seconds += log.seconds
+        if rank(log.best) > max(rank(entry) for entry in (start, *(t.best for t, _ in tried))):
             best = trainable.state()
         tried.append((log, option.learning_rate))
     if not tried:
-        rates = ", ".join(f"{option.learning_rate:g}" for option in options)
+        rates = ", ".join(f"{option.learning_rate:g}" for option in tries)
         raise NotFiniteError(
             f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
         )
     trainable.load(best)
     log, rate = max(tried, key=lambda pair: rank(pair[0].best))
+    if rank(log.best) <= rank(start):
+        rate = 0.0
+        logger.warning(
+            "%s: no learning rate did better on validation than no training (accuracy %.3f), so "
+            "the model stays as it was: give other rates, or more epochs.",
+            label,
+            start["accuracy"],
+        )
     n_trainable = trainable.n_entries
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     trainable.write(Path(scratch.name))
@@ -217,8 +215,8 @@ def transfer(
         rate,
     )
     settings = {
-        **options[0].to_dict(),
-        "learning_rate": [option.learning_rate for option in options],
+        **tries[0].to_dict(),
+        "learning_rate": [option.learning_rate for option in tries],
         "replay": replay,
         "kv_policy": kv_policy,
     }
@@ -232,7 +230,10 @@ def transfer(
         retained=retained,
         n_trainable=n_trainable,
         learning_rate=rate,
-        validation={rate: log.best["accuracy"] for log, rate in tried},
+        validation={
+            0.0: start["accuracy"],
+            **{tried_rate: log.best["accuracy"] for log, tried_rate in tried},
+        },
         history=log.history,
         seconds=seconds,
         target_right=target_right,
@@ -253,22 +254,39 @@ def transfer(
     )
 
 
-def training_options(
-    learning_rates: Iterable[float] | float, replay: float, **settings: Any
-) -> list[TrainingOptions]:
-    """Options for every rate, each once.
+def _train_in_stages(
+    trainable: Trainable,
+    stages: Sequence[Encoded],
+    validation: Encoded,
+    options: TrainingOptions,
+    checkpoints: Path | None,
+) -> TrainingLog:
+    """Train on one stage after the other, as many epochs in all as the options say.
 
-    Raises:
-        InputError: for settings that no transfer could work with.
+    Where epochs cannot be divided equally, later stages, which have more of the target's data, get
+    more. Every stage has a warm-up and a decay of its own.
     """
-    if isinstance(learning_rates, float | int):
-        raise InputError(f"learning_rates is a list: give [{learning_rates:g}].")
-    rates = list(dict.fromkeys(map(float, learning_rates)))
-    if not rates:
-        raise InputError("Give at least one learning rate.")
-    if replay < 0:
-        raise InputError(f"replay is a number of source examples per target's, not {replay}.")
-    return [TrainingOptions(learning_rate=rate, **settings) for rate in rates]
+    each, more = divmod(options.epochs, len(stages))
+    history: list[dict[str, float]] = []
+    steps, seconds = 0, 0.0
+    for n, stage in enumerate(stages):
+        epochs = each + (n >= len(stages) - more)
+        if not epochs:
+            continue
+        log = train(
+            trainable.model,
+            stage,
+            validation,
+            replace(options, epochs=epochs),
+            trainable=trainable,
+            checkpoints=checkpoints and checkpoints / f"stage-{n}",
+            quiet=True,
+        )
+        done = history[-1]["epoch"] if history else 0.0
+        history += [{**entry, "epoch": done + entry["epoch"]} for entry in log.history]
+        best = {**log.best, "epoch": done + log.best["epoch"]}
+        steps, seconds = steps + log.steps, seconds + log.seconds
+    return TrainingLog(tuple(history), best, steps, seconds)
 
 
 def check_circuit(model: HookedModel, circuit: Circuit) -> None:

@@ -12,16 +12,22 @@ import logging
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from circuitlens.adapt.options import (
+    TRANSFER,
+    TrainingKeywords,
+    TrainingOptions,
+    check_replay,
+    training_tries,
+    trains,
+)
 from circuitlens.adapt.retention import retained_tasks
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
 from circuitlens.adapt.transfers import (
-    DEFAULT_RATES,
     check_circuit,
     check_kv_policy,
     check_scores,
-    training_options,
     transfer,
 )
 from circuitlens.circuit import Circuit
@@ -40,6 +46,7 @@ __all__ = ["compare"]
 logger = logging.getLogger(__name__)
 
 
+@trains(TRANSFER, but=("learning_rate", "seed"))
 def compare(
     model: HookedModel,
     circuit: Circuit,
@@ -51,15 +58,12 @@ def compare(
     scores: HeadScores | None = None,
     out: str | Path | None = None,
     retain: Sequence[Task | str] = (),
-    learning_rates: Iterable[float] = DEFAULT_RATES,
-    epochs: int = 10,
-    batch_size: int = 16,
-    patience: int = 10,
-    accumulation: int = 1,
-    bf16: bool = False,
+    learning_rates: Iterable[float] | None = None,
+    training: TrainingOptions | None = None,
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
     quiet: bool = False,
+    **options: Unpack[TrainingKeywords],
 ) -> Comparison:
     """Adapt a model by several strategies, to several languages, with several seeds.
 
@@ -77,9 +81,10 @@ def compare(
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
         retain: further tasks, or languages of this one, on which retention is measured.
-        learning_rates, epochs, batch_size, patience, accumulation, bf16, replay, kv_policy: see
-            :func:`circuitlens.transfer`.
+        learning_rates, training, replay, kv_policy: see :func:`circuitlens.transfer`.
         quiet: no progress bar.
+        options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
+            of ``training``.
 
     Returns:
         The cells that were asked for, whatever else the folder holds.
@@ -91,20 +96,18 @@ def compare(
     for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
         if isinstance(values, str | int):
             raise InputError(f"{name} is a list: give [{values!r}].")
-    rates, seeds = [*learning_rates], [*map(operator.index, seeds)]
+    seeds = [*map(operator.index, seeds)]
     for name, values in (("language", languages), ("strategy", strategies), ("seed", seeds)):
         if not values:
             raise InputError(f"Give at least one {name}.")
     # A mistake found later would stand in the folder's settings.
-    options: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "patience": patience,
-        "accumulation": accumulation,
-        "bf16": bf16,
-    }
+    if "seed" in options:
+        raise InputError("A comparison has several seeds: give seeds=[…], not seed.")
+    tries = training_tries(learning_rates, training, options)
     for seed in seeds:
-        training_options(rates, replay, **options, seed=seed)
+        tries[0].updated({"seed": seed})
+    rates = [option.learning_rate for option in tries]
+    check_replay(replay)
     check_kv_policy(kv_policy)
     check_scores(model, scores)
     _check_strategies(strategies, circuit, scores)
@@ -127,8 +130,8 @@ def compare(
             "scores": None if scores is None else digest(scores.per_example),
             "task": f"{task.full_name} {task.fingerprint()}",
             "retain": [f"{other.full_name} {other.fingerprint()}" for other in others],
-            "learning_rates": [float(rate) for rate in rates],
-            **options,
+            "learning_rates": rates,
+            **_settings(tries[0]),
             "replay": replay,
             "kv_policy": kv_policy,
         }
@@ -147,7 +150,7 @@ def compare(
                 replay=replay,
                 kv_policy=kv_policy,
                 learning_rates=rates,
-                **options,
+                training=tries[0],
                 checkpoints=None if folder is None else folder.checkpoints(key),
                 seed=key.seed,
                 quiet=True,
@@ -179,6 +182,11 @@ def compare(
     if folder is not None:
         folder.comparison().save(folder.path)
     return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
+
+
+def _settings(training: TrainingOptions) -> dict[str, Any]:
+    """What all cells have in common of their training."""
+    return {k: v for k, v in training.to_dict().items() if k not in ("learning_rate", "seed")}
 
 
 def _check_strategies(

@@ -49,6 +49,7 @@ _SYMBOLS = (
     "hourglass",
     "hexagon",
     "bowtie",
+    "star-diamond",
 )
 _VALUES = ("gain", "target_after", "source_change", "source_after")
 _LONGEST = 24
