@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,11 +27,11 @@ from circuitlens.errors import InputError, UnsupportedModelError
 from circuitlens.models.batch import Batch, Readout, Views
 from circuitlens.models.bridging import Wiring, boot
 from circuitlens.models.families import ActivationSite, Family, family_of
+from circuitlens.models.fingerprint import Fingerprints
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
 from circuitlens.models.readouts import readout_of
 from circuitlens.utils.progress import hush_transformers
-from circuitlens.utils.storage import digest
 
 __all__ = ["HookedModel"]
 
@@ -64,6 +63,7 @@ class HookedModel(Views):
         self.name = name or str(hf.config.name_or_path) or type(hf).__name__
         self._tokenizer = tokenizer
         self._view: tuple[Any, HeadGeometry, Wiring] | None = None
+        self._fingerprints = Fingerprints()
 
     def __repr__(self) -> str:
         # Not through the property: a model that was rewired can still be named.
@@ -143,9 +143,11 @@ class HookedModel(Views):
         return readout_of(self.hf.config)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all parameters, 16 hex digits (computed anew: weights can be trained)."""
-        pieces = chain.from_iterable(self.hf.named_parameters())
-        return digest(*pieces)
+        """SHA-256, 16 hex digits, of all parameters and of what else changes the outputs.
+
+        Parameters are hashed again only where they have changed.
+        """
+        return self._fingerprints.of(self.hf)
 
     # -- forward ---------------------------------------------------------------------------
 
@@ -371,7 +373,9 @@ class HookedModel(Views):
 
     def clone(self) -> HookedModel:
         """Return an independent copy with weights of its own."""
-        return HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin)
+        twin = HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin)
+        twin._fingerprints = self._fingerprints.carried(self.hf, twin.hf)
+        return twin
 
     def save(self, folder: str | Path) -> None:
         """Write weights, configuration and tokenizer the Hugging Face way."""
