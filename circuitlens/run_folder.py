@@ -349,7 +349,11 @@ class RunFolder:
             record["scores"] = self.scores.to_frame().to_dict("records")
             record["circuit"] = self.circuit.to_dict()
         if (self.path / "faithfulness.safetensors").is_file():
-            record["faithfulness"] = self.curve.to_frame().to_dict("records")
+            table = self.curve.to_frame()
+            record["faithfulness"] = (
+                table.astype(object).where(table.notna(), None).to_dict("records")
+            )
+            record["faithfulness_caveat"] = self.curve.caveat
         if (self.path / "transfers").is_dir():
             record["transfers"] = [result.to_dict() for result in self.transfers()]
         write_json(self.path / "run.json", RUN_SCHEMA, record)
@@ -369,6 +373,8 @@ class RunFolder:
             at["accuracy"],
             self.curve.accuracy[-1],
         )
+        if self.curve.caveat:
+            logger.warning("Faithfulness: %s", self.curve.caveat)
         self.write_record()
         results = [
             self.transfer(target, strategy)

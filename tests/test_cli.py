@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,37 @@ def test_a_run_writes_everything(finished):
     assert [t["strategy"] for t in record["transfers"]] == ["circuit", "norms"]
     assert record["faithfulness"][-1]["faithfulness"] == 1.0
     assert not [n for n in names if n.startswith(".")]
+
+
+def test_a_run_goes_through_where_the_heads_hurt(proxy_folder, tmp_path, monkeypatch):
+    original = run_folder.faithfulness
+
+    def hurt(*arguments, **options):
+        curve = original(*arguments, **options)
+        parts = {k: -getattr(curve, k) for k in ("margin", "example_margin")}
+        return replace(curve, **parts)
+
+    monkeypatch.setattr(run_folder, "faithfulness", hurt)
+    settings = RunSettings(
+        model=str(proxy_folder),
+        task="toy",
+        source="source",
+        targets=("near",),
+        max_examples=20,
+        n_random=1,
+        learning_rates=(1e-3,),
+        training=TRANSFER.updated({"epochs": 1}),
+        strategies=("norms",),
+    )
+    run = RunFolder.create(tmp_path / "run", settings, quiet=True)
+    assert len(run.run_all()) == 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"]
+    assert "heads hurt" in record["faithfulness_caveat"]
+    assert {row["faithfulness"] for row in record["faithfulness"]} == {None}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The heads hurt on these examples" in page
+    assert ">nan<" not in page.lower()
 
 
 def test_a_finished_run_is_never_overwritten(cli, finished, proxy_folder):

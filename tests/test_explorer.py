@@ -53,6 +53,8 @@ def model() -> cl.HookedModel:
         for parameter in model.hf.parameters():
             # Larger weights than at the start of training, so that heads matter.
             parameter.mul_(8 if parameter.ndim > 1 else 1)
+        # The other way round the heads of this random model hurt, and f has no meaning.
+        model.hf.model.norm.weight.neg_()
     return model
 
 
@@ -205,8 +207,30 @@ def test_faithfulness_is_that_of_the_package(probe, model, task, baseline, score
         at = curve.sizes.index(size)
         assert found.f == pytest.approx(curve.faithfulness[at], abs=1e-4)
         assert found.accuracy == curve.accuracy[at]
-        assert found.interval == pytest.approx(tuple(curve.interval()[:, at]), abs=1e-3)
+        interval = curve.interval()[:, at]
+        if np.isnan(interval).any():
+            assert found.interval is None
+        else:
+            assert found.interval == pytest.approx(tuple(interval), abs=1e-3)
     assert (found.full_accuracy, found.empty_accuracy) == (curve.accuracy[-1], curve.accuracy[0])
+
+
+def test_where_the_heads_hurt_the_explorer_says_so(model, task, scores):
+    worse = model.clone()
+    with torch.no_grad():
+        worse.hf.model.norm.weight.neg_()
+    mean = baseline_of(worse)
+    probe = Probe(worse, task, mean, n_examples=N)
+    with pytest.raises(cl.InputError, match="The heads hurt on these examples"):
+        probe.faithfulness("source", HEADS)
+    mine = replace(scores, provenance=mean.provenance)
+    examples = probe.sample("source").examples
+    options = {"sizes": [3], "n_random": 1, "examples": examples, "quiet": True}
+    curve = cl.faithfulness(worse, task, mine, mean, **options)
+    explorer = explore(scores={"mine": mine}, curve=curve)
+    assert explorer.facts["curve"] is None
+    assert curve.caveat in explorer.facts["notes"]
+    json.dumps(explorer.facts, allow_nan=False)
 
 
 def test_a_sample_that_is_too_large_to_keep_gives_the_same(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -278,9 +280,48 @@ def test_a_point_on_the_line_between_its_neighbours_changes_no_area():
     assert more.area() == pytest.approx(some.area())
 
 
-def test_heads_without_effect_are_refused():
-    with pytest.raises(cl.InputError, match="the heads do not carry this task"):
-        _ = hand_made((0, 2, 4), [1.0, 2.0, 1.0]).faithfulness
+@pytest.mark.parametrize(
+    ("margins", "says"),
+    [
+        ([2.0, 1.5, 1.0], r"heads hurt .*margin 1\.000 with all heads, 2\.000 with all at"),
+        ([1.0, 2.0, 1.0], "heads do not carry the task"),
+        ([-1.0, -1.5, -3.0], "heads hurt"),
+    ],
+)
+def test_where_the_heads_hurt_f_says_so(margins, says, tmp_path):
+    curve = hand_made((0, 2, 4), margins)
+    assert re.search(says, curve.caveat)
+    for values in (
+        curve.faithfulness,
+        curve.random_faithfulness,
+        curve.completeness,
+        curve.interval(),
+        np.array([curve.cpr, curve.cmd, curve.area(scale="log")]),
+    ):
+        assert np.isnan(values).all()
+    assert html.escape(curve.caveat) in curve._repr_html_()
+    assert curve.to_frame()["accuracy"].tolist() == (np.array(margins) / 2).tolist()
+    figure = cl.view.faithfulness_curve(curve)
+    assert any("no meaning" in a.text for a in figure.layout.annotations)
+    curve.save(tmp_path / "curve.safetensors")
+    assert cl.FaithfulnessCurve.load(tmp_path / "curve.safetensors").caveat == curve.caveat
+
+
+def test_where_the_heads_help_there_is_no_caveat():
+    curve = hand_made((0, 2, 4), [-1.0, 1.0, 3.0])
+    assert curve.caveat is None
+    assert curve.faithfulness.tolist() == [0, 0.5, 1]
+    assert not np.isnan(curve.interval()).any()
+
+
+def test_an_interval_without_bounds_says_so():
+    curve = hand_made((0, 2, 4), [0.0, 0.2, 0.4])
+    # On every other example the heads hurt, so in some draws they do.
+    curve.example_margin[-1] += np.array([3.0, -3.0, 3.0, -3.0])
+    assert re.search(r"In \d+ of 1000 bootstrap draws the whole model is no better", curve.caveat)
+    assert np.isnan(curve.interval()).all()
+    assert curve.faithfulness.tolist() == pytest.approx([0, 0.5, 1])
+    assert "bootstrap draws" in curve._repr_html_()
 
 
 def test_what_at_returns_is_the_row_of_the_frame():

@@ -30,14 +30,23 @@ from jaxtyping import Float
 from scipy.integrate import trapezoid
 
 from circuitlens.errors import InputError, check_choice
-from circuitlens.utils.bootstrap import percentiles, resampled_means
+from circuitlens.utils.bootstrap import check_level, percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, write_tensors
 
-__all__ = ["FaithfulnessCurve", "normalised"]
+__all__ = [
+    "LEAST",
+    "FaithfulnessCurve",
+    "caveat_of",
+    "caveat_of_draws",
+    "normalised",
+    "ratio_interval",
+]
 
 _SCHEMA = "circuitlens.faithfulness/2"
 
+# Smaller differences of margins, in logits, are rounding.
+LEAST = 1e-6
 _METRICS = ("margin", "accuracy", "probability")
 _KINDS = ("", "random_", "layer_matched_", "without_")
 
@@ -94,10 +103,16 @@ class FaithfulnessCurve:
     def faithfulness(self) -> Float[np.ndarray, " size"]:
         """Normalised margin f of the top heads, 0 for no heads and 1 for all.
 
-        Raises:
-            InputError: if ablating all heads changes nothing, so that f is undefined.
+        NaN where f has no meaning; :attr:`caveat` says why.
         """
         return self._normalise(self.margin)
+
+    @property
+    def caveat(self) -> str | None:
+        """Why f, or its interval, has no meaning on these examples; ``None`` where it has."""
+        if found := caveat_of(self.margin[0], self.margin[-1]):
+            return found
+        return caveat_of_draws(self._denominators)
 
     @property
     def random_faithfulness(self) -> Float[np.ndarray, "draw size"]:
@@ -117,20 +132,24 @@ class FaithfulnessCurve:
     # -- summaries -------------------------------------------------------------------------
 
     @cached_property
-    def _resampled(self) -> Float[np.ndarray, "draw size"]:
-        drawn = resampled_means(self.example_margin, self.provenance.seed)
-        return np.asarray((drawn - drawn[:, :1]) / (drawn[:, -1:] - drawn[:, :1]))
+    def _drawn(self) -> Float[np.ndarray, "draw size"]:
+        return resampled_means(self.example_margin, self.provenance.seed)
+
+    @property
+    def _denominators(self) -> Float[np.ndarray, " draw"]:
+        return np.asarray(self._drawn[:, -1] - self._drawn[:, 0])
 
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound size"]:
         """Percentile bootstrap interval of f over examples (1,000 draws).
 
         A draw of examples is the same for the circuit and for the two margins that normalise f,
-        so the ends, 0 and 1 by definition, have no width.
+        so the ends, 0 and 1 by definition, have no width. NaN where f has no meaning, or in some
+        draw the whole model is no better than the one without heads: then f has no bounds.
 
         Raises:
             InputError: if ``level`` is not between 0 and 1.
         """
-        return percentiles(self._resampled, level)
+        return ratio_interval(self._drawn - self._drawn[:, :1], self._denominators, level)
 
     def area(self, metric: str = "faithfulness", scale: str = "linear") -> float:
         """Average of the curve of the top heads over circuit sizes, by the trapezoid rule.
@@ -261,22 +280,63 @@ class FaithfulnessCurve:
             f"<p><b>FaithfulnessCurve</b> of {html.escape(self.method)} on "
             f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, "
             f"{len(self.random_margin)} random circuits of each kind and size; CPR {self.cpr:.3f}, "
-            f"CMD {self.cmd:.3f}</p>{table.to_html(index=False, float_format='{:.3f}'.format)}"
+            f"CMD {self.cmd:.3f}</p>{_note(self.caveat)}"
+            f"{table.to_html(index=False, float_format='{:.3f}'.format)}"
         )
 
 
 def normalised(values: np.ndarray, empty: float, full: float) -> np.ndarray:
     """Scale margins so that the model without any head has 0 and the whole model 1.
 
-    Raises:
-        InputError: if the two margins are the same.
+    Where the whole model is no better there is nothing to be faithful to, and all is NaN: a curve
+    from 0 to 1 would look like one of a circuit while the heads hurt.
     """
-    if abs(full - empty) < 1e-6:
-        raise InputError(
-            "Ablating all heads leaves the margin as it is, so faithfulness is undefined: "
-            "the heads do not carry this task."
-        )
+    if full - empty < LEAST:
+        return np.full_like(values, np.nan, dtype=float)
     return np.asarray((values - empty) / (full - empty))
+
+
+def caveat_of(empty: float, full: float) -> str | None:
+    """Why f has no meaning between these margins, if it has none."""
+    if full - empty >= LEAST:
+        return None
+    what = "hurt" if empty - full >= LEAST else "do not carry the task"
+    return (
+        f"The heads {what} on these examples (margin {full:.3f} with all heads, {empty:.3f} with "
+        "all at their means), so faithfulness f has no meaning and is NaN: look at margins and "
+        "accuracy instead."
+    )
+
+
+def caveat_of_draws(denominators: Float[np.ndarray, " draw"]) -> str | None:
+    """Why an interval of f has no bounds, if it has none."""
+    bad = int((denominators < LEAST).sum())
+    if not bad:
+        return None
+    return (
+        f"In {bad} of {len(denominators)} bootstrap draws the whole model is no better than the "
+        "one without heads, so the interval of f has no bounds (NaN): measure on more examples."
+    )
+
+
+def ratio_interval(
+    numerators: Float[np.ndarray, "draw row"],
+    denominators: Float[np.ndarray, " draw"],
+    level: float,
+) -> Float[np.ndarray, "bound row"]:
+    """Percentile interval of ratios; NaN if a denominator reaches 0.
+
+    Raises:
+        InputError: if ``level`` is not between 0 and 1.
+    """
+    check_level(level)
+    if (denominators < LEAST).any():
+        return np.full((2, numerators.shape[1]), np.nan)
+    return percentiles(numerators / denominators[:, None], level)
+
+
+def _note(caveat: str | None) -> str:
+    return f"<p>{html.escape(caveat)}</p>" if caveat else ""
 
 
 def _or_nan(draws: Float[np.ndarray, "draw size"]) -> Float[np.ndarray, "row size"]:

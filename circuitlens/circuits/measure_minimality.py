@@ -27,13 +27,13 @@ from jaxtyping import Float
 from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.ablation import circuit_label_logits, head_mask
 from circuitlens.circuit import Circuit
-from circuitlens.circuits.curve import normalised
+from circuitlens.circuits.curve import caveat_of, caveat_of_draws, normalised, ratio_interval
 from circuitlens.circuits.measure_faithfulness import unseen_examples
 from circuitlens.errors import InputError
 from circuitlens.models.batch import margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Example, Task
-from circuitlens.utils.bootstrap import percentiles, resampled_means
+from circuitlens.utils.bootstrap import resampled_means
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, write_tensors
 
@@ -76,27 +76,35 @@ class Minimality:
 
     @property
     def loss(self) -> Float[np.ndarray, " head"]:
-        """What f of the circuit loses without each of its heads.
-
-        Raises:
-            InputError: if ablating all heads changes nothing, so that f is undefined.
-        """
+        """What f of the circuit loses without each of its heads; NaN where f has no meaning."""
         return self.faithfulness - self._normalise(self.without_margin.mean(1))
 
     @cached_property
-    def _resampled(self) -> Float[np.ndarray, "draw head"]:
+    def _drawn(self) -> Float[np.ndarray, "draw row"]:
         rows = [self.empty_margin, self.full_margin, self.circuit_margin, *self.without_margin]
-        drawn = resampled_means(np.stack(rows), self.provenance.seed)
-        empty, full, circuit = drawn[:, 0:1], drawn[:, 1:2], drawn[:, 2:3]
-        return np.asarray((circuit - drawn[:, 3:]) / (full - empty))
+        return resampled_means(np.stack(rows), self.provenance.seed)
+
+    @property
+    def _denominators(self) -> Float[np.ndarray, " draw"]:
+        return np.asarray(self._drawn[:, 1] - self._drawn[:, 0])
+
+    @property
+    def caveat(self) -> str | None:
+        """Why losses, or their intervals, have no meaning; ``None`` where they have."""
+        if found := caveat_of(self.empty_margin.mean(), self.full_margin.mean()):
+            return found
+        return caveat_of_draws(self._denominators)
 
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound head"]:
         """Percentile bootstrap interval of :attr:`loss` over examples (1,000 draws).
 
+        NaN where :attr:`caveat` says why.
+
         Raises:
             InputError: if ``level`` is not between 0 and 1.
         """
-        return percentiles(self._resampled, level)
+        losses = self._drawn[:, 2:3] - self._drawn[:, 3:]
+        return ratio_interval(losses, self._denominators, level)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a head, the largest loss first, with 95 % intervals."""
@@ -133,11 +141,12 @@ class Minimality:
 
     def _repr_html_(self) -> str:
         table = self.to_frame()[["head", "loss", "low", "high"]]
+        note = f"<p>{html.escape(self.caveat)}</p>" if self.caveat else ""
         return (
             f"<p><b>Minimality</b> of {html.escape(self.circuit.selection)} on "
             f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, f of the "
             f"circuit {self.faithfulness:.3f}</p>"
-            f"{table.to_html(index=False, float_format='{:.3f}'.format)}"
+            f"{note}{table.to_html(index=False, float_format='{:.3f}'.format)}"
         )
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.ablation import PrefixCache, ablated_label_logits, head_mask
-from circuitlens.circuits.curve import normalised
+from circuitlens.circuits.curve import caveat_of, normalised, ratio_interval
 from circuitlens.circuits.measure_faithfulness import refuse_seen
+from circuitlens.errors import InputError
 from circuitlens.models.batch import Batch, margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
@@ -61,14 +62,14 @@ class Faithfulness:
     Attributes:
         n: examples.
         f: normalised margin (:mod:`circuitlens.circuits.curve`).
-        interval: its 95 % bootstrap interval.
+        interval: its 95 % bootstrap interval; ``None`` where it has no bounds.
         accuracy: of the circuit.
         full_accuracy, empty_accuracy: of the whole model and of the one without any head.
     """
 
     n: int
     f: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     accuracy: float
     full_accuracy: float
     empty_accuracy: float
@@ -166,19 +167,21 @@ class Sample:
         """Measure the circuit of these heads.
 
         Raises:
-            InputError: if ablating all heads changes nothing, so that f is undefined.
+            InputError: if the whole model is no better than without heads: f has no meaning.
         """
         circuit = self.kept(heads)
         rows = np.stack([self._margins(x) for x in (self._empty, self.clean, circuit)])
         empty, full, mean = rows.mean(1)
-        f = normalised(np.array([mean]), empty, full)[0]
         drawn = resampled_means(rows, self._seed)
-        share = (drawn[:, 2] - drawn[:, 0]) / (drawn[:, 1] - drawn[:, 0])
-        low, high = percentiles(share[:, None], 0.95)[:, 0]
+        denominators = drawn[:, 1] - drawn[:, 0]
+        if caveat := caveat_of(empty, full):
+            raise InputError(caveat)
+        f = normalised(np.array([mean]), empty, full)[0]
+        low, high = ratio_interval(drawn[:, 2:3] - drawn[:, 0:1], denominators, 0.95)[:, 0]
         return Faithfulness(
             n=len(self.examples),
             f=float(f),
-            interval=(float(low), float(high)),
+            interval=None if np.isnan(low) else (float(low), float(high)),
             accuracy=self._accuracy(circuit),
             full_accuracy=self._accuracy(self.clean),
             empty_accuracy=self._accuracy(self._empty),

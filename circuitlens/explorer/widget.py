@@ -229,15 +229,18 @@ def _facts(
             for name, s in scores.items()
             if s.provenance.model_fingerprint != weights
         ]
-    if curve is not None:
+    if curve is not None and curve.caveat:
+        facts["notes"] = [*facts["notes"], curve.caveat]
+    if curve is not None and not np.isnan(curve.faithfulness).all():
         low, high = curve.interval()
         facts["curve"] = {
             "method": curve.method,
             "n": len(curve.example_ids),
             "sizes": list(curve.sizes),
             "f": curve.faithfulness.tolist(),
-            "low": low.tolist(),
-            "high": high.tolist(),
+            # Empty where the interval has no bounds: JSON has no NaN.
+            "low": [] if np.isnan(low).any() else low.tolist(),
+            "high": [] if np.isnan(high).any() else high.tolist(),
             "accuracy": curve.accuracy.tolist(),
             "random": np.mean(curve.random_faithfulness, axis=0).tolist()
             if len(curve.random_margin)

@@ -39,6 +39,8 @@ def run_warnings(
             f"Competence is low: the whole model answers only {curve.accuracy[-1]:.0%} of the "
             "held-out examples."
         )
+    if curve is not None and curve.caveat:
+        found.append(curve.caveat)
     sizes = {r.target_after.n for r in results}
     if sizes and min(sizes) < _SMALL_TEST:
         found.append(f"The smallest test split has only {min(sizes)} examples.")

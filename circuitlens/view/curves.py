@@ -98,6 +98,15 @@ def faithfulness_curve(
             xshift=4,
             font={"size": 11},
         )
+    if np.isnan(first.faithfulness).all():
+        fig.add_annotation(
+            x=0.5,
+            xref="x domain",
+            y=0.5,
+            yref="y domain",
+            text="f has no meaning here:<br>the model is no better<br>with its heads than without",
+            showarrow=False,
+        )
     sizes = first.sizes[start:]
     labels = [f"{n}<br>{_percent(n / first.n_heads)} %" for n in sizes]
     shown = _spread(sizes, scale, labels)
@@ -126,8 +135,10 @@ def minimality_bars(result: Minimality, title: str = "", *, mode: Mode = "light"
         mode: ``"light"`` or ``"dark"``.
 
     Raises:
-        InputError: if ablating all heads changes nothing, so that f is undefined.
+        InputError: if f, or its intervals, have no meaning; the sentence says why.
     """
+    if result.caveat:
+        raise InputError(result.caveat)
     colours = look(mode)
     frame = result.to_frame()
     negative, positive = colours.diverging[0][1], colours.diverging[-1][1]

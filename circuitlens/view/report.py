@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,9 @@ _ENVIRONMENT = Environment(
 
 
 def _fixed(number: float, digits: int, sign: str = "") -> str:
-    """A number with a minus as in the figures, which a rounded zero does not have."""
+    """A number with a minus as in the figures, which a rounded zero does not have; – for NaN."""
+    if math.isnan(number):
+        return "–"
     return f"{number:{sign}z.{digits}f}".replace("-", "−")
 
 

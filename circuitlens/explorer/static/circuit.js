@@ -56,7 +56,7 @@ class CircuitBox {
     const shown = answer ?? (this.lastKept?.language === this.view.get("language") ? this.lastKept.answer : null);
     if (!shown) return sample?.ok === false ? null : this.view.waiting("measuring the circuit…");
     return h("div", { class: answer ? "cl-kept" : "cl-kept cl-stale", "aria-live": "polite" },
-      h("p", {}, h("b", {}, `f = ${num(shown.f)}`), ` (95 % interval ${range(shown.interval)})`),
+      h("p", {}, h("b", {}, `f = ${num(shown.f)}`), ` (95 % interval ${range(shown.interval ?? [null, null])})`),
       h("p", {}, h("b", {}, `accuracy ${percent(shown.accuracy)}`),
         ` (all heads ${percent(shown.full_accuracy)}, none ${percent(shown.empty_accuracy)})`),
       h("p", { class: "cl-quiet" }, answer
@@ -69,7 +69,7 @@ class CircuitBox {
     const { sizes, f, low, high, random, method, accuracy, n } = this.view.facts.curve;
     const [width, height, pad] = [300, 96, 24];
     const total = sizes[sizes.length - 1];
-    const all = [...low, ...high, ...random, 0, 1];
+    const all = [...f, ...low, ...high, ...random, 0, 1];
     const [least, most] = [Math.min(...all), Math.max(...all)];
     const x = (k) => pad + (k / total) * (width - pad - 8);
     const y = (v) => 6 + (1 - (v - least) / (most - least)) * (height - 26);
@@ -88,7 +88,7 @@ class CircuitBox {
       : `Saved curve: f of the top heads by ${method} (n = ${n}), not of a circuit chosen by hand.`;
     const label = (v) => s("text", { x: pad - 4, y: y(v) + 4, class: "cl-tick", "text-anchor": "end" }, v);
     return h("div", {}, s("svg", { width, height, role: "img", "aria-label": text },
-      s("path", { d: band, class: "cl-band" }),
+      low.length ? s("path", { d: band, class: "cl-band" }) : null,
       random.length ? s("path", { d: line(random), class: "cl-random" }) : null,
       s("path", { d: line(f), class: "cl-line" }),
       s("line", { x1: x(members.length), x2: x(members.length), y1: 4, y2: height - 18, class: "cl-here" }),
