@@ -253,9 +253,9 @@ def test_top_takes_the_first_heads_of_the_ranking(count):
 
 def test_near_zero_takes_the_smallest_magnitudes():
     found = scores(HAND)
-    assert names(found.near_zero(1)) == {"a0.h3"}
-    assert names(found.near_zero(3)) == {"a0.h3", "a1.h2", "a1.h0"}
-    assert names(found.near_zero(7)) == set(RANKED) - {"a1.h1"}
+    assert names(found.near_zero(1, signed=True)) == {"a0.h3"}
+    assert names(found.near_zero(3, signed=True)) == {"a0.h3", "a1.h2", "a1.h0"}
+    assert names(found.near_zero(7, signed=True)) == set(RANKED) - {"a1.h1"}
     assert found.near_zero(3).selection == "cdt: 3 nearest to zero"
 
 

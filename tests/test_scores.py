@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import inspect
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -160,3 +161,115 @@ def test_stability_is_one_without_noise_and_nothing_without_signal(toy_scores):
     assert between.n_splits == 50
     with pytest.raises(cl.InputError, match="only 3: score four at least"):
         by_hand(toy_scores, noise[:3]).stability()
+
+
+# -- scores without a spread over examples -----------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["greedy", "random"])
+def test_scorers_of_whole_sets_refuse_statistics(
+    method, toy_proxy, toy_task, toy_baseline, tmp_path
+):
+    scores = cl.relevance(
+        toy_proxy, toy_task, toy_baseline, method=method, max_examples=6, quiet=True
+    )
+    assert scores.whole
+    assert scores.unit != "logits"
+    for what, call in {
+        "stability": scores.stability,
+        "interval": scores.interval,
+        "significance": scores.significant,
+    }.items():
+        with pytest.raises(cl.InputError, match=f"{method} scores all .*there is no {what} over"):
+            call()
+    with pytest.raises(cl.InputError, match="no significance"):
+        scores.significant(control="fdr")
+    assert scores.to_frame()[["low", "high"]].isna().all().all()
+    assert len(scores.top(3)) == 3
+    scores.save(tmp_path / "s.safetensors")
+    again = cl.HeadScores.load(tmp_path / "s.safetensors")
+    assert (again.whole, again.unit) == (True, scores.unit)
+    for draw in (cl.view.head_bars, cl.view.head_heatmap):
+        text = draw(scores).to_json()
+        assert scores.unit in text
+        assert "95 % interval" not in text
+        assert "NaN" not in text
+
+
+def test_other_scorers_have_statistics_and_logits(toy_scores):
+    assert (toy_scores.whole, toy_scores.unit) == (False, "logits")
+    assert "95 % interval" in cl.view.head_bars(toy_scores).to_json()
+    assert not toy_scores.to_frame()[["low", "high"]].isna().any().any()
+
+
+def test_greedy_runs_what_is_clean_once_per_batch(toy_proxy, toy_task, toy_baseline, monkeypatch):
+    from circuitlens.cdt import ablation
+
+    calls = []
+    original = ablation.PrefixCache.capture.__func__
+
+    def capture(cls, *arguments, **options):
+        calls.append(1)
+        return original(cls, *arguments, **options)
+
+    monkeypatch.setattr(ablation.PrefixCache, "capture", classmethod(capture))
+    cl.relevance(
+        toy_proxy,
+        toy_task,
+        toy_baseline,
+        method="greedy",
+        max_examples=8,
+        batch_size=4,
+        quiet=True,
+    )
+    assert len(calls) == 2
+
+
+def test_near_zero_is_by_the_mean_magnitude_unless_asked_for(toy_scores):
+    values = torch.zeros_like(toy_scores.per_example) + 0.5
+    # Supports half of the examples and opposes the others: a mean of nothing, but no small effect.
+    values[:, 0, 0] = 2.0
+    values[::2, 0, 0] = -2.0
+    values = values[: len(values) // 2 * 2]
+    values[:, 1, 1] = 0.1
+    scores = replace(toy_scores, per_example=values)
+    assert [str(h) for h in scores.near_zero(1)] == ["a1.h1"]
+    assert [str(h) for h in scores.near_zero(1, signed=True)] == ["a0.h0"]
+
+
+def test_scores_say_all_that_they_depend_on(toy_proxy, toy_task, toy_baseline):
+    def settings(**options):
+        options = {"max_examples": 8, "quiet": True, **options}
+        return cl.relevance(toy_proxy, toy_task, toy_baseline, **options).provenance.settings
+
+    heads, both = (settings(method="midpoint", mlps=mlps) for mlps in (False, True))
+    assert (heads["mlps"], both["mlps"]) == (False, True)
+    assert settings(by_position=True)["by_position"]
+    rules = replace(cl.RULES["cdt"], name="mine", freeze_scales=False)
+    assert settings(method=rules)["rules"] == asdict(rules)
+    assert "rules" not in settings()
+
+
+@pytest.mark.parametrize("kind", ["midpoint with MLPs", "rules"])
+def test_the_search_after_a_transfer_is_the_one_before(kind, toy_proxy, toy_task, toy_baseline):
+    from circuitlens.adapt.retention import circuit_shift
+
+    how = {"method": "midpoint", "mlps": True}
+    if kind == "rules":
+        how = {"method": replace(cl.RULES["cdt"], name="mine", freeze_scales=False)}
+    source = replace(toy_task, pools=replace(toy_task.pools, pool_a=toy_task["pool_a"][:60]))
+    baseline = cl.label_balanced_mean(toy_proxy, source, quiet=True)
+    scores = cl.relevance(toy_proxy, source, baseline, max_examples=12, quiet=True, **how)
+    shift = circuit_shift(toy_proxy, source, scores.top(4), scores, quiet=True)
+    assert shift.after == scores.top(4)
+    assert shift.rank_correlation == pytest.approx(1)
+
+
+def test_discovery_without_a_supporting_head_says_so(
+    toy_proxy, toy_task, toy_baseline, toy_scores, monkeypatch
+):
+    module = importlib.import_module("circuitlens.scoring.discovery")
+    against = replace(toy_scores, per_example=-toy_scores.per_example.abs())
+    monkeypatch.setattr(module, "relevance", lambda *_, **__: against)
+    with pytest.raises(cl.InputError, match=r"No head of .* supports the task by cdt"):
+        cl.discover(toy_proxy, toy_task, toy_baseline, quiet=True)

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from circuitlens.baseline import label_balanced_mean
+from circuitlens.cdt.rules import RuleSet
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
@@ -166,6 +167,7 @@ def circuit_shift(
         InputError: if the adapted model answers no example of some label rightly.
     """
     how = scores.provenance.settings
+    rules = how.get("rules")
     baseline = label_balanced_mean(
         adapted,
         source,
@@ -178,7 +180,8 @@ def circuit_shift(
         adapted,
         source,
         baseline,
-        method=scores.method,
+        method=scores.method if rules is None else RuleSet(**rules),
+        mlps=how.get("mlps", scores.mlps is not None),
         path=how.get("path", "total"),
         steps=how.get("steps", 5),
         max_examples=len(scores.example_ids),

@@ -31,6 +31,7 @@ from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.scoring.scorers import SCORERS, scorer
 from circuitlens.tasks import Example, Task
+from circuitlens.utils.bootstrap import resampled_means
 from circuitlens.utils.peak_memory import PeakMemory
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, write_json
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 _SCHEMA = "circuitlens.scorers/1"
 _DRAWS = 500
-# Greedy elimination takes heads² / 2 evaluations.
-_GREEDY_LIMIT = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,7 +167,7 @@ def compare_scorers(
         max_examples: score a random subset of this size.
         batch_size: examples per forward pass.
         seed: for subsets, random circuits and intervals.
-        quiet: print nothing.
+        quiet: no progress bar.
 
     Raises:
         InputError: for an unknown method, two rule sets of one name or one with the name of
@@ -243,7 +242,7 @@ def compare_scorers(
         rows.append(row | costs[name])
     if n_random:
         rows.append(_random_row(curves[names[0]]))
-    result = ScorerComparison(
+    return ScorerComparison(
         pd.DataFrame(rows),
         n_top,
         len(exact.example_ids),
@@ -252,19 +251,11 @@ def compare_scorers(
         scores,
         curves,
     )
-    if not quiet:
-        result.print()
-    return result
 
 
 def _default(model: HookedModel) -> list[str]:
     """All scorers that know the model and are not too slow for it."""
-    left_out = {"random"}
-    if type(model.hf).__name__ != "GPT2LMHeadModel":
-        left_out.add("hsu2024")
-    if len(model.geometry) > _GREEDY_LIMIT:
-        left_out.add("greedy")
-    return [name for name in SCORERS if name not in left_out]
+    return [name for name, by in SCORERS.items() if by.suits(model)]
 
 
 def _random_row(curve: FaithfulnessCurve) -> dict[str, object]:
@@ -289,11 +280,9 @@ def _agreement(
     x, y = (v.double().flatten(1).numpy() for v in (a, b))
     if x.shape[1] < 2:
         raise InputError("A rank correlation needs two nodes at least, but the model has one.")
-    n = len(x)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_DRAWS) / n
     # Both are drawn alike. A scorer that says the same of all examples has no spread of its own,
     # but ablation has.
-    ranks = [rankdata(weights @ v, axis=1) for v in (x, y)]
+    ranks = [rankdata(resampled_means(v.T, seed, _DRAWS), axis=1) for v in (x, y)]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]
     sizes = [np.sqrt((c**2).sum(1)) for c in centred]
     drawn = (centred[0] * centred[1]).sum(1) / (sizes[0] * sizes[1])

@@ -34,12 +34,13 @@ from circuitlens.models.hooks import pattern_hook, recording
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.score_heads import relevance
+from circuitlens.scoring.scorers import SCORERS
 from circuitlens.tasks import Task
 
 __all__ = ["CHEAP_METHODS", "Attribution", "Probe"]
 
 # Scorers that take a forward and a backward pass for all heads together.
-CHEAP_METHODS = ("cdt-linear", "attribution", "midpoint", "dla")
+CHEAP_METHODS = tuple(s.name for s in SCORERS.values() if s.cheap)
 
 T = TypeVar("T")
 

@@ -250,7 +250,7 @@ def _facts(
 
 
 def _grid(scores: HeadScores) -> dict[str, Any]:
-    low, high = scores.interval()
+    low, high = scores.bounds()
     rank = [[0] * scores.n_heads for _ in range(scores.n_layers)]
     for place, head in enumerate(scores.ranking(), start=1):
         rank[head.layer][head.index] = place
@@ -259,8 +259,10 @@ def _grid(scores: HeadScores) -> dict[str, Any]:
         "task": scores.provenance.task,
         "n": len(scores.example_ids),
         "mean": scores.mean.tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
+        # JSON has no NaN.
+        "low": None if scores.whole else low.tolist(),
+        "high": None if scores.whole else high.tolist(),
+        "unit": scores.unit,
         "rank": rank,
     }
 

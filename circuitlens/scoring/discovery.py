@@ -75,7 +75,8 @@ def discover(
         A circuit that records the level of every head, and the edge scores between its heads.
 
     Raises:
-        InputError: if ``depth`` or ``share`` is out of range, or the method is no rule set.
+        InputError: if ``depth`` or ``share`` is out of range, the method is no rule set, or no head
+            has a positive score.
     """
     if depth < 1:
         raise InputError(f"A circuit has one level at least, but depth is {depth}.")
@@ -101,6 +102,12 @@ def discover(
     levels: dict[Head, int] = {}
     edges: dict[tuple[Head, Head], float] = {}
     level = _best(scores.mean, count, levels)
+    if not level:
+        raise InputError(
+            f"No head of {model.name} supports the task by {rules.name}: every score is 0 or "
+            "negative, so there is no circuit to begin with; look at the scores (cl.relevance), or "
+            "use another method."
+        )
     for number in range(1, depth + 1):
         levels |= dict.fromkeys(level, number)
         targets = [head for head in level if head.layer > 0]

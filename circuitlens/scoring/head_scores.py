@@ -1,7 +1,7 @@
 """HeadScores: the relevance of every head on every example.
 
 Relevance is signed: positive means that the head's deviation from its mean supports the right
-label. The unit is logits of task margin.
+label. The unit is logits of task margin, unless the scorer has another (``unit``).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class HeadScores:
     """Relevance of every head on every example.
 
     Attributes:
-        per_example: signed relevance in logits of task margin.
+        per_example: signed relevance, in ``unit``.
         method: how it was computed.
         positions: where heads deviated from their means.
         example_ids: the examples, in order.
@@ -67,6 +67,9 @@ class HeadScores:
         by_position: relevance of every head at every single position, if it was asked for.
             Positions are counted from the end of the prompt: the last index is its last token
             (the decision, but for masked models). Shorter prompts have zeros on the left.
+        unit: of the relevance.
+        whole: all examples were scored together (``greedy``, ``random``), so that each has the same
+            score: there is no spread over examples, and statistics over them are refused.
     """
 
     per_example: Float[Tensor, "example layer head"]
@@ -76,6 +79,8 @@ class HeadScores:
     provenance: Provenance
     mlps: Float[Tensor, "example layer"] | None = None
     by_position: Float[Tensor, "example pos layer head"] | None = None
+    unit: str = "logits"
+    whole: bool = False
 
     @property
     def mean(self) -> Float[Tensor, "layer head"]:
@@ -98,9 +103,29 @@ class HeadScores:
     def _resampled(self) -> Float[np.ndarray, "draw layer head"]:
         return _draws(self.per_example, self.provenance.seed)
 
+    def _refuse_whole(self, what: str) -> None:
+        if self.whole:
+            raise InputError(
+                f"{self.method} scores all examples together, so there is no {what} over "
+                "examples: score by another method, such as cdt-linear or ablation."
+            )
+
     def interval(self, level: float = 0.95) -> Float[Tensor, "bound layer head"]:
-        """Percentile bootstrap interval of the mean over examples (1,000 draws)."""
+        """Percentile bootstrap interval of the mean over examples (1,000 draws).
+
+        The baseline is held: it was estimated on these examples too, so the true spread is wider.
+
+        Raises:
+            InputError: if examples have no scores of their own (:attr:`whole`).
+        """
+        self._refuse_whole("interval")
         return _bounds(self._resampled, level)
+
+    def bounds(self) -> Float[Tensor, "bound layer head"]:
+        """The 95 % :meth:`interval`; NaN where there is none."""
+        if self.whole:
+            return torch.full((2, self.n_layers, self.n_heads), torch.nan, dtype=torch.float64)
+        return self.interval()
 
     def mlp_interval(self, level: float = 0.95) -> Float[Tensor, "bound layer"]:
         """As :meth:`interval`, of MLPs.
@@ -128,12 +153,17 @@ class HeadScores:
     def stability(self, n_splits: int = 200) -> Stability:
         """Rank agreement (Spearman) of the scores of two halves of the discovery set.
 
+        Both halves deviate from the same baseline, which was estimated on all of them, so the
+        agreement of two independent discovery sets would be lower.
+
         Args:
             n_splits: how many times the examples are halved at random.
 
         Raises:
-            InputError: if there are fewer than four examples.
+            InputError: if there are fewer than four examples, or these have no scores of their own
+                (:attr:`whole`).
         """
+        self._refuse_whole("stability")
         values = self.per_example.double().flatten(1).numpy()
         if len(values) < 4:
             raise InputError(
@@ -162,8 +192,10 @@ class HeadScores:
                 Benjamini-Hochberg).
 
         Raises:
-            InputError: for a level that is not between 0 and 1, or another control.
+            InputError: for a level that is not between 0 and 1, another control, or examples
+                without scores of their own (:attr:`whole`).
         """
+        self._refuse_whole("significance")
         check_level(level)
         check_choice("control", control, get_args(Control))
         if control == "fdr":
@@ -206,10 +238,17 @@ class HeadScores:
         count = self._count(size)
         return self._circuit(self.ranking()[:count], f"top {count}")
 
-    def near_zero(self, size: int | float) -> Circuit:
-        """The heads whose relevance is nearest to zero: a control of the same size."""
+    def near_zero(self, size: int | float, *, signed: bool = False) -> Circuit:
+        """The heads whose relevance is nearest to zero: a control of the same size.
+
+        Args:
+            size: as in :meth:`top`.
+            signed: by the magnitude of the mean relevance. By default it is the mean magnitude: a
+                head that supports some examples and opposes others as much is not near zero.
+        """
         count = self._count(size)
-        order = self.mean.abs().flatten().argsort(stable=True)
+        values = self.mean.abs() if signed else self.per_example.double().abs().mean(0)
+        order = values.flatten().argsort(stable=True)
         return self._circuit(self._heads(order[:count]), f"{count} nearest to zero")
 
     def random(self, size: int | float, seed: int = 0) -> Circuit:
@@ -233,6 +272,8 @@ class HeadScores:
             "positions": self.positions,
             "example_ids": list(self.example_ids),
             "provenance": self.provenance.to_dict(),
+            "unit": self.unit,
+            "whole": self.whole,
         }
         tensors = {"per_example": self.per_example, "mlps": self.mlps, "at": self.by_position}
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -250,11 +291,17 @@ class HeadScores:
             provenance=Provenance.from_dict(meta["provenance"]),
             mlps=tensors.get("mlps"),
             by_position=tensors.get("at"),
+            unit=meta.get("unit", "logits"),
+            # Files of earlier versions do not say.
+            whole=meta.get("whole", meta["method"] in ("greedy", "random")),
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head, the most supporting one first, with 95 % intervals."""
-        low, high = self.interval()
+        """Return one row a head, the most supporting one first, with 95 % intervals.
+
+        Where examples have no scores of their own, the intervals are NaN.
+        """
+        low, high = self.bounds()
         mean = self.mean
         return pd.DataFrame(
             [

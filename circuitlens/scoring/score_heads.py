@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -93,8 +95,13 @@ def relevance(
         "positions": baseline.positions,
         "pooling": baseline.pooling,
         "path": path,
+        # Some scorers move heads and MLPs together.
+        "mlps": mlps,
+        "by_position": by_position,
         "max_examples": max_examples,
     }
+    if isinstance(method, RuleSet):
+        settings["rules"] = asdict(method)
     if by.name == "integrated-gradients":
         settings["steps"] = steps
     return HeadScores(
@@ -112,6 +119,8 @@ def relevance(
         ),
         mlps=found.mlps,
         by_position=found.by_position,
+        unit=by.unit,
+        whole=by.batch is None,
     )
 
 

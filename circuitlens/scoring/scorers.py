@@ -26,7 +26,7 @@ from circuitlens.cdt import (
     relevance_by_difference,
     relevance_by_gradient,
 )
-from circuitlens.cdt.ablation import ablated_label_logits
+from circuitlens.cdt.ablation import PrefixCache, ablated_label_logits
 from circuitlens.errors import InputError, check_choice
 from circuitlens.models.batch import Batch, Positions, margin
 from circuitlens.models.hooked import HookedModel
@@ -74,6 +74,11 @@ class Scorer:
         whole: ranks heads on all batches together (one score for all examples).
         mlps, by_position, direct: whether it can do what these requests ask.
         joint: scoring MLPs too changes the scores of heads, because both are moved together.
+        unit: of the scores.
+        only: class of the models that it knows, if it does not know all.
+        most_heads: larger models take it too long, so that comparisons leave it out.
+        control: says nothing about a model.
+        cheap: a few passes give all heads, so that an explorer may compute it on a click.
     """
 
     name: str
@@ -84,6 +89,17 @@ class Scorer:
     by_position: bool = False
     direct: bool = False
     joint: bool = False
+    unit: str = "logits"
+    cheap: bool = False
+    only: str | None = None
+    most_heads: int | None = None
+    control: bool = False
+
+    def suits(self, model: HookedModel) -> bool:
+        """Whether a comparison of scorers on this model should have it."""
+        known = self.only in (None, type(model.hf).__name__)
+        quick = self.most_heads is None or len(model.geometry) <= self.most_heads
+        return known and quick and not self.control
 
     def check(self, request: Request) -> None:
         """Refuse what this scorer cannot do.
@@ -194,15 +210,22 @@ def _greedy(
     heads = list(g)
     keep = torch.ones(g.n_layers, g.n_heads, dtype=torch.bool)
     scores = torch.zeros(g.n_layers, g.n_heads)
+    prefixes = [PrefixCache.capture(model, batch, rows=request.budget) for batch in batches]
     for step in range(len(heads)):
         left = [head for head in heads if keep[head.layer, head.index]]
         candidates = keep.expand(len(left), -1, -1).clone()
         for k, head in enumerate(left):
             candidates[k, head.layer, head.index] = False
         total = torch.zeros(len(left), dtype=torch.float64)
-        for batch in batches:
+        for batch, prefix in zip(batches, prefixes, strict=True):
             labels = ablated_label_logits(
-                model, batch, candidates, means, request.positions, rows=request.budget
+                model,
+                batch,
+                candidates,
+                means,
+                request.positions,
+                prefix=prefix,
+                rows=request.budget,
             )
             total += margin(labels, batch.gold).double().sum(1).cpu()
         cheapest = left[int(total.argmax())]
@@ -220,6 +243,7 @@ def _rule_scorer(name: str, description: str) -> Scorer:
         mlps=True,
         by_position=True,
         direct=gradient,
+        cheap=gradient,
     )
 
 
@@ -232,7 +256,12 @@ SCORERS: dict[str, Scorer] = {
             "patterns and norm scales frozen, activations by secant, one backward",
         ),
         _rule_scorer("cdt-live", "patterns frozen, norm scales live, activations by difference"),
-        Scorer("hsu2024", "the published CD-T rules to the letter (GPT-2)", batch=_published),
+        Scorer(
+            "hsu2024",
+            "the published CD-T rules, implemented exactly (GPT-2)",
+            batch=_published,
+            only="GPT2LMHeadModel",
+        ),
         _rule_scorer("attribution", "gradient × deviation from the mean, nothing frozen"),
         Scorer(
             "midpoint",
@@ -241,6 +270,7 @@ SCORERS: dict[str, Scorer] = {
             mlps=True,
             by_position=True,
             joint=True,
+            cheap=True,
         ),
         Scorer(
             "integrated-gradients",
@@ -256,14 +286,17 @@ SCORERS: dict[str, Scorer] = {
             batch=_direct,
             mlps=True,
             by_position=True,
+            cheap=True,
         ),
         _rule_scorer("ablation", "exact mean ablation, one head at a time"),
         Scorer(
             "greedy",
             "backward elimination by exact mean ablation; scores are ranks (small models)",
             whole=_greedy,
+            unit="share of heads taken away before",
+            most_heads=64,
         ),
-        Scorer("random", "random numbers, as a control"),
+        Scorer("random", "random numbers, as a control", unit="random numbers", control=True),
     )
 }
 

@@ -26,8 +26,7 @@ def run_warnings(
     found: list[str] = []
     if (n := len(scores.example_ids)) < _FEW_EXAMPLES:
         found.append(f"Discovery used only {n} examples; rankings of so few are unstable.")
-    # Scores that are one and the same for all examples (greedy, random) have no halves to compare.
-    if n >= 4 and float(scores.per_example.std(0).max()) > 0:
+    if n >= 4 and not scores.whole:
         stability = scores.stability()
         if stability.reliability < _UNSTABLE:
             found.append(

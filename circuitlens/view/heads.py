@@ -44,7 +44,7 @@ def head_heatmap(
     """
     colours = look(mode)
     mean = scores.mean.numpy()
-    low, high = scores.interval().numpy()
+    low, high = scores.bounds().numpy()
     n_layers, n_heads = mean.shape
     _check_size(scores, circuit)
     rank = np.empty((n_layers, n_heads), dtype=int)
@@ -79,10 +79,14 @@ def head_heatmap(
         customdata=np.stack([names, low, high, rank, inside], axis=-1, dtype=object),
         hovertemplate=(
             "<b>%{customdata[0]}</b>%{customdata[4]}<br>relevance %{z:.4f}"
-            "<br>95 % interval %{customdata[1]:.4f} to %{customdata[2]:.4f}"
-            f"<br>rank %{{customdata[3]}} of {n_layers * n_heads}<extra></extra>"
+            + (
+                ""
+                if scores.whole
+                else "<br>95 % interval %{customdata[1]:.4f} to %{customdata[2]:.4f}"
+            )
+            + f"<br>rank %{{customdata[3]}} of {n_layers * n_heads}<extra></extra>"
         ),
-        colorbar=colour_bar("relevance (logits)"),
+        colorbar=colour_bar(f"relevance ({scores.unit})"),
     )
     for head in circuit or ():
         fig.add_shape(
@@ -140,7 +144,7 @@ def head_bars(
     ranks = {head: rank for rank, head in enumerate(ranking, start=1)}
     chosen = sorted(ranking, key=lambda h: -abs(float(mean[h.layer, h.index])))[:n]
     values = np.array([float(mean[h.layer, h.index]) for h in chosen])
-    bounds = scores.interval()
+    bounds = scores.bounds()
     low, high = np.array([bounds[:, h.layer, h.index].numpy() for h in chosen]).T
     inside = [circuit is None or h in circuit for h in chosen]
     negative, positive = colours.diverging[0][1], colours.diverging[-1][1]
@@ -154,7 +158,9 @@ def head_bars(
             "color": [s if i else colours.paper for s, i in zip(signs, inside, strict=True)],
             "line": {"color": signs, "width": 1.5},
         },
-        error_x={
+        error_x=None
+        if scores.whole
+        else {
             "type": "data",
             "symmetric": False,
             "array": high - values,
@@ -169,8 +175,12 @@ def head_bars(
         ],
         hovertemplate=(
             "<b>%{y}</b>%{customdata[3]}<br>relevance %{x:.4f}"
-            "<br>95 % interval %{customdata[0]:.4f} to %{customdata[1]:.4f}"
-            f"<br>rank %{{customdata[2]}} of {len(ranking)}<extra></extra>"
+            + (
+                ""
+                if scores.whole
+                else "<br>95 % interval %{customdata[0]:.4f} to %{customdata[1]:.4f}"
+            )
+            + f"<br>rank %{{customdata[2]}} of {len(ranking)}<extra></extra>"
         ),
         showlegend=False,
     )
@@ -179,7 +189,8 @@ def head_bars(
         if circuit is not None:
             marker = {"color": fill, "line": {"color": colours.quiet, "width": 1.5}}
             fig.add_bar(x=[None], y=[None], name=name, marker=marker)
-    fig.update_xaxes(title="relevance (logits), 95 % interval", nticks=6, zeroline=True)
+    spread = "" if scores.whole else ", 95 % interval"
+    fig.update_xaxes(title=f"relevance ({scores.unit}){spread}", nticks=6, zeroline=True)
     fig.update_yaxes(
         type="category",
         title={"text": f"{len(chosen)} of {len(ranking)} heads", "standoff": 8},
@@ -263,7 +274,7 @@ def head_positions(
         ygap=1,
         customdata=[words] * len(heads),
         hovertemplate="<b>%{y}</b> at %{customdata}<br>relevance %{z:.4f}<extra></extra>",
-        colorbar=colour_bar("relevance (logits)"),
+        colorbar=colour_bar(f"relevance ({scores.unit})"),
     )
     fig.update_yaxes(
         type="category",
@@ -347,6 +358,14 @@ def _check_size(scores: HeadScores, circuit: Circuit | None) -> None:
             f"The circuit is of a {circuit.n_layers} × {circuit.n_heads} model, but the scores are "
             f"of a {scores.n_layers} × {scores.n_heads} one."
         )
+
+
+def _interval(scores: HeadScores, column: int) -> str:
+    """A line of a hover text, with its bounds in two columns of the custom data."""
+    if scores.whole:
+        return ""
+    bounds = (f"%{{customdata[{k}]:.4f}}" for k in (column, column + 1))
+    return f"<br>95 % interval {' to '.join(bounds)}"
 
 
 def _check_count(n: int) -> None:

@@ -214,12 +214,13 @@ class View {
     const member = this.get("members").includes(head) ? ", in the circuit" : "";
     if (!grid) return { member, text: `${head}${member}: not scored yet` };
     const value = (name) => grid[name][layer][index];
-    const interval = [grid.low[layer][index], grid.high[layer][index]];
+    const interval = [grid.low?.[layer][index], grid.high?.[layer][index]];
     const total = this.facts.n_layers * this.facts.n_heads;
     const rank = `rank ${value("rank")} of ${total}`;
     return {
       member, grid, mean: value("mean"), interval, rank,
-      text: `${head}${member}: relevance ${num(value("mean"), 4)} (95 % interval ${range(interval, 4)}), ${rank}`,
+      text: `${head}${member}: relevance ${num(value("mean"), 4)}` +
+        `${grid.low ? ` (95 % interval ${range(interval, 4)})` : ""}, ${rank}`,
     };
   }
 }
