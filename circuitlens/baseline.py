@@ -26,10 +26,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitlens.errors import CompetenceError, InputError, check_choice
+from circuitlens.errors import CompetenceError, InputError, NotFiniteError, check_choice
 from circuitlens.models.batch import Batch, Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
+from circuitlens.nodes import MLP, Head, Node
 from circuitlens.tasks import Example, Task
 from circuitlens.tasks.evaluation import near_chance
 from circuitlens.tasks.examples import POOLS
@@ -106,7 +107,7 @@ class MeanBaseline:
             index is its last token), if those were asked for; where a label has no example as
             long as that, the mean over positions stands.
         mlp_by_position: the same of MLPs.
-        positions: ``"all"`` prompt positions but ``<s>``, or the ``"decision"`` position.
+        positions: ``"all"`` but the first, the ``"decision"`` position, or ``"all+first"``.
         example_ids: the correctly answered examples; discovery runs on these.
         n_per_label: how many there are for each label.
         accuracy: share of the examples tried that were answered correctly.
@@ -237,8 +238,9 @@ def label_balanced_mean(
     Args:
         model: competent in the task.
         task: gives pool A.
-        positions: average over ``"all"`` prompt positions but ``<s>`` (each example counts
-            once, whatever its length), or take the ``"decision"`` position only.
+        positions: average over ``"all"`` prompt positions but the first, which is an attention
+            sink with or without ``<s>`` (each example counts once, whatever its length); take the
+            ``"decision"`` position only; or average over ``"all+first"``, the sink included.
         pooling: one mean for all these positions, or one for each ``"position"``, counted from
             the decision (of use where prompts are aligned there, as templates are).
         examples: use these instead of pool A. Those of other pools of the task can be scored by
@@ -249,6 +251,7 @@ def label_balanced_mean(
 
     Raises:
         CompetenceError: if the accuracy is near chance.
+        NotFiniteError: if a mean is NaN or infinite, naming the head or MLP.
         InputError: for unknown positions or pooling; if there are no examples, or one has the id
             of another of the task; or if no example of a label is answered correctly, which is
             named.
@@ -292,6 +295,7 @@ def label_balanced_mean(
     g = model.geometry
     dtype = torch.promote_types(model.dtype, torch.float32)
     pooled, by_position = (means.to(dtype).cpu() for means in sums.means())
+    _check_finite(model, torch.cat([pooled[None], by_position]))
     # Heads and MLPs were laid side by side.
     split = [g.n_heads * g.d_head, g.d_model]
     heads, mlps = pooled.split(split, dim=-1)
@@ -354,6 +358,25 @@ def _node_outputs(
     ]
 
 
+def _check_finite(model: HookedModel, means: Float[Tensor, "mean layer node_outputs"]) -> None:
+    """Refuse means that are NaN or infinite.
+
+    Raises:
+        NotFiniteError: naming the lowest node that has one.
+    """
+    g = model.geometry
+    heads, mlps = (~means.isfinite()).any(0).split([g.n_heads * g.d_head, g.d_model], dim=-1)
+    found = heads.unflatten(-1, (g.n_heads, g.d_head)).any(-1).nonzero().tolist()
+    nodes: list[Node] = [Head(*index) for index in found]
+    nodes += [MLP(*index) for index in mlps.any(-1).nonzero().tolist()]
+    if nodes:
+        lowest = min(nodes, key=lambda node: node.layer)
+        raise NotFiniteError(
+            f"The mean of {lowest} of {model.name} is not finite: load the model with dtype "
+            f"float32 if {model.dtype} overflows, or go back to weights that have not diverged."
+        )
+
+
 class _Sums:
     """Running sums of node outputs, label by label, over positions and (if wanted) at each."""
 
@@ -374,18 +397,20 @@ class _Sums:
         right: Bool[Tensor, " batch"],
     ) -> None:
         """Count the examples that were answered right, at the positions of ``mask``."""
-        gold, chosen = gold[right], mask[right].double()
+        gold, mask = gold[right], mask[right]
+        chosen = mask.double()
         weights = chosen / chosen.sum(-1, keepdim=True)
         self.examples.index_add_(0, gold, torch.ones_like(gold, dtype=torch.float64))
         first = self.at.shape[1] - mask.shape[1]
         if self.at.shape[1]:
             self.reach[:, first:].index_add_(0, gold, chosen)
         for layer, output in enumerate(outputs):
-            values = output[right].double()
+            # Some models give NaN in the padding, and NaN · 0 is NaN.
+            values = torch.where(mask[..., None], output[right].double(), 0.0)
             mean = torch.einsum("bpn,bp->bn", values, weights)
             self.pooled[:, layer].index_add_(0, gold, mean)
             if self.at.shape[1]:
-                self.at[:, first:, layer].index_add_(0, gold, values * chosen[..., None])
+                self.at[:, first:, layer].index_add_(0, gold, values)
 
     def means(
         self,

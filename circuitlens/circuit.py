@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -79,6 +79,12 @@ class Circuit:
 
     def __contains__(self, head: object) -> bool:
         return (_head(head) if isinstance(head, Sequence) else head) in self.heads
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise InputError(
+            f"A circuit is a set, so there is no circuit[{key!r}]: take circuit.heads[{key!r}], or "
+            "ask whether 'a3.h5' in circuit."
+        )
 
     def __repr__(self) -> str:
         names = ", ".join(map(str, self.heads))
@@ -238,7 +244,8 @@ class Circuit:
         rows = [{"head": str(h), "layer": h.layer, "index": h.index} for h in self.heads]
         frame = pd.DataFrame(rows, columns=["head", "layer", "index"])
         if self.levels:
-            frame["level"] = [self.levels[head] for head in self.heads]
+            # A head that was added by hand has none.
+            frame["level"] = pd.array([self.levels.get(h) for h in self.heads], dtype="Int64")
         return frame
 
     def edge_frame(self) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import circuitlens as cl
+from circuitlens import baseline
 from circuitlens.scoring.scorers import Request, scorer
 from circuitlens.tasks import toy
 
@@ -223,3 +224,60 @@ def test_means_of_nothing_and_misspelt_choices_are_refused(toy_proxy, toy_task, 
     for misspelt, known in (({"positions": "last"}, "all, decision"), ({"pooling": "p"}, "pooled")):
         with pytest.raises(cl.InputError, match=f"is unknown: choose one of {known}"):
             take(toy_proxy, toy_task, **misspelt)
+
+
+def changed_outputs(monkeypatch, change):
+    """Let ``change(layer, outputs, batch)`` edit the node outputs that means are taken of."""
+    original = baseline._node_outputs
+
+    def outputs(model, batch):
+        logits, found = original(model, batch)
+        return logits, [change(layer, output, batch) for layer, output in enumerate(found)]
+
+    monkeypatch.setattr(baseline, "_node_outputs", outputs)
+
+
+@pytest.mark.parametrize("pooling", ["pooled", "position"])
+def test_nan_in_the_padding_reaches_no_mean(monkeypatch, pooling):
+    model, task = toy.toy_model(n_layers=1), cl.load_task("toy")
+    options = {"examples": task["pool_a"][:60], "pooling": pooling, "allow_chance": True}
+    everything_right(monkeypatch)
+    clean = cl.label_balanced_mean(model, task, **options)
+    changed_outputs(
+        monkeypatch,
+        lambda _, output, batch: output.masked_fill(
+            batch.attention_mask[..., None] == 0, torch.nan
+        ),
+    )
+    found = cl.label_balanced_mean(model, task, **options)
+    assert torch.equal(found.means().heads, clean.means().heads)
+    assert torch.equal(found.means().mlps, clean.means().mlps)
+
+
+@pytest.mark.parametrize("pooling", ["pooled", "position"])
+def test_a_mean_that_is_not_finite_is_named(monkeypatch, pooling):
+    model, task = toy.toy_model(n_layers=2), cl.load_task("toy")
+    everything_right(monkeypatch)
+    d_head = model.geometry.d_head
+
+    def overflow(layer, output, batch):
+        if layer == 1:
+            output[0, -1, 3 * d_head] = torch.inf
+        return output
+
+    changed_outputs(monkeypatch, overflow)
+    with pytest.raises(cl.NotFiniteError, match=r"mean of a1\.h3 .* dtype float32"):
+        cl.label_balanced_mean(
+            model, task, examples=task["pool_a"][:60], pooling=pooling, allow_chance=True
+        )
+
+
+def everything_right(monkeypatch):
+    """Let an untrained model answer every example rightly."""
+    original = baseline._node_outputs
+
+    def outputs(model, batch):
+        logits, found = original(model, batch)
+        return torch.nn.functional.one_hot(batch.gold, logits.shape[1]).to(logits), found
+
+    monkeypatch.setattr(baseline, "_node_outputs", outputs)

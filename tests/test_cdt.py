@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from frozen_oracle import Frozen
-from helpers import ALL, batch_of, loaded, row, tiny
+from helpers import ALL, batch_of, loaded, prompts, row, tiny
 
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
+from circuitlens.cdt.gradient import project
 from circuitlens.models.batch import Batch, task_margin
 from circuitlens.utils.row_budget import RowBudget
 
@@ -51,7 +52,7 @@ def test_relevance_is_that_of_the_frozen_network_written_out(name, positions, ru
             freeze_scales=rules.freeze_scales,
             linear=rules.activation == "secant",
         )
-        first = 0 if positions == "all" else batch.input_ids.shape[1] - 1
+        first = 1 if positions == "all" else batch.input_ids.shape[1] - 1
         clean = task_margin(oracle.logits[None], batch)
         expected = torch.stack(
             [
@@ -70,7 +71,7 @@ def test_relevance_is_that_of_the_frozen_network_written_out(name, positions, ru
 def test_ablation_is_a_full_forward_with_the_mean_put_in():
     model = cl.load(tiny("gemma2"))
     batch, mean = batch_of(model, 8, 5), means(model)
-    found = score(model, batch, mean, "ablation")
+    found = score(model, batch, mean, "ablation", positions="all+first")
     for index in range(2):
         alone = row(batch, index)
         for layer, head in ((0, 1), (2, 3)):
@@ -91,7 +92,7 @@ def test_ablation_is_a_full_forward_with_the_mean_put_in():
 def test_attribution_is_the_slope_of_the_margin():
     model = cl.load(tiny("gpt2"))
     batch, mean = batch_of(model, 6), means(model)
-    found = score(model, batch, mean, "attribution")[0]
+    found = score(model, batch, mean, "attribution", positions="all+first")[0]
     step = 1e-5
     for layer, head in ((0, 0), (1, 3), (2, 2)):
         margins = []
@@ -144,15 +145,35 @@ def test_frozen_patterns_matter_in_every_family():
             torch.testing.assert_close(frozen[:, 2], live[:, 2], rtol=1e-4, atol=1e-5)
 
 
-def test_the_prefix_deviates_from_nothing():
+def test_the_first_token_deviates_from_nothing_unless_asked_to():
+    """It is an attention sink, whether the tokenizer puts ``<s>`` there or not."""
     model = cl.load(tiny("qwen2"))
     batch, mean = batch_of(model, 6), means(model)
-    prefixed = replace(batch, n_prefix=1)
-    assert prefixed.mask("all")[0].tolist() == [False] + [True] * 5
-    assert prefixed.mask("decision")[0].tolist() == [False] * 5 + [True]
+    for n_prefix in (0, 1):
+        prefixed = replace(batch, n_prefix=n_prefix)
+        assert prefixed.mask("all")[0].tolist() == [False] + [True] * 5
+        assert prefixed.mask("all+first")[0].all()
+        assert prefixed.mask("decision")[0].tolist() == [False] * 5 + [True]
     for method in RULES:
-        difference = score(model, batch, mean, method) - score(model, prefixed, mean, method)
-        assert difference.abs().max() > 1e-6
+        with_it = score(model, batch, mean, method, positions="all+first")
+        assert (score(model, batch, mean, method) - with_it).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("n_prefix", [0, 1, 2])
+def test_the_first_token_is_found_behind_padding(n_prefix):
+    batch = prompts(7, 4, 3, n_prefix=n_prefix)
+    for positions in ("all", "all+first", "decision"):
+        mask = batch.mask(positions)
+        for index, length in enumerate((7, 4, 3)):
+            alone = row(batch, index).mask(positions)[0]
+            assert mask[index].tolist() == [False] * (7 - length) + alone.tolist()
+            if positions == "all":
+                assert alone.tolist() == [k >= max(n_prefix, 1) for k in range(length)]
+
+
+def test_a_prompt_of_one_token_keeps_the_position_of_its_answer():
+    batch = prompts(3, 1)
+    assert batch.mask("all").tolist() == [[False, True, True], [False, False, True]]
 
 
 def test_scoring_leaves_the_weights_trainable_and_without_gradients():
@@ -170,3 +191,26 @@ def test_bfloat16_scores_are_close_to_float32():
     assert found.dtype == torch.float32
     correlation = torch.corrcoef(torch.stack([exact.flatten(), found.flatten()]))[0, 1]
     assert correlation > 0.99
+
+
+def test_nan_in_the_padding_reaches_no_relevance():
+    model, batch = loaded("qwen2"), batch_of(loaded("qwen2"), 6, 4)
+    g, where = model.geometry, batch.mask("all")
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(*size: int) -> torch.Tensor:
+        return torch.randn(*batch.input_ids.shape, *size, generator=generator)
+
+    names = {model.z_hook(layer): (g.n_heads, g.d_head) for layer in range(g.n_layers)}
+    names |= {model.mlp_hook(layer): (g.d_model,) for layer in range(g.n_layers)}
+    outputs, slopes = ({n: made_up(*size) for n, size in names.items()} for _ in range(2))
+    mean = NodeMeans.pooled(means(model), torch.zeros(g.n_layers, g.d_model))
+    clean = project(model, outputs, slopes, mean, where, True, True)
+    padding = batch.attention_mask == 0
+    for values in (outputs, slopes):
+        for value in values.values():
+            value[padding] = torch.nan
+    found = project(model, outputs, slopes, mean, where, True, True)
+    assert torch.equal(found.heads, clean.heads)
+    assert torch.equal(found.mlps, clean.mlps)
+    assert torch.equal(found.by_position, clean.by_position)

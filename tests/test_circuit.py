@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import circuitlens as cl
 from circuitlens import Circuit, Head, HeadScores
+from circuitlens.scoring.head_scores import head_count
 from circuitlens.utils.provenance import Provenance
 
 quick = settings(max_examples=80, deadline=None)
@@ -403,3 +404,21 @@ def test_scores_in_html_name_method_and_task_safely():
     assert "&lt;mine&gt; on task/language" in page
     assert "2 examples" in page
     assert page.index("a1.h1") < page.index("a0.h2")
+
+
+def test_heads_without_a_level_have_none_in_the_frame():
+    heads = (cl.Head(0, 0), cl.Head(1, 1))
+    frame = Circuit(heads, 2, 2, levels={cl.Head(1, 1): 1}).to_frame()
+    assert frame["level"].isna().tolist() == [True, False]
+    assert frame["level"].tolist()[1] == 1
+
+
+def test_a_circuit_has_no_places():
+    with pytest.raises(cl.InputError, match=r"no circuit\[0\]: take circuit.heads\[0\]"):
+        _ = Circuit((cl.Head(0, 0),), 1, 1)[0]
+
+
+@pytest.mark.parametrize("size", [True, np.True_, "8", None])
+def test_a_size_is_a_number(size):
+    with pytest.raises(cl.InputError, match="A size is a number of heads or a share"):
+        inspect.unwrap(head_count)(size, 8)

@@ -449,3 +449,43 @@ def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
             scorer(cl.RuleSet(name, True, False, "secant"))
     assert scorer(replace(RULES["cdt"])) is scorer("cdt")
     assert scorer(replace(RULES["cdt"], name="mine", freeze_scales=False)).name == "mine"
+
+
+@pytest.mark.parametrize("rules", ["cdt", "live"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_every_hook_of_a_block_is_decomposed_or_refused(name, rules):
+    """Where it is computed, β is the clean activation minus the patched one."""
+    chosen = RULES["cdt"]
+    if rules == "live":
+        chosen = replace(chosen, name="live", freeze_patterns=False, freeze_scales=False)
+    model = loaded(name)
+    means = node_means(model)
+    tokens = batch_of(model, 5).input_ids
+    g = model.geometry
+    stacked = means.heads.expand(-1, 5, -1, -1)
+    source = [[(cl.Head(0, 1), None)]]
+    inside = [n for n in model.bridge.hook_dict if n.startswith("blocks.0.") and "hook" in n]
+    done, refused, silent = [], [], []
+    for hook in inside:
+        try:
+            cl.decompose(model, tokens, source, stacked, chosen, hooks=[hook]).check()
+        except (ValueError, cl.UnsupportedModelError) as error:
+            if "Cannot add hook" in str(error):
+                continue  # TransformerLens wants a switch for these
+            held = "holds attention patterns at the clean run" in str(error)
+            (refused if held else silent).append((hook, str(error)))
+        else:
+            done.append(hook)
+    assert all("did not fire" in message for _, message in silent)
+    refused, silent = ([hook for hook, _ in found] for found in (refused, silent))
+    for part in ("attn.hook_out", "attn.v.hook_out", "attn.o.hook_in", "hook_out", "mlp.hook_out"):
+        assert f"blocks.0.{part}" in done, part
+    assert bool(refused) == (rules == "cdt")
+    patterns = [n for n in inside if n.endswith((".hook_pattern", ".hook_attn_scores"))]
+    assert patterns
+    assert set(patterns) <= set(refused if rules == "cdt" else done + silent)
+    # What does not fire does not in the plain model either.
+    for hook in silent:
+        with pytest.raises(cl.UnsupportedModelError, match="did not fire"):
+            model.logits(model.unlabelled(tokens), {hook: lambda x: None})
+    assert g.n_layers == 3

@@ -530,7 +530,9 @@ def test_without_a_beginning_token_the_prompt_has_no_prefix():
     assert encoded.readout.tokens == (4, 5)
     batch = encoded.batch([0, 1])
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert batch.mask("all").equal(batch.attention_mask.bool())
+    # The first token is the attention sink all the same.
+    assert batch.mask("all").tolist() == [[False, True, True], [False, False, True]]
+    assert batch.mask("all+first").equal(batch.attention_mask.bool())
 
 
 def test_a_label_word_of_two_tokens_is_an_error_that_shows_the_pieces():

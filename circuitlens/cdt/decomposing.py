@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -28,6 +29,11 @@ from circuitlens.nodes import MLP, Head
 from circuitlens.utils.row_budget import RowBudget
 
 __all__ = ["decompose"]
+
+# Hooks at queries, keys, scores and patterns.
+_PATTERNS = re.compile(
+    r"\.(q|k|q_norm|k_norm)\.|\.hook_(q|k|q_input|k_input|rot_q|rot_k|attn_scores|pattern)$"
+)
 
 
 @torch.no_grad()
@@ -73,8 +79,8 @@ def decompose(
 
     Raises:
         InputError: if the rules are unknown, the model lacks a head, position, token or hook, the
-            means have another shape than the nodes' outputs or are of another model, or an MLP is
-            a source without means of MLPs.
+            means have another shape than the nodes' outputs or are of another model, an MLP is a
+            source without means of MLPs, or a hook lies where the rules hold the clean run.
         UnsupportedModelError: if the published rules do not know the model's maps.
     """
     if not isinstance(rules, RuleSet):
@@ -154,6 +160,11 @@ def _frozen(
     names = _default_hooks(model) if hooks == "all" else tuple(hooks)
     if unknown := [name for name in names if name not in model.bridge.hook_dict]:
         raise InputError(f"{type(model.hf).__name__} has no hook {unknown[0]!r} to decompose.")
+    if rules.freeze_patterns and (held := [name for name in names if _PATTERNS.search(name)]):
+        raise InputError(
+            f"{rules.name} holds attention patterns at the clean run, so nothing at {held[0]!r} is "
+            "relevant: leave that hook out, or use rules with live patterns."
+        )
 
     reach = torch.zeros(n_rows, n_pos, dtype=torch.bool, device=model.device)
     for _, position in (site for s in sets for site in s):

@@ -146,7 +146,8 @@ class FrozenNetwork:
         copies = self.batch.repeat(times)
         residual = self._point.residuals[layer].repeat(times, 1, 1)
         # What enters the lowest layer is clean, so its heads' outputs are known.
-        z = self._point.z[layer].repeat(times, 1, 1, 1) if self.model.takes_z else None
+        known = self.model.takes_z and not any(_inside_attention(n, layer) for n in self._record)
+        z = self._point.z[layer].repeat(times, 1, 1, 1) if known else None
         hooks = self._point.hooks(from_layer=layer, times=times, given_z=z is not None)
         if layer == 0:
             # No block lies below that could hand the residual stream on.
@@ -185,6 +186,13 @@ class FrozenNetwork:
             mean = partial(means.of_mlp, layer)
             hooks[self.model.mlp_hook(layer)] = _put(chosen.flatten(0, 1), mean)
         return hooks
+
+
+def _inside_attention(name: str, layer: int) -> bool:
+    """Whether a hook lies where nothing is computed when heads' outputs are given."""
+    block = f"blocks.{layer}."
+    outside = ("attn.o.", "mlp", "ln2", "hook_in", "hook_out", "hook_mlp", "hook_resid")
+    return name.startswith(block) and not name.removeprefix(block).startswith(outside)
 
 
 def _put(where: Tensor, mean: Callable[[Tensor], Tensor]) -> Hook:
@@ -243,5 +251,5 @@ def relevance_by_difference(
         columns = where.any(0).nonzero()[:, 0]
         at[:, columns] = found.unflatten(1, (len(columns), g.n_layers, g.n_heads))
         # Where a prompt has padding, nothing was patched and what is left is rounding.
-        at *= where[:, :, None, None]
+        at = torch.where(where[:, :, None, None], at, 0.0)
     return Relevances(heads.unflatten(1, (g.n_layers, g.n_heads)), of_mlps, at)

@@ -175,15 +175,20 @@ def project(
 ) -> Relevances:
     """Project the nodes' deviations from their means on gradients, and sum over positions."""
     at, of_mlps = [], []
+
+    def products(output: Tensor, mean: Tensor, slope: Tensor) -> Tensor:
+        # bf16 models: the products are summed in float32, as all statistics are.
+        terms = at_least_float32(output - mean) * at_least_float32(slope)
+        chosen = where.reshape(*where.shape, *[1] * (terms.ndim - 3))
+        # Some models give NaN in the padding, and NaN · 0 is NaN.
+        return torch.where(chosen, terms.sum(-1), 0.0)
+
     for layer in range(model.geometry.n_layers):
         z, slope = outputs[model.z_hook(layer)], gradients[model.z_hook(layer)]
-        # bf16 models: the products are summed in float32, as all statistics are.
-        deviation = at_least_float32(z - means.of_heads(layer, z))
-        at.append((deviation * at_least_float32(slope)).sum(-1) * where[..., None])
+        at.append(products(z, means.of_heads(layer, z), slope))
         if mlps:
             out, slope = outputs[model.mlp_hook(layer)], gradients[model.mlp_hook(layer)]
-            deviation = at_least_float32(out - means.of_mlp(layer, out))
-            of_mlps.append(((deviation * at_least_float32(slope)).sum(-1) * where).sum(-1))
+            of_mlps.append(products(out, means.of_mlp(layer, out), slope).sum(-1))
     heads = torch.stack(at, dim=2)
     return Relevances(
         heads.sum(1),

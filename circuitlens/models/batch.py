@@ -31,7 +31,7 @@ __all__ = [
     "task_margin",
 ]
 
-Positions = Literal["all", "decision"]
+Positions = Literal["all", "decision", "all+first"]
 
 
 class Views(ABC):
@@ -215,16 +215,22 @@ class Batch:
     def mask(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """Positions that a source or a mean speaks of.
 
-        ``"all"`` is every prompt token but ``<s>`` in front, where the attention sink sits (its
-        activations are the same for every prompt), and what stands behind the text.
+        ``"all"`` is every prompt token but the first, where the attention sink sits, be it ``<s>``
+        or, in models without one, the first token of the text; and but what stands in front of the
+        text or behind it. A first token at which the answer is read is in. ``"all+first"`` is these
+        and what they leave out in front. ``"decision"`` is where the answer is read.
 
         Raises:
             InputError: for other positions than these.
         """
         check_choice("positions", positions, get_args(Positions))
+        decision = self.readout.where(self)
         if positions == "decision":
-            return self.readout.where(self)
-        chosen = (self.attention_mask.cumsum(-1) > self.n_prefix) & self.attention_mask.bool()
+            return decision
+        chosen = self.attention_mask.bool()
+        if positions == "all":
+            in_front = self.attention_mask.cumsum(-1) <= max(self.n_prefix, 1)
+            chosen = chosen & (~in_front | decision)
         chosen[:, chosen.shape[1] - self.n_suffix :] = False
         return chosen
 

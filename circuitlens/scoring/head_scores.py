@@ -357,6 +357,8 @@ def head_count(size: int | float | np.integer, total: int) -> int:
     Raises:
         InputError: if the model has not as many, or the share is not between 0 and 1.
     """
+    if isinstance(size, bool | np.bool_) or not isinstance(size, int | float | np.number):
+        raise InputError(f"A size is a number of heads or a share of them, but is {size!r}.")
     if isinstance(size, int | np.integer):
         count = int(size)
     elif 0 < size <= 1:
