@@ -22,7 +22,7 @@ from circuitlens.cdt.decomposition import (
 from circuitlens.cdt.difference import FrozenNetwork, Source
 from circuitlens.cdt.hsu2024 import decompose_published
 from circuitlens.cdt.rules import RULES, RuleSet
-from circuitlens.errors import InputError, check_choice
+from circuitlens.errors import CircuitLensError, InputError, check_choice
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
 from circuitlens.nodes import MLP, Head
@@ -30,9 +30,9 @@ from circuitlens.utils.row_budget import RowBudget
 
 __all__ = ["decompose"]
 
-# Hooks at queries, keys, scores and patterns.
-_PATTERNS = re.compile(
-    r"\.(q|k|q_norm|k_norm)\.|\.hook_(q|k|q_input|k_input|rot_q|rot_k|attn_scores|pattern)$"
+# What makes attention patterns, from queries and keys on.
+_MAKES_PATTERNS = re.compile(
+    r"\.attn\.([qk](_norm)?\.hook_\w+|qkv\.hook_out|hook_(rot_)?[qk]|hook_attn_scores|hook_pattern)$"
 )
 
 
@@ -71,16 +71,17 @@ def decompose(
         mlp_means: mean output of every MLP at every position, in the place of a baseline's.
         hooks: names of hooks whose activations are decomposed too (rule sets only); ``"all"`` is
             the residual stream entering each layer, z, what attention and MLPs write, activations,
-            and the input of the head.
+            and the input of the head. Queries, keys, scores and patterns have no β if patterns are
+            frozen.
         batch_size: rows (one prompt under one source set) that are computed at once; sets memory,
             not the result. With a rule set it halves, with a line in the log, when memory runs
             out.
         quiet: no progress bar.
 
     Raises:
-        InputError: if the rules are unknown, the model lacks a head, position, token or hook, the
-            means have another shape than the nodes' outputs or are of another model, an MLP is a
-            source without means of MLPs, or a hook lies where the rules hold the clean run.
+        InputError: if the rules are unknown, the model lacks a head, position, token or hook, a
+            hook lies on the way to frozen patterns, the means have another shape than the nodes'
+            outputs or are of another model, or an MLP is a source without means of MLPs.
         UnsupportedModelError: if the published rules do not know the model's maps.
     """
     if not isinstance(rules, RuleSet):
@@ -160,10 +161,11 @@ def _frozen(
     names = _default_hooks(model) if hooks == "all" else tuple(hooks)
     if unknown := [name for name in names if name not in model.bridge.hook_dict]:
         raise InputError(f"{type(model.hf).__name__} has no hook {unknown[0]!r} to decompose.")
-    if rules.freeze_patterns and (held := [name for name in names if _PATTERNS.search(name)]):
+    if rules.freeze_patterns and (held := [n for n in names if _MAKES_PATTERNS.search(n)]):
         raise InputError(
-            f"{rules.name} holds attention patterns at the clean run, so nothing at {held[0]!r} is "
-            "relevant: leave that hook out, or use rules with live patterns."
+            f"The rule set {rules.name!r} freezes attention patterns, so nothing is relevant at "
+            f"the hook {held[0]!r}, which only makes them: leave it out, or choose rules that "
+            "freeze no patterns, such as 'ablation'."
         )
 
     reach = torch.zeros(n_rows, n_pos, dtype=torch.bool, device=model.device)
@@ -174,15 +176,25 @@ def _frozen(
     record = dict.fromkeys(names, _whole)
     for head, _ in sites:
         record.setdefault(model.z_hook(head.layer), _whole)
-    network = FrozenNetwork(
-        model,
-        batch,
-        rules,
-        # A column that is not computed has no activations to show.
-        reach=None if names else reach,
-        record=record,
-        whole_vocabulary=True,
-    )
+    try:
+        network = FrozenNetwork(
+            model,
+            batch,
+            rules,
+            # A column that is not computed has no activations to show.
+            reach=None if names else reach,
+            record=record,
+            whole_vocabulary=True,
+        )
+    except ValueError as error:
+        # TransformerLens has some hooks only after a setting that changes how it computes.
+        if isinstance(error, CircuitLensError) or "Cannot add hook" not in str(error):
+            raise
+        name = next((n for n in names if n in str(error)), names[0])
+        raise InputError(
+            f"{type(model.hf).__name__} does not compute what the hook {name!r} shows: leave it "
+            "out."
+        ) from error
     masks = [[_source(node, position, reach) for node, position in s] for s in sets]
     logits, recorded = network.patched(masks, node_means, budget)
     total = network.labels.expand(len(sets), -1, -1)

@@ -145,7 +145,8 @@ class FrozenNetwork:
     ) -> Float[Tensor, "row label"]:
         copies = self.batch.repeat(times)
         residual = self._point.residuals[layer].repeat(times, 1, 1)
-        # What enters the lowest layer is clean, so its heads' outputs are known.
+        # What enters the lowest layer is clean, so its heads' outputs are known; but the attention
+        # has to run for what is recorded inside it.
         known = self.model.takes_z and not any(_inside_attention(n, layer) for n in self._record)
         z = self._point.z[layer].repeat(times, 1, 1, 1) if known else None
         hooks = self._point.hooks(from_layer=layer, times=times, given_z=z is not None)
@@ -189,10 +190,11 @@ class FrozenNetwork:
 
 
 def _inside_attention(name: str, layer: int) -> bool:
-    """Whether a hook lies where nothing is computed when heads' outputs are given."""
-    block = f"blocks.{layer}."
-    outside = ("attn.o.", "mlp", "ln2", "hook_in", "hook_out", "hook_mlp", "hook_resid")
-    return name.startswith(block) and not name.removeprefix(block).startswith(outside)
+    """Whether a hook does not fire if the layer's attention is given z."""
+    inside = f"blocks.{layer}.attn."
+    if name == f"blocks.{layer}.hook_attn_out":
+        return True
+    return name.startswith(inside) and not name.startswith((f"{inside}o.", f"{inside}hook_z"))
 
 
 def _put(where: Tensor, mean: Callable[[Tensor], Tensor]) -> Hook:

@@ -260,4 +260,4 @@ def _direction(
     deviation = at_least_float32(z - mean)
     size = deviation.norm(dim=-1, keepdim=True)
     unit: Tensor = deviation / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return unit * where[..., None]
+    return torch.where(where[..., None], unit, 0.0)
