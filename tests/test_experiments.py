@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.adapt.options import TRANSFER
 from circuitlens.cli import app
-from circuitlens.experiments import grid
+from circuitlens.experiments import cells, grid
 from circuitlens.experiments.paired import bootstrap_difference
 from circuitlens.run_folder import RunFolder
 from circuitlens.run_settings import RunSettings
@@ -280,12 +283,13 @@ def fake(monkeypatch):
     """Transfers that take no time; returns the list of those that were begun."""
     begun: list[tuple[str, str, int]] = []
 
-    def transfer(model, circuit, task, *, strategy, seed, **options):
+    def transfer(model, circuit, task, *, strategy, training, **options):
+        seed = training.seed
         begun.append((task.language, strategy, seed))
         cell = made(task.language, strategy, 7, draw(20, 0.5, f"{strategy}{seed}"))
         return SimpleNamespace(to_dict=lambda: cell)
 
-    monkeypatch.setattr(grid, "transfer", transfer)
+    monkeypatch.setattr(cells, "transfer", transfer)
     return begun
 
 
@@ -402,15 +406,15 @@ def test_numpy_numbers_are_numbers(parts, fake, tmp_path):
 
 
 def test_another_process_may_add_languages_meanwhile(parts, fake, tmp_path, monkeypatch):
-    out, works = tmp_path / "grid", grid.transfer
+    out, works = tmp_path / "grid", cells.transfer
     options = {**FAST, "strategies": ["norms"], "seeds": [0], "out": out}
 
     def beside(*arguments, **settings):
-        monkeypatch.setattr(grid, "transfer", works)
+        monkeypatch.setattr(cells, "transfer", works)
         cl.compare(*parts, ["far"], **options)
         return works(*arguments, **settings)
 
-    monkeypatch.setattr(grid, "transfer", beside)
+    monkeypatch.setattr(cells, "transfer", beside)
     found = cl.compare(*parts, ["near"], **options)
     assert [cell["target_language"] for cell in found.cells] == ["near"]
     assert cl.Comparison.load(out).languages == ("near", "far")
@@ -418,15 +422,15 @@ def test_another_process_may_add_languages_meanwhile(parts, fake, tmp_path, monk
 
 def test_a_failure_is_recorded_and_tried_again(parts, fake, tmp_path, monkeypatch):
     out = tmp_path / "grid"
-    works = grid.transfer
+    works = cells.transfer
 
-    def fails(*arguments, strategy, seed, **options):
-        if (strategy, seed) == ("norms", 0):
+    def fails(*arguments, strategy, training, **options):
+        if (strategy, training.seed) == ("norms", 0):
             raise RuntimeError("no memory left")
-        return works(*arguments, strategy=strategy, seed=seed, **options)
+        return works(*arguments, strategy=strategy, training=training, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid, "transfer", fails)
+        patch.setattr(cells, "transfer", fails)
         partial = cl.compare(*parts, ["near"], **GRID, out=out, **FAST)
     error = {
         "language": "near", "strategy": "norms", "seed": 0,
@@ -457,7 +461,7 @@ def test_a_strategy_that_breaks_leaves_the_others(parts, monkeypatch):
 
 def test_numbers_that_are_not_finite_are_a_failure(parts, monkeypatch, tmp_path):
     cell = made("near", "norms", 0, [1, 0], seconds=float("nan"))
-    monkeypatch.setattr(grid, "transfer", lambda *_, **__: SimpleNamespace(to_dict=lambda: cell))
+    monkeypatch.setattr(cells, "transfer", lambda *_, **__: SimpleNamespace(to_dict=lambda: cell))
     options = {"strategies": ["norms"], "seeds": [0], **FAST}
     for out in (None, tmp_path / "grid"):
         found = cl.compare(*parts, ["near"], out=out, **options)
@@ -467,7 +471,7 @@ def test_numbers_that_are_not_finite_are_a_failure(parts, monkeypatch, tmp_path)
 
 def test_an_interrupt_is_no_failure(parts, fake, tmp_path, monkeypatch):
     out = tmp_path / "grid"
-    works = grid.transfer
+    works = cells.transfer
 
     def interrupted(*arguments, **options):
         if len(fake) == 2:
@@ -475,10 +479,10 @@ def test_an_interrupt_is_no_failure(parts, fake, tmp_path, monkeypatch):
         return works(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid, "transfer", interrupted)
+        patch.setattr(cells, "transfer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cl.compare(*parts, ["near"], **GRID, out=out, **FAST)
-    files = sorted(p.name for p in out.rglob("*") if p.is_file())
+    files = sorted(p.name for p in out.rglob("*") if p.is_file() and p.suffix != ".lock")
     assert files == ["grid.json", "seed-0.json", "seed-1.json"]
     cl.compare(*parts, ["near"], **GRID, out=out, **FAST)
     assert len(fake) == 4
@@ -515,23 +519,145 @@ def test_a_killed_grid_goes_on_to_the_same_numbers(parts, whole, tmp_path, monke
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    cells = sorted((out / "cells").glob("*/*/*.json"))
-    assert [p.name for p in cells] == ["seed-0.json", "seed-1.json"]
-    for path in cells:
+    written = sorted((out / "cells").glob("*/*/*.json"))
+    assert [p.name for p in written] == ["seed-0.json", "seed-1.json"]
+    for path in written:
         assert json.loads(path.read_text())["strategy"] == "random"
     begun = []
-    works = grid.transfer
+    works = cells.transfer
 
     def counted(*arguments, **options):
-        begun.append((options["strategy"], options["seed"]))
+        begun.append((options["strategy"], options["training"].seed))
         return works(*arguments, **options)
 
-    monkeypatch.setattr(grid, "transfer", counted)
+    monkeypatch.setattr(cells, "transfer", counted)
     found = cl.compare(*parts, ["near"], **GRID, **FAST, out=out)
     assert begun == [("norms", 0), ("norms", 1)]
     pd.testing.assert_frame_equal(numbers(found), numbers(whole))
     right = [[c["target_right"] for c in comparison.cells] for comparison in (found, whole)]
     assert right[0] == right[1]
+
+
+# -- other processes ---------------------------------------------------------------------------
+
+
+def spawned(n: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))
+
+
+def test_cells_run_by_other_processes_are_the_same_to_the_bit(parts, tmp_path):
+    options = {"strategies": ["circuit", "random"], "seeds": [1], **FAST, "epochs": 2}
+    here = cl.compare(*parts, ["near"], **options, out=tmp_path / "here")
+    with spawned(2) as executor:
+        there = cl.compare(*parts, ["near"], **options, out=tmp_path / "there", executor=executor)
+    assert not there.errors
+    kept = [[{**c, "seconds": 0, "peak_mib": 0} for c in found.cells] for found in (here, there)]
+    assert kept[0] == kept[1]
+    assert cl.Comparison.load(tmp_path / "there") == there
+    # The model was there for the processes only.
+    names = {p.name for p in (tmp_path / "there").iterdir()}
+    assert not [name for name in names if name.startswith(".model")]
+
+
+class Here(Executor):
+    """Runs what is submitted at once, with a copy as a process would have it."""
+
+    def __init__(self):
+        self.specs = []
+
+    def submit(self, function, /, *arguments, **options):
+        future: Future = Future()
+        self.specs.append(pickle.loads(pickle.dumps(arguments[0])))
+        try:
+            future.set_result(function(*self.specs[-1:], **options))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_cell_is_a_small_specification(parts, fake):
+    executor = Here()
+    found = cl.compare(*parts, ["near", "far"], **GRID, **FAST, executor=executor)
+    assert len(found.cells) == len(fake) == len(executor.specs) == 8
+    weights = sum(p.numel() * p.element_size() for p in parts[0].hf.parameters())
+    spec = executor.specs[0]
+    assert isinstance(spec.model, cells.ModelReference)
+    assert spec.model.fingerprint == parts[0].fingerprint()
+    task = len(pickle.dumps(spec.task))
+    assert len(pickle.dumps(spec)) - task < min(20_000, weights)
+
+
+def test_a_model_that_is_another_one_in_its_folder_is_refused(parts, tmp_path):
+    reference = cells.ModelReference.save(parts[0], tmp_path / "m")
+    assert reference.open().fingerprint() == parts[0].fingerprint()
+    assert reference.open() is reference.open()
+    other = replace(reference, fingerprint="other")
+    with pytest.raises(cl.InputError, match=r"is another model .*compare without an executor"):
+        other.open()
+
+
+def test_a_failure_in_another_process_is_recorded(parts, fake, monkeypatch):
+    works = cells.transfer
+
+    def fails(*arguments, strategy, **options):
+        if strategy == "norms":
+            raise RuntimeError("no luck")
+        return works(*arguments, strategy=strategy, **options)
+
+    monkeypatch.setattr(cells, "transfer", fails)
+    found = cl.compare(*parts, ["near"], **GRID, **FAST, executor=Here())
+    assert len(found.cells) == 2
+    assert {e["message"] for e in found.errors} == {"no luck"}
+
+
+@pytest.mark.parametrize("by", [None, "executor"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_device_that_failed_ends_the_grid(parts, fake, monkeypatch, tmp_path, error, by):
+    works = cells.transfer
+
+    def fails(*arguments, **options):
+        if len(fake) == 1:
+            raise error("device gone")
+        return works(*arguments, **options)
+
+    monkeypatch.setattr(cells, "transfer", fails)
+    out = tmp_path / "grid"
+    with pytest.raises(error, match="device gone"):
+        cl.compare(*parts, ["near"], **GRID, **FAST, out=out, executor=by and Here())
+    assert len(list(out.rglob("seed-*.error.json"))) == 1
+    if by is None:
+        assert len(fake) == 1
+
+
+def test_threads_and_other_things_are_no_executors(parts, fake):
+    with pytest.raises(cl.InputError, match="not safe in threads"):
+        cl.compare(*parts, ["near"], **GRID, executor=ThreadPoolExecutor(1))
+    with pytest.raises(cl.InputError, match=r"executor is .* but got a str"):
+        inspect.unwrap(grid._check_executor)("two")
+    assert not fake
+
+
+def test_a_cell_that_is_being_run_elsewhere_is_waited_for(parts, fake, tmp_path):
+    out = tmp_path / "grid"
+    options = {"strategies": ["norms"], "seeds": [0], **FAST, "out": out}
+    cl.compare(*parts, ["near"], **options)
+    folder, key = cells.CellFolder(out), cells.Key("near", "norms", 0)
+    finished = folder.read(key)
+    (out / "cells" / "near" / "norms" / "seed-0.json").unlink()
+    fake.clear()
+    lock = folder.lock(key)
+    lock.acquire()
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(cl.compare, *parts, ["near"], **options)
+        try:
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            # The other process finishes it.
+            folder.write(key, finished)
+        finally:
+            lock.release()
+    assert not waiting.result(timeout=60).errors
+    assert not fake
 
 
 # -- the command line ------------------------------------------------------------------------
@@ -573,7 +699,7 @@ def test_the_command_says_what_failed(tmp_path, parts, monkeypatch):
         raise RuntimeError("no memory left")
 
     model, circuit, task = parts
-    monkeypatch.setattr(grid, "transfer", fails)
+    monkeypatch.setattr(cells, "transfer", fails)
     run = SimpleNamespace(
         model=model,
         circuit=circuit,

@@ -4,9 +4,10 @@ DIR/grid.json                                  what all cells depend on
 DIR/cells/LANGUAGE/STRATEGY/seed-N.json        the numbers of a finished transfer
 DIR/cells/LANGUAGE/STRATEGY/seed-N.error.json  why a transfer failed
 DIR/cells/LANGUAGE/STRATEGY/seed-N.training/   how far an unfinished one has come
+DIR/cells/LANGUAGE/STRATEGY/.seed-N.lock       held by the process that runs the cell
 DIR/table.parquet, table.csv, summary.csv, comparison.json   of all finished cells
 
-A cell that is there is never computed again; the tables are written anew at the end of every call.
+A cell that is there is never computed again; the tables are written again at the end of every call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 from circuitlens.adapt.strategies import place_of
 from circuitlens.errors import InputError
@@ -47,7 +50,12 @@ class CellFolder:
 
     @classmethod
     def open(
-        cls, path: Path, settings: Mapping[str, Any], languages: Mapping[str, str]
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        languages: Mapping[str, str],
+        *,
+        writes: bool = True,
     ) -> CellFolder:
         """Begin a comparison in a folder, or go on with the one that is there.
 
@@ -55,11 +63,22 @@ class CellFolder:
             path: the folder.
             settings: what every cell depends on, as JSON would give it back.
             languages: fingerprints of the tasks in the target languages; new ones may come.
+            writes: whether this process keeps the index; of several that train together, one does.
 
         Raises:
             InputError: if the comparison there has other settings or the folder holds anything
                 else.
         """
+        if not writes:
+            return cls(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with FileLock(path / ".grid.lock"):
+            return cls._indexed(path, settings, languages)
+
+    @classmethod
+    def _indexed(
+        cls, path: Path, settings: Mapping[str, Any], languages: Mapping[str, str]
+    ) -> CellFolder:
         file = path / "grid.json"
         if not file.is_file():
             # Hidden files are what a killed process left of an unfinished one.
@@ -107,6 +126,12 @@ class CellFolder:
         write_json(self._file(key), _CELL, cell)
         self._file(key, ".error").unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints(key), ignore_errors=True)
+
+    def lock(self, key: Key) -> FileLock:
+        """A lock that one process holds while it works on a cell."""
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(file.with_name(f".{file.stem}.lock"))
 
     def checkpoints(self, key: Key) -> Path:
         """Folder of the trainings of a cell that is not finished."""

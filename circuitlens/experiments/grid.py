@@ -1,18 +1,28 @@
 """Strategies × languages × seeds: a transfer for every cell, each written as soon as it is done.
 
 1. Settings are checked, and with a folder compared with those of the cells that are there.
-2. Every cell that is not finished is computed; one that fails is recorded, and the rest goes on.
+2. Every cell that is not finished is run, here or by an executor; one that fails is recorded, and
+   the rest continues.
 3. The cells that were asked for are returned; the folder gets tables of all its cells.
+
+Cells are written where they are run, each behind a lock. The index of the folder is written by the
+call itself only.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Unpack
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from circuitlens.adapt.options import (
     TRANSFER,
@@ -28,22 +38,23 @@ from circuitlens.adapt.transfers import (
     check_circuit,
     check_kv_policy,
     check_scores,
-    transfer,
 )
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.experiments.cell_folder import CellFolder, Key
+from circuitlens.experiments.cells import CellSpec, ModelReference, run_cell
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
-from circuitlens.utils.peak_memory import PeakMemory
 from circuitlens.utils.progress import progress
 from circuitlens.utils.storage import digest
 
 __all__ = ["compare"]
 
 logger = logging.getLogger(__name__)
+
+_FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @trains(TRANSFER, but=("learning_rate", "seed"))
@@ -62,13 +73,15 @@ def compare(
     training: TrainingOptions | None = None,
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
+    executor: Executor | None = None,
     quiet: bool = False,
     **options: Unpack[TrainingKeywords],
 ) -> Comparison:
     """Adapt a model by several strategies, to several languages, with several seeds.
 
-    With ``out``, an interrupted comparison goes on where it stopped when it is called again, and
-    a finished one can grow by languages, strategies and seeds. Cells that failed are tried again.
+    With ``out``, an interrupted comparison resumes when it is called again, and a finished one can
+    grow by languages, strategies and seeds. Cells that failed are tried again. Several calls may
+    work on one folder at the same time: each cell is run by one of them.
 
     Args:
         model: the proxy, competent in the source language; left as it is.
@@ -82,6 +95,8 @@ def compare(
             models are not kept. Without it everything is in memory.
         retain: further tasks, or languages of this one, on which retention is measured.
         learning_rates, training, replay, kv_policy: see :func:`circuitlens.transfer`.
+        executor: runs the cells, such as a ``concurrent.futures.ProcessPoolExecutor`` that spawns
+            its processes; each loads the model once. By default they are run here, one by one.
         quiet: no progress bar.
         options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
             of ``training``.
@@ -92,7 +107,10 @@ def compare(
     Raises:
         InputError: for settings that no cell could work with, or other ones than those of the
             cells in ``out``; the message names the setting.
+        torch.OutOfMemoryError, torch.AcceleratorError: if a device fails, after which other cells
+            would fail too. What was finished is in ``out``.
     """
+    _check_executor(executor)
     for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
         if isinstance(values, str | int):
             raise InputError(f"{name} is a list: give [{values!r}].")
@@ -136,52 +154,123 @@ def compare(
             "kv_policy": kv_policy,
         }
         fingerprints = {name: target.fingerprint() for name, target in tasks.items()}
-        folder = CellFolder.open(Path(out), settings, fingerprints)
+        folder = CellFolder.open(Path(out), settings, fingerprints, writes=_is_main())
 
-    def compute(key: Key) -> dict[str, Any]:
-        with PeakMemory(model.device) as memory:
-            result = transfer(
-                model,
+    finished: dict[Key, dict[str, Any]] = {}
+    if folder is not None:
+        finished = {key: cell for key in keys if (cell := folder.read(key)) is not None}
+        if finished:
+            logger.info("%d of %d cells were finished already.", len(finished), len(keys))
+    cells = dict(_together([finished])[0])
+    todo = [key for key in keys if key not in cells]
+    with _for_others(model, folder, executor if todo else None) as given:
+        specs = [
+            CellSpec(
+                key,
+                given,
                 circuit,
                 tasks[key.language],
-                strategy=key.strategy,
-                scores=scores,
-                retain=others,
-                replay=replay,
-                kv_policy=kv_policy,
-                learning_rates=rates,
-                training=tries[0],
-                checkpoints=None if folder is None else folder.checkpoints(key),
-                seed=key.seed,
-                quiet=True,
+                scores,
+                tuple(others),
+                tuple(rates),
+                tries[0],
+                replay,
+                kv_policy,
+                None if folder is None else folder.path,
             )
-        cell = {**result.to_dict(), "seed": key.seed, "peak_mib": memory.mib}
-        # What a file gives back; numbers that are not finite fail here, with or without a file.
-        return dict(json.loads(json.dumps(cell, allow_nan=False)))
-
-    cells: dict[Key, dict[str, Any]] = {}
-    if folder is not None:
-        cells = {key: cell for key in keys if (cell := folder.read(key)) is not None}
-        if cells:
-            logger.info("%d of %d cells were finished already.", len(cells), len(keys))
-    errors = []
-    todo = [key for key in keys if key not in cells]
-    for key in progress(todo, "Comparing", quiet=quiet):
-        # An interrupt is no Exception, so it ends the loop and is not recorded.
-        try:
-            cells[key] = compute(key)
-        except Exception as error:
-            errors.append({**key._asdict(), "type": type(error).__name__, "message": str(error)})
-            logger.warning("%s failed: %s: %s", key, type(error).__name__, error)
-            logger.debug("Where it failed:", exc_info=True)
-            if folder is not None:
+            for key in todo
+        ]
+        errors = []
+        runs = _run_here(specs) if executor is None else _run_by(executor, specs)
+        for key, found in progress(runs, "Comparing", quiet=quiet, total=len(todo)):
+            if not isinstance(found, Exception):
+                cells[key] = found
+                continue
+            kind = type(found).__name__
+            errors.append({**key._asdict(), "type": kind, "message": str(found)})
+            logger.warning("%s failed: %s: %s", key, kind, found)
+            logger.debug("Where it failed:", exc_info=found)
+            if folder is not None and _is_main():
                 folder.fail(key, errors[-1])
-        else:
-            if folder is not None:
-                folder.write(key, cells[key])
-    if folder is not None:
+            if isinstance(found, _FATAL):
+                # After these nothing works on this device any more.
+                raise found
+    if folder is not None and _is_main():
         folder.comparison().save(folder.path)
     return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
+
+
+def _run_here(specs: Sequence[CellSpec]) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:
+    for spec in specs:
+        # An interrupt is no Exception, so it ends the loop and is not recorded.
+        try:
+            yield spec.key, run_cell(spec, writes=_is_main())
+        except Exception as error:
+            yield spec.key, error
+
+
+def _run_by(
+    executor: Executor, specs: Sequence[CellSpec]
+) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:
+    futures = {executor.submit(run_cell, spec): spec.key for spec in specs}
+    try:
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenExecutor):
+                raise error
+            # An interrupt of a process is one of the call.
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield futures[future], error or future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@contextmanager
+def _for_others(
+    model: HookedModel, folder: CellFolder | None, executor: Executor | None
+) -> Iterator[HookedModel | ModelReference]:
+    """The model as this process or those of an executor get it."""
+    if executor is None:
+        yield model
+        return
+    with TemporaryDirectory(prefix=".model-", dir=None if folder is None else folder.path) as where:
+        yield ModelReference.save(model, Path(where))
+
+
+def _check_executor(executor: Executor | None) -> None:
+    if executor is None:
+        return
+    if isinstance(executor, ThreadPoolExecutor):
+        raise InputError(
+            "Hooks on a model are not safe in threads: give an executor of processes, such as "
+            "ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn'))."
+        )
+    if not callable(getattr(executor, "submit", None)):
+        raise InputError(
+            f"executor is a concurrent.futures.Executor, or what has its submit, but got a "
+            f"{type(executor).__name__}."
+        )
+    if _n_processes() > 1:
+        raise InputError(
+            "Processes of accelerate launch share the work of every cell already: leave executor "
+            "out, or start Python without accelerate."
+        )
+
+
+def _n_processes() -> int:
+    return int(PartialState().num_processes)
+
+
+def _is_main() -> bool:
+    """Whether this process writes; of those that train together, one does."""
+    return bool(PartialState().is_main_process)
+
+
+def _together(values: list[Any]) -> list[Any]:
+    """The values of the main process, so that all run the same cells in the same order."""
+    return broadcast_object_list(values) if _n_processes() > 1 else values
 
 
 def _settings(training: TrainingOptions) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""A cell of a grid: one transfer, as a specification that travels to another process.
+
+A specification names its model by a folder and a fingerprint, so that it is small; the process that
+runs the cell loads the model once and checks that it is the one that was meant.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from circuitlens.adapt.options import TrainingOptions
+from circuitlens.adapt.strategies import KVPolicy
+from circuitlens.adapt.transfers import transfer
+from circuitlens.circuit import Circuit
+from circuitlens.errors import InputError
+from circuitlens.experiments.cell_folder import CellFolder, Key
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.loading import load
+from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.tasks import Task
+from circuitlens.utils.peak_memory import PeakMemory
+
+__all__ = ["CellSpec", "ModelReference", "run_cell"]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model in a folder.
+
+    Attributes:
+        folder: written by :meth:`HookedModel.save`.
+        fingerprint: of the model.
+        name, origin: as the model's own; results name them.
+        dtype, device: where it is to be loaded.
+    """
+
+    folder: str
+    fingerprint: str
+    name: str
+    origin: str
+    dtype: str
+    device: str
+
+    @classmethod
+    def save(cls, model: HookedModel, folder: Path) -> ModelReference:
+        """Write a model for other processes."""
+        model.save(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        return cls(
+            str(folder.resolve()),
+            model.fingerprint(),
+            model.name,
+            model.origin,
+            dtype,
+            str(model.device),
+        )
+
+    def open(self) -> HookedModel:
+        """Load the model; one is kept for the next cell.
+
+        Raises:
+            InputError: if the folder holds another model.
+        """
+        return _opened(self)
+
+
+@lru_cache(maxsize=1)
+def _opened(reference: ModelReference) -> HookedModel:
+    model = load(reference.folder, dtype=reference.dtype, device=reference.device)
+    model.name, model.origin = reference.name, reference.origin
+    if model.fingerprint() != reference.fingerprint:
+        raise InputError(
+            f"What {reference.name} became in {reference.folder} is another model (fingerprint "
+            f"{model.fingerprint()}, not {reference.fingerprint}): compare without an executor."
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """All that one transfer of a grid needs.
+
+    Attributes:
+        key: language, strategy and seed.
+        model: the proxy, or a reference to it for another process.
+        circuit, task, scores, retain, replay, kv_policy, learning_rates, training: see
+            :func:`circuitlens.transfer`.
+        folder: where the cell is written; without one it is only returned.
+    """
+
+    key: Key
+    model: HookedModel | ModelReference
+    circuit: Circuit
+    task: Task
+    scores: HeadScores | None
+    retain: tuple[Task, ...]
+    learning_rates: tuple[float, ...]
+    training: TrainingOptions
+    replay: float = 0.0
+    kv_policy: KVPolicy = "shared"
+    folder: Path | None = None
+
+
+def run_cell(spec: CellSpec, *, writes: bool = True) -> dict[str, Any]:
+    """Run a cell and return its numbers; one that another process has finished is read.
+
+    Args:
+        spec: what to run.
+        writes: whether this process writes the cell; of several that train together, one does.
+
+    Raises:
+        InputError: for arguments that a transfer refuses, or another model than was meant.
+        NotFiniteError: if training diverges at every learning rate.
+    """
+    folder = None if spec.folder is None else CellFolder(spec.folder)
+    with nullcontext() if folder is None or not writes else folder.lock(spec.key):
+        if folder is not None and writes and (cell := folder.read(spec.key)) is not None:
+            return cell
+        found = _measure(spec, folder)
+        if folder is not None and writes:
+            folder.write(spec.key, found)
+    return found
+
+
+def _measure(spec: CellSpec, folder: CellFolder | None) -> dict[str, Any]:
+    model = spec.model.open() if isinstance(spec.model, ModelReference) else spec.model
+    with PeakMemory(model.device) as memory:
+        result = transfer(
+            model,
+            spec.circuit,
+            spec.task,
+            strategy=spec.key.strategy,
+            scores=spec.scores,
+            retain=spec.retain,
+            replay=spec.replay,
+            kv_policy=spec.kv_policy,
+            learning_rates=spec.learning_rates,
+            training=spec.training.updated({"seed": spec.key.seed}),
+            checkpoints=None if folder is None else folder.checkpoints(spec.key),
+            quiet=True,
+        )
+    cell = {**result.to_dict(), "seed": spec.key.seed, "peak_mib": memory.mib}
+    # What a file gives back; numbers that are not finite fail here, with or without a file.
+    return dict(json.loads(json.dumps(cell, allow_nan=False)))
