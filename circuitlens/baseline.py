@@ -23,6 +23,7 @@ from typing import Literal, get_args
 
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -407,7 +408,7 @@ class _Sums:
         for layer, output in enumerate(outputs):
             # Some models give NaN in the padding, and NaN · 0 is NaN.
             values = torch.where(mask[..., None], output[right].double(), 0.0)
-            mean = torch.einsum("bpn,bp->bn", values, weights)
+            mean = einsum(values, weights, "batch pos node, batch pos -> batch node")
             self.pooled[:, layer].index_add_(0, gold, mean)
             if self.at.shape[1]:
                 self.at[:, first:, layer].index_add_(0, gold, values)

@@ -40,7 +40,7 @@ from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.tasks import Task
 from circuitlens.utils.provenance import library_versions
-from circuitlens.utils.storage import RUN_SCHEMA, read_json, write_json
+from circuitlens.utils.storage import RUN_SCHEMA, read_json, safe_name, write_json
 from circuitlens.view import write_report
 
 __all__ = ["RunFolder"]
@@ -227,7 +227,7 @@ class RunFolder:
         return curve
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
-        return self.path / "transfers" / target.replace("/", "_") / strategy
+        return self.path / "transfers" / safe_name(target) / safe_name(strategy)
 
     def transfer(self, target: str, strategy: str) -> TransferResult:
         """Adapt the model to a target language, or load the finished transfer."""

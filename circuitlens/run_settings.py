@@ -15,6 +15,7 @@ from circuitlens import catalogue
 from circuitlens.adapt.options import (
     COMPETENCE,
     DEFAULT_RATES,
+    DEFAULT_STRATEGIES,
     TRANSFER,
     TrainingOptions,
     check_replay,
@@ -26,12 +27,9 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks import Task
 
-__all__ = ["CHOICES", "DEFAULT_STRATEGIES", "TOY", "RunSettings"]
+__all__ = ["CHOICES", "TOY", "RunSettings"]
 
 TOY = "toy"
-
-# What a run compares unless told otherwise; all of them would take twice as long.
-DEFAULT_STRATEGIES = ("circuit", "near-zero", "random", "norms", "lora", "full")
 
 # By field, what it may be; of tuples, what their items may be.
 CHOICES: dict[str, tuple[str, ...]] = {

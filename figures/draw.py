@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     for file in sorted(HERE.glob("*/comparison.json")):
         folder = file.parent
-        written = cl.view.write_figures(folder, folder / "drawn", ("svg", "pdf"), width="page")
+        written = cl.view.write_figures(folder, folder / "drawn", ("svg",), width="page")
         print(f"{folder.name}: {len(written)} files")
 
 

@@ -261,9 +261,10 @@ def test_it_saves_and_loads(handmade, tmp_path):
     comparison = cl.Comparison(handmade.cells, (error,))
     comparison.save(tmp_path)
     assert cl.Comparison.load(tmp_path) == comparison
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(tmp_path / "table.parquet"), comparison.to_frame()
-    )
+    # A line for each cell, not for each number.
+    text = (tmp_path / "comparison.json").read_text()
+    assert len(text.splitlines()) < len(comparison.cells) + 10
+    assert len(repr(comparison)) < 200
     table = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(table, comparison.to_frame(), check_dtype=False)
     summary = pd.read_csv(tmp_path / "summary.csv")
@@ -327,7 +328,7 @@ def test_finished_cells_are_kept_and_the_grid_grows(parts, fake, tmp_path):
     saved = cl.Comparison.load(out)
     assert len(saved.cells) == 7
     assert saved.languages == ("near", "far")
-    assert len(pd.read_parquet(out / "table.parquet")) == len(saved.to_frame())
+    assert len(pd.read_csv(out / "table.csv")) == len(saved.to_frame())
 
 
 def test_other_settings_are_refused(parts, fake, tmp_path):
@@ -627,6 +628,15 @@ def test_a_device_that_failed_ends_the_grid(parts, fake, monkeypatch, tmp_path, 
     assert len(list(out.rglob("seed-*.error.json"))) == 1
     if by is None:
         assert len(fake) == 1
+
+
+def test_without_scores_the_default_leaves_out_what_needs_them(parts, fake, caplog):
+    caplog.set_level("INFO", logger="circuitlens")
+    found = cl.compare(*parts, ["near"], seeds=[0], **FAST)
+    assert found.strategies == ("circuit", "random", "norms", "lora", "full")
+    assert "Without scores=… the comparison leaves out near-zero" in caplog.text
+    found = cl.compare(*parts, ["near"], seeds=[0], scores=scores_of(parts[0]), **FAST)
+    assert found.strategies == ("circuit", "near-zero", "random", "norms", "lora", "full")
 
 
 def test_threads_and_other_things_are_no_executors(parts, fake):

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import circuitlens as cl
 from circuitlens.tasks import toy
@@ -54,6 +55,49 @@ def test_the_commands_name_options_that_exist():
             assert {w for w in words if w.startswith("--")} <= known, line
             found += 1
     assert found >= 2
+
+
+@pytest.mark.docs
+def test_the_commands_run_in_their_order(tmp_path, monkeypatch, toy_proxy):
+    """Those of the first block, on the toy languages and little of everything."""
+    from circuitlens.cli import app
+
+    toy_proxy.save(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    stands_for = {"nusax": "toy", "indonesian": "source", "javanese": "near", "sundanese": "far"}
+    little = {
+        "run": "--max-examples 20 --n-random 1 --epochs 1 --rate 1e-3 --strategy norms",
+        "discover": "--max-examples 4",
+    }
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "circuitlens run" in b)
+    done = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words.pop(0) == "circuitlens"
+        if "--data" in words:
+            place = words.index("--data")
+            del words[place : place + 2]
+        words = [stands_for.get(word, word) for word in words]
+        found = CliRunner().invoke(app, [*words, "-q", *little.get(words[0], "").split()])
+        assert found.exit_code == 0, (line, found.output, found.exception)
+        done.append(words[0])
+    # What is shown later must not be lost by what comes after it.
+    assert done == ["run", "discover", "faithfulness", "transfer", "compare", "report"]
+    assert (tmp_path / "runs/ind-jav/transfers/far/circuit/result.json").is_file()
+    assert (tmp_path / "runs/ind-jav/compare/comparison.json").is_file()
+
+
+@pytest.mark.docs
+def test_the_comparison_runs_as_it_stands(tmp_path, monkeypatch, toy_proxy, toy_task, toy_scores):
+    (call,) = re.findall(r"`(cl\.compare\(.*?\))`", README.replace("\n", " "))
+    monkeypatch.chdir(tmp_path)
+    names = {"cl": cl, "model": toy_proxy, "circuit": toy_scores.top(2), "task": toy_task}
+    small = "epochs=1, learning_rates=[1e-3], quiet=True)"
+    comparison = eval(call.replace("seeds=(0, 1, 2)", "seeds=(0,)")[:-1] + ", " + small, names)
+    assert not comparison.errors
+    assert (tmp_path / "grid" / "summary.csv").is_file()
 
 
 def test_the_make_targets_exist():

@@ -48,7 +48,8 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-Adapted with [circuitlens](https://arxiv.org/abs/2601.08146) (CT-SFT): {{ trained }}
+Adapted with [circuitlens](https://github.com/circuitlens/circuitlens)
+([CT-SFT](https://arxiv.org/abs/2601.08146)): {{ trained }}
 
 ## How to use
 

@@ -19,6 +19,7 @@ from circuitlens.errors import InputError, check_whole
 __all__ = [
     "COMPETENCE",
     "DEFAULT_RATES",
+    "DEFAULT_STRATEGIES",
     "TRANSFER",
     "TrainingKeywords",
     "TrainingLog",
@@ -133,6 +134,8 @@ class TrainingOptions:
 # What finetune and transfer do unless told otherwise.
 COMPETENCE = TrainingOptions(learning_rate=1e-3, weight_decay=0.01, patience=3)
 DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
+# What is compared unless told otherwise; all strategies would take twice as long.
+DEFAULT_STRATEGIES = ("circuit", "near-zero", "random", "norms", "lora", "full")
 TRANSFER = TrainingOptions(learning_rate=DEFAULT_RATES[1])
 
 

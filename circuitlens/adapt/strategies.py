@@ -77,6 +77,7 @@ class Strategy:
         make: copies a model and says what of it is trained.
         heads: the heads that it trains, if it is about heads.
         gradual: trains in stages, with less and less source data among the target's.
+        by_scores: chooses by the heads' scores.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Strategy:
     make: Callable[[HookedModel, Choice, Circuit | None], Trainable]
     heads: Callable[[Choice], Circuit] | None = None
     gradual: bool = False
+    by_scores: bool = False
 
     def choose(self, choice: Choice) -> Circuit | None:
         """Return the heads that are trained; ``None`` where it is not about heads."""
@@ -215,6 +217,7 @@ STRATEGIES: dict[str, Strategy] = {
             "as many heads with relevance nearest to zero, and all norms",
             _slices,
             heads=lambda c: c.ranked.near_zero(len(c.circuit)),
+            by_scores=True,
         ),
         Strategy(
             "random",
@@ -240,6 +243,7 @@ STRATEGIES: dict[str, Strategy] = {
             "circuit-lora",
             "LoRA on the circuit's layers, ranks by their share of its relevance",
             _circuit_lora,
+            by_scores=True,
         ),
         Strategy(
             "gradual",

@@ -27,7 +27,7 @@ _SCHEMA = "circuitlens.weights/2"
 _NOTE_SCHEMA = "circuitlens.trained/1"
 _NOTE = "trained.json"
 _ENTRIES = "weights.safetensors"
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Every file that trained tensors of any kind may be in.
 TENSOR_FILES = (*_ADAPTER, _ENTRIES)
 

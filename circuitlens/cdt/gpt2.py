@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
@@ -173,7 +174,9 @@ class PairedGPT2:
         if self._config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
         # `reorder_and_upcast_attn` is about how the scores are rounded, so it is no matter here.
-        scores = torch.einsum("rqhd,rkhd->rhqk", q, k) * scale
+        scores = (
+            einsum(q, k, "row query head d_head, row key head d_head -> row head query key") * scale
+        )
         n_pos = scores.shape[-1]
         seen = torch.ones(n_pos, n_pos, dtype=torch.bool, device=scores.device).tril()
         return scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -191,7 +194,7 @@ class PairedGPT2:
 def _mix(
     pattern: Float[Tensor, "row head query key"], v: Float[Tensor, "row key head d_head"]
 ) -> Float[Tensor, "row query head d_head"]:
-    return torch.einsum("rhqk,rkhd->rqhd", pattern, v)
+    return einsum(pattern, v, "row head query key, row key head d_head -> row query head d_head")
 
 
 def _check_supported(hf: PreTrainedModel) -> None:

@@ -5,7 +5,7 @@ DIR/cells/LANGUAGE/STRATEGY/seed-N.json        the numbers of a finished transfe
 DIR/cells/LANGUAGE/STRATEGY/seed-N.error.json  why a transfer failed
 DIR/cells/LANGUAGE/STRATEGY/seed-N.training/   how far an unfinished one has come
 DIR/cells/LANGUAGE/STRATEGY/.seed-N.lock       held by the process that runs the cell
-DIR/table.parquet, table.csv, summary.csv, comparison.json   of all finished cells
+DIR/table.csv, summary.csv, comparison.json    of all finished cells
 
 A cell that is there is never computed again; the tables are written again at the end of every call.
 """
@@ -22,7 +22,7 @@ from filelock import FileLock
 from circuitlens.adapt.strategies import place_of
 from circuitlens.errors import InputError
 from circuitlens.experiments.comparison import Comparison
-from circuitlens.utils.storage import read_json, write_json
+from circuitlens.utils.storage import read_json, safe_name, write_json
 
 __all__ = ["CellFolder", "Key"]
 
@@ -112,8 +112,7 @@ class CellFolder:
         return cls(path)
 
     def _file(self, key: Key, kind: str = "") -> Path:
-        # No two names may meet in one file.
-        parts = (name.replace("%", "%25").replace("/", "%2F") for name in key[:2])
+        parts = map(safe_name, key[:2])
         return self.path.joinpath("cells", *parts, f"seed-{key.seed}{kind}.json")
 
     def read(self, key: Key) -> dict[str, Any] | None:
@@ -123,7 +122,7 @@ class CellFolder:
 
     def write(self, key: Key, cell: Mapping[str, Any]) -> None:
         """Write a finished cell; an earlier failure is forgotten."""
-        write_json(self._file(key), _CELL, cell)
+        write_json(self._file(key), _CELL, cell, compact=True)
         self._file(key, ".error").unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints(key), ignore_errors=True)
 

@@ -62,6 +62,13 @@ class Comparison:
         """The strategy that others are compared with unless told otherwise."""
         return "circuit" if "circuit" in self.strategies else self.strategies[0]
 
+    def __repr__(self) -> str:
+        seeds = len({cell["seed"] for cell in self.cells})
+        return (
+            f"Comparison({len(self.cells)} transfers: {len(self.languages)} languages, "
+            f"{len(self.strategies)} strategies, {seeds} seeds; {len(self.errors)} failed)"
+        )
+
     # -- tables ----------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
@@ -255,16 +262,14 @@ class Comparison:
     # -- files -----------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write ``table.parquet``, ``table.csv``, ``summary.csv`` and ``comparison.json``."""
+        """Write ``table.csv``, ``summary.csv`` and ``comparison.json``."""
         folder = Path(folder)
         table = self.to_frame()
-        with replacing(folder / "table.parquet") as temporary:
-            table.to_parquet(temporary, index=False)
         for name, frame in (("table.csv", table), ("summary.csv", self.summary())):
             with replacing(folder / name) as temporary:
                 frame.to_csv(temporary, index=False)
         content = {"cells": list(self.cells), "errors": list(self.errors)}
-        write_json(folder / "comparison.json", _SCHEMA, content)
+        write_json(folder / "comparison.json", _SCHEMA, content, compact=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

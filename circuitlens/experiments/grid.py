@@ -25,6 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from circuitlens.adapt.options import (
+    DEFAULT_STRATEGIES,
     TRANSFER,
     TrainingKeywords,
     TrainingOptions,
@@ -33,7 +34,7 @@ from circuitlens.adapt.options import (
     trains,
 )
 from circuitlens.adapt.retention import retained_tasks
-from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
+from circuitlens.adapt.strategies import AUTO, KVPolicy, strategy_of
 from circuitlens.adapt.transfers import (
     check_circuit,
     check_kv_policy,
@@ -64,7 +65,7 @@ def compare(
     task: Task,
     languages: Sequence[str],
     *,
-    strategies: Sequence[str] = ("circuit", "near-zero", "random", "norms", "lora", "full"),
+    strategies: Sequence[str] | None = None,
     seeds: Iterable[int] = (0, 1, 2),
     scores: HeadScores | None = None,
     out: str | Path | None = None,
@@ -88,7 +89,8 @@ def compare(
         circuit: the heads to train; other strategies take its size.
         task: the task in the source language.
         languages: target languages.
-        strategies: names of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``.
+        strategies: names of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``. The default is
+            circuit, near-zero (if there are ``scores``), random, norms, lora and full.
         seeds: each makes a transfer of its own: order of the examples, heads drawn at random.
         scores: of all heads, for strategies that choose by them.
         out: folder for the numbers of every cell and the tables of all of them; the adapted
@@ -111,6 +113,8 @@ def compare(
             would fail too. What was finished is in ``out``.
     """
     _check_executor(executor)
+    if strategies is None:
+        strategies = _usual_strategies(scores)
     for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
         if isinstance(values, str | int):
             raise InputError(f"{name} is a list: give [{values!r}].")
@@ -128,7 +132,7 @@ def compare(
     check_replay(replay)
     check_kv_policy(kv_policy)
     check_scores(model, scores)
-    _check_strategies(strategies, circuit, scores)
+    _check_strategies(strategies, scores)
     check_circuit(model, circuit)
     others = retained_tasks(task, task, retain)[1:]
     # Encoding one example checks the tokenizer and the label words.
@@ -278,17 +282,23 @@ def _settings(training: TrainingOptions) -> dict[str, Any]:
     return {k: v for k, v in training.to_dict().items() if k not in ("learning_rate", "seed")}
 
 
-def _check_strategies(
-    strategies: Sequence[str], circuit: Circuit, scores: HeadScores | None
-) -> None:
+def _usual_strategies(scores: HeadScores | None) -> list[str]:
+    """The usual strategies, without those that need scores where there are none."""
+    able = [name for name in DEFAULT_STRATEGIES if scores is not None or not _needs_scores(name)]
+    if left := [name for name in DEFAULT_STRATEGIES if name not in able]:
+        logger.info("Without scores=… the comparison leaves out %s.", ", ".join(left))
+    return able
+
+
+def _needs_scores(name: str) -> bool:
+    # What decides between circuit and near-zero needs what near-zero needs.
+    return strategy_of("near-zero" if name == AUTO else name).by_scores
+
+
+def _check_strategies(strategies: Sequence[str], scores: HeadScores | None) -> None:
     for name in strategies:
-        # What decides between circuit and near-zero needs what near-zero needs.
-        how = strategy_of("near-zero" if name == AUTO else name)
-        if scores is None:
-            try:
-                how.choose(Choice(circuit))
-            except InputError as error:
-                raise InputError(
-                    f"The strategy {name!r} chooses by the heads' scores: pass scores=…, or leave "
-                    "it out."
-                ) from error
+        if _needs_scores(name) and scores is None:
+            raise InputError(
+                f"The strategy {name!r} chooses by the heads' scores: pass scores=…, or leave it "
+                "out."
+            )

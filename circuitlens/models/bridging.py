@@ -127,6 +127,11 @@ def _build(hf: PreTrainedModel, family: Family) -> Any:
         for needed in ("blocks.0.attn.hook_pattern", "blocks.0.attn.o.hook_in"):
             if needed not in bridge.hook_dict:
                 raise UnsupportedModelError(f"the hooked model has no {needed}")
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"There is not enough memory on {hf.device} to hook {type(hf).__name__} "
+            f"({first_line(error)}): load it in fewer bits, or on another device."
+        ) from error
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(hf).__name__} has no attention heads that TransformerLens can hook "

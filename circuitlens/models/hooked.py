@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ from circuitlens.models.fingerprint import Fingerprints
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
 from circuitlens.models.readouts import readout_of
-from circuitlens.utils.progress import hush_transformers
+from circuitlens.utils.progress import hushed_transformers
 
 __all__ = ["HookedModel"]
 
@@ -361,7 +362,13 @@ class HookedModel(Views):
         weights = torch.stack([g.output_weight(self.hf, head) for head in g]).unflatten(
             0, (g.n_layers, g.n_heads)
         )
-        return torch.einsum("lbphd,lhdm->lbphm", self.head_outputs(batch), weights)
+        written: Tensor = einsum(
+            self.head_outputs(batch),
+            weights,
+            "layer batch pos head d_head, layer head d_head d_model"
+            " -> layer batch pos head d_model",
+        )
+        return written
 
     def unlabelled(self, tokens: Int[Tensor, "batch pos"]) -> Batch:
         """Wrap unpadded token ids as a :class:`Batch` without labels."""
@@ -379,8 +386,8 @@ class HookedModel(Views):
 
     def save(self, folder: str | Path) -> None:
         """Write weights, configuration and tokenizer the Hugging Face way."""
-        hush_transformers()
-        self.hf.save_pretrained(folder)
+        with hushed_transformers():
+            self.hf.save_pretrained(folder)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 

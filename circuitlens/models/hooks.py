@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,4 +73,9 @@ def read_values(
     v = v.reshape(-1, batch, v.shape[1], v.numel() // (v.shape[0] * v.shape[1] * d_head), d_head)
     # Grouped-query attention: each value head serves a run of query heads.
     v = v.repeat_interleave(heads // v.shape[3], dim=3)
-    return torch.einsum("bhqk,sbkhd->sbqhd", pattern.to(v), v).flatten(0, 1)
+    read = einsum(
+        pattern.to(v),
+        v,
+        "batch head query key, copy batch key head d_head -> copy batch query head d_head",
+    )
+    return rearrange(read, "copy batch query head d_head -> (copy batch) query head d_head")

@@ -21,7 +21,7 @@ from circuitlens.models.geometry import made_by
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.readouts import readout_of
 from circuitlens.models.selfcheck import check_hooks
-from circuitlens.utils.progress import hush_transformers
+from circuitlens.utils.progress import hushed_transformers
 
 __all__ = ["find_device", "find_dtype", "load", "load_tokenizer", "load_weights", "plain_model"]
 
@@ -91,14 +91,15 @@ def find_device(device: torch.device | str | None) -> torch.device | None:
     """
     if device is None:
         return None
+    cause: Exception | None = None
     try:
         found = torch.device(device)
         # A name can be right, and the device not be there: only this tells.
         torch.empty(0, device=found)
         # Tensors there have no data.
         usable = found.type != "meta"
-    except Exception:
-        usable = False
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        usable, cause = False, error
     if not usable:
         there = ["cpu"]
         if torch.accelerator.is_available():
@@ -108,7 +109,7 @@ def find_device(device: torch.device | str | None) -> torch.device | None:
         raise InputError(
             f"There is no device {str(device)!r} here: give device={', '.join(there)}, or leave it "
             "out."
-        )
+        ) from cause
     return found
 
 
@@ -205,9 +206,9 @@ def load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> P
             "language model: circuitlens works on these, and on the encoders among the types that "
             f"it is tested on ({tested_types()})."
         )
-    hush_transformers()
     try:
-        model = auto.from_pretrained(name, dtype=dtype, revision=revision)
+        with hushed_transformers():
+            model = auto.from_pretrained(name, dtype=dtype, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(
             f"The weights of {name} could not be loaded ({first_line(error)})."
@@ -222,14 +223,16 @@ def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     Raises:
         InputError: if there is none.
     """
+    cause: Exception | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError):
-        tokenizer = None
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        tokenizer, cause = None, error
     # A folder without tokenizer files does not fail: it yields a tokenizer that knows nothing.
     if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        why = f" ({first_line(cause)})" if cause else ""
         raise InputError(
-            f"No tokenizer was found in {name}: save one there (tokenizer.save_pretrained), or "
-            "load the model yourself and pass cl.load(model, tokenizer=…)."
-        )
+            f"No tokenizer was found in {name}{why}: save one there (tokenizer.save_pretrained), "
+            "or load the model yourself and pass cl.load(model, tokenizer=…)."
+        ) from cause
     return cast(PreTrainedTokenizerBase, tokenizer)

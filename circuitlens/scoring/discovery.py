@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -216,7 +217,9 @@ def edges_by_difference(
             z = network.recorded[name][:, :, place]
             direction = _direction(z, means.of_heads(target.layer, z)[:, target.index], chosen)
             beta = at_least_float32(z - patched[name][:, :, :, place])
-            scores = torch.einsum("sbpd,bpd->bs", beta, direction)
+            scores = einsum(
+                beta, direction, "source batch pos d_head, batch pos d_head -> batch source"
+            )
             for column, head in enumerate(sources):
                 if head.layer < target.layer:
                     result[:, head.layer, head.index, k] = scores[:, column]

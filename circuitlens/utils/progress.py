@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-__all__ = ["hush_transformers", "interactive", "progress"]
+__all__ = ["hushed_transformers", "interactive", "progress"]
 
 T = TypeVar("T")
 
@@ -21,12 +22,20 @@ def interactive() -> bool:
     return sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
 
 
-def hush_transformers() -> None:
-    """Turn off the bars that transformers draws when nobody is watching."""
-    if not interactive():
-        from transformers.utils import logging
+@contextmanager
+def hushed_transformers() -> Iterator[None]:
+    """Within the block transformers draws no bars when nobody is watching."""
+    from transformers.utils import logging
 
+    # Left as they were found: they are those of the whole process.
+    hush = logging.is_progress_bar_enabled() and not interactive()
+    if hush:
         logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hush:
+            logging.enable_progress_bar()
 
 
 def progress(

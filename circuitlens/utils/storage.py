@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "replacing",
+    "safe_name",
     "write_json",
     "write_tensors",
 ]
@@ -31,6 +33,36 @@ __all__ = [
 
 # Of run.json in the folder of a run, which the run itself writes and figures are drawn from.
 RUN_SCHEMA = "circuitlens.run/1"
+
+# Windows takes these for devices, whatever extension follows.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+# File systems allow 255 bytes, and some are needed for what is added to the name.
+_LONGEST = 180
+
+
+def safe_name(name: str) -> str:
+    """Return a file name for any text, such as a language; different texts have different names.
+
+    Letters without accents, digits, ``_``, ``-`` and dots between them stay as they are; all other
+    bytes are percent-encoded, as in an address. Nothing that comes out leads to another folder, is
+    hidden, or has a meaning of its own on Windows. Where a file system does not tell capitals from
+    small letters, names that differ only in these still meet.
+
+    Raises:
+        InputError: if the text is empty.
+    """
+    if not name:
+        raise InputError("An empty name cannot name a file: give the language a name.")
+
+    def encode(found: re.Match[str]) -> str:
+        return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
+
+    # Windows drops dots at the end, and a dot at the beginning hides a file.
+    safe = re.sub(r"[^A-Za-z0-9_.-]|^\.+|\.+\Z", encode, name)
+    if _DEVICES.match(safe):
+        safe = f"%{ord(safe[0]):02X}{safe[1:]}"
+    # Nothing else makes two percent signs in a row.
+    return safe if len(safe) <= _LONGEST else f"{safe[: _LONGEST - 18]}%%{digest(safe)}"
 
 
 @contextmanager
@@ -54,23 +86,53 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, schema: str, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON with a ``schema`` key, e.g. ``circuitlens.circuit/1``."""
-    text = json.dumps({"schema": schema, **content}, indent=2, ensure_ascii=False, allow_nan=False)
+def write_json(
+    path: Path, schema: str, content: Mapping[str, Any], *, compact: bool = False
+) -> None:
+    """Write ``content`` as JSON with a ``schema`` key, e.g. ``circuitlens.circuit/1``.
+
+    Args:
+        path: the file.
+        schema: kind and version of the file.
+        content: what is written.
+        compact: for long tables: a line for every entry, and for every item of an entry that is a
+            list of objects, instead of one for every number.
+    """
+    whole = {"schema": schema, **content}
+    text = _lines(whole) if compact else _json(whole, indent=2)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _check_schema(path: Path, found: object, schema: str) -> None:
-    if found != schema:
+def _json(content: Any, **options: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
+
+
+def _lines(content: Mapping[str, Any]) -> str:
+    def value(item: Any) -> str:
+        if isinstance(item, list) and item and all(isinstance(i, dict) for i in item):
+            return "[\n" + ",\n".join(value(i) for i in item) + "\n]"
+        return _json(item, separators=(",", ":"))
+
+    return "{\n" + ",\n".join(f"{_json(k)}: {value(v)}" for k, v in content.items()) + "\n}"
+
+
+def _check_schema(path: Path, found: object, *schemas: str) -> None:
+    if found not in schemas:
         raise InputError(
-            f"{path} has schema {found!r}, but {schema!r} is needed here: "
+            f"{path} has schema {found!r}, but {schemas[0]!r} is needed here: "
             "it is another kind of file or was written by another version of circuitlens."
         )
 
 
-def read_json(path: Path, schema: str) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote; the schema is checked and removed."""
+def read_json(path: Path, schema: str, *older: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote; the schema is checked and removed.
+
+    Args:
+        path: the file.
+        schema: that the file must have.
+        older: schemas that the caller understands too.
+    """
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     try:
@@ -79,7 +141,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
-    _check_schema(path, content.pop("schema", None), schema)
+    _check_schema(path, content.pop("schema", None), schema, *older)
     return content
 
 

@@ -1,0 +1,80 @@
+"""What the repository holds, and what the package says that it needs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Binaries that may be larger than 500 kB; there are none.
+LARGE: set[str] = set()
+
+
+def tracked() -> list[Path]:
+    found = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        pytest.skip("this is no git checkout")
+    return [ROOT / name for name in found.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_large_binaries():
+    large = {
+        str(path.relative_to(ROOT))
+        for path in tracked()
+        if path.stat().st_size > 500_000 and b"\0" in path.read_bytes()[:8000]
+    }
+    assert large <= LARGE
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    imported: set[str] = set()
+    for path in (ROOT / "circuitlens").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported -= {"circuitlens", *sys.stdlib_module_names}
+    homes = packages_distributions()
+    needed = {normal(homes[name][0]) for name in imported}
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    declared = {normal(re.split(r"[\[<>=!~ ]", line)[0]) for line in PROJECT["dependencies"]}
+    optional = {normal(re.split(r"[\[<>=!~ ]", line)[0]) for line in extras}
+    assert needed <= declared | optional
+    assert needed & optional - declared <= {"anywidget", "traitlets", "kaleido"}
+    # Parquet files are read by pandas through it.
+    assert declared - needed == {"pyarrow"}
+
+
+@pytest.mark.parametrize("name", ["peft", "kaleido", "plotly", "datasets", "accelerate"])
+def test_what_breaks_easily_is_capped(name):
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["figures"]]
+    (line,) = [line for line in lines if re.match(rf"{name}\W", line)]
+    assert "<" in line
+
+
+def test_papers_are_cited_by_their_authors():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for reference in cited["references"]:
+        assert all("family-names" in author for author in reference["authors"])
+
+
+def test_the_stubs_that_names_come_from_are_installed():
+    text = (ROOT / "pyproject.toml").read_text()
+    for path in (ROOT / "circuitlens").rglob("__init__.pyi"):
+        assert f'"{path.relative_to(ROOT / "circuitlens")}"' in text
