@@ -27,7 +27,15 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitlens.errors import CompetenceError, InputError, NotFiniteError, check_choice
+from circuitlens.errors import (
+    MODEL,
+    TASK,
+    CompetenceError,
+    InputError,
+    NotFiniteError,
+    check_choice,
+    check_types,
+)
 from circuitlens.models.batch import Batch, Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
@@ -257,6 +265,11 @@ def label_balanced_mean(
             of another of the task; or if no example of a label is answered correctly, which is
             named.
     """
+    check_types(
+        "label_balanced_mean",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+    )
     check_choice("positions", positions, get_args(Positions))
     check_choice("pooling", pooling, get_args(Pooling))
     if pooling == "position" and positions == "decision":

@@ -11,12 +11,18 @@ from numbers import Integral
 from typing import Any
 
 __all__ = [
+    "BASELINE",
+    "CIRCUIT",
+    "MODEL",
+    "SCORES",
+    "TASK",
     "CircuitLensError",
     "CompetenceError",
     "InputError",
     "NotFiniteError",
     "UnsupportedModelError",
     "check_choice",
+    "check_types",
     "check_whole",
     "first_line",
 ]
@@ -60,6 +66,35 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     choices = tuple(known)
     if value not in choices:
         raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+
+def check_types(verb: str, **arguments: tuple[object, type, str]) -> None:
+    """Refuse arguments of another type, such as two that were swapped.
+
+    Args:
+        verb: the function that was called.
+        arguments: by name, the value, the type that it must have, and how to get such a value.
+
+    Raises:
+        InputError: naming the first wrong argument, what it is, and what was expected.
+    """
+    for name, (value, kind, remedy) in arguments.items():
+        if isinstance(value, kind):
+            continue
+        swapped = [other for other, (_, right, _) in arguments.items() if isinstance(value, right)]
+        hint = remedy
+        if swapped:
+            hint = f"it looks like {swapped[0]}; the order is {', '.join(arguments)}"
+        raise InputError(
+            f"{verb}: {name} must be a {kind.__name__}, but is a {type(value).__name__}: {hint}."
+        )
+
+
+MODEL = "load it with cl.load(…)"
+TASK = "make one with cl.load_task(…) or cl.Task.from_…"
+BASELINE = "take it with cl.label_balanced_mean(model, task)"
+SCORES = "score the heads with cl.relevance(model, task, baseline)"
+CIRCUIT = "choose one with scores.top(…), or make one with cl.Circuit.of(…)"
 
 
 def check_whole(name: str, value: object, least: int = 1) -> int:

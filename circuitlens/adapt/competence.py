@@ -10,7 +10,7 @@ import torch
 
 from circuitlens.adapt.options import COMPETENCE, TrainingKeywords, TrainingOptions, trains
 from circuitlens.adapt.training import train
-from circuitlens.errors import CompetenceError
+from circuitlens.errors import MODEL, TASK, CompetenceError, check_types
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Task
 from circuitlens.tasks.evaluation import near_chance, predict
@@ -50,6 +50,11 @@ def finetune(
             such a model would be noise. The trained model is on the error as ``.model``.
         InputError: for options that no training could work with.
     """
+    check_types(
+        "finetune",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+    )
     training = training.updated(options)
     data = task.encode(model, task["pool_a"])
     validation = task.encode(model, task["validation"])

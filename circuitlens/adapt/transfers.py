@@ -40,7 +40,14 @@ from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError, NotFiniteError
+from circuitlens.errors import (
+    CIRCUIT,
+    MODEL,
+    TASK,
+    InputError,
+    NotFiniteError,
+    check_types,
+)
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
@@ -118,6 +125,12 @@ def transfer(
         NotFiniteError: if training diverges at every learning rate. One rate that diverges is
             left out, with a warning in the log.
     """
+    check_types(
+        "transfer",
+        model=(model, HookedModel, MODEL),
+        circuit=(circuit, Circuit, CIRCUIT),
+        task=(task, Task, TASK),
+    )
     how = strategy_of("circuit" if strategy == AUTO else strategy)
     check_circuit(model, circuit)
     check_scores(model, scores)

@@ -21,7 +21,7 @@ from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.ablation import circuit_label_logits, head_mask
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
-from circuitlens.errors import InputError
+from circuitlens.errors import BASELINE, MODEL, SCORES, TASK, InputError, check_types
 from circuitlens.models.batch import margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
@@ -78,6 +78,13 @@ def faithfulness(
             scores are of another model, the baseline is of another task, or a size or
             ``n_random`` is impossible.
     """
+    check_types(
+        "faithfulness",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+        scores=(scores, HeadScores, SCORES),
+        baseline=(baseline, MeanBaseline, BASELINE),
+    )
     baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry

@@ -29,7 +29,7 @@ from circuitlens.cdt.ablation import circuit_label_logits, head_mask
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import caveat_of, caveat_of_draws, normalised, ratio_interval
 from circuitlens.circuits.measure_faithfulness import unseen_examples
-from circuitlens.errors import InputError
+from circuitlens.errors import BASELINE, CIRCUIT, MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Example, Task
@@ -179,6 +179,13 @@ def minimality(
         InputError: if the circuit is empty or of a model of another size, the baseline is of
             another model or task, there are no examples, or one was used for discovery.
     """
+    check_types(
+        "minimality",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+        circuit=(circuit, Circuit, CIRCUIT),
+        baseline=(baseline, MeanBaseline, BASELINE),
+    )
     baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry

@@ -41,7 +41,7 @@ from circuitlens.adapt.transfers import (
     check_scores,
 )
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
+from circuitlens.errors import CIRCUIT, MODEL, TASK, InputError, check_types
 from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.experiments.cells import CellSpec, ModelReference, run_cell
 from circuitlens.experiments.comparison import Comparison
@@ -112,6 +112,12 @@ def compare(
         torch.OutOfMemoryError, torch.AcceleratorError: if a device fails, after which other cells
             would fail too. What was finished is in ``out``.
     """
+    check_types(
+        "compare",
+        model=(model, HookedModel, MODEL),
+        circuit=(circuit, Circuit, CIRCUIT),
+        task=(task, Task, TASK),
+    )
     _check_executor(executor)
     if strategies is None:
         strategies = _usual_strategies(scores)

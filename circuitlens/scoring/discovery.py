@@ -27,7 +27,7 @@ from torch import Tensor
 from circuitlens.baseline import MeanBaseline, NodeMeans
 from circuitlens.cdt import RULES, FrozenNetwork, LinearisedRun, RuleSet, Source, project
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError
+from circuitlens.errors import BASELINE, MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import Batch, at_least_float32
 from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
@@ -79,6 +79,12 @@ def discover(
         InputError: if ``depth`` or ``share`` is out of range, the method is no rule set, or no head
             has a positive score.
     """
+    check_types(
+        "discover",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+        baseline=(baseline, MeanBaseline, BASELINE),
+    )
     if depth < 1:
         raise InputError(f"A circuit has one level at least, but depth is {depth}.")
     if not 0 < share <= 1:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline, examples_by_id
 from circuitlens.cdt import Path, Relevances, RuleSet
-from circuitlens.errors import CircuitLensError, InputError
+from circuitlens.errors import (
+    BASELINE,
+    MODEL,
+    TASK,
+    CircuitLensError,
+    InputError,
+    check_types,
+)
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
@@ -65,6 +72,12 @@ def relevance(
         InputError: for an unknown method or path, a method that cannot do what is asked, a rule
             set with the name of another method, or a baseline of another model or task.
     """
+    check_types(
+        "relevance",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+        baseline=(baseline, MeanBaseline, BASELINE),
+    )
     by = scorer(method)
     request = Request(
         positions=baseline.positions,

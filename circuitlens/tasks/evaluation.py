@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from circuitlens.errors import NotFiniteError
+from circuitlens.errors import MODEL, TASK, NotFiniteError, check_types
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks.encoding import Encoded
 from circuitlens.tasks.examples import Example
@@ -95,6 +95,11 @@ def evaluate(
     Raises:
         InputError: if there are no examples, one does not fit the task, or there is no such pool.
     """
+    check_types(
+        "evaluate",
+        model=(model, HookedModel, MODEL),
+        task=(task, Task, TASK),
+    )
     encoded = task.encode(model, examples)
     logits = predict(model, encoded, batch_size=batch_size, quiet=quiet)
     return summarise(logits, torch.tensor(encoded.gold))

@@ -45,7 +45,14 @@ def load_task(
         InputError: for an unknown task, language or option (the known ones are listed), a missing
             folder or file, or data that cannot be used.
     """
+    if not isinstance(name, str | Path):
+        raise InputError(
+            "load_task: name must be that of a data set or of a file, not a "
+            f"{type(name).__name__}: for data in memory use cl.Task.from_records(…) or "
+            "cl.Task.from_dataset(…)."
+        )
     known = data_sets()
+    name = str(name)
     if name not in known:
         if Path(name).suffix or "{language}" in name or Path(name).is_dir():
             if data is not None:
