@@ -117,8 +117,8 @@ def test_every_figure_is_drawn_in_both_modes(
         circuit_graph(found, toy_scores, mode=mode),
     ]
     for fig in figures:
-        assert fig.layout.paper_bgcolor == look(mode).paper
-        assert fig.layout.font.color == look(mode).ink
+        assert fig.layout.template.layout.paper_bgcolor == look(mode).paper
+        assert fig.layout.template.layout.font.color == look(mode).ink
         # Beside the plot, a legend or a colour bar would leave a narrow column no room.
         assert fig.layout.legend.orientation in (None, "h")
         bars = [t.colorbar for t in fig.data if t.type == "heatmap" and t.coloraxis is None]
@@ -556,3 +556,12 @@ def test_the_graph_refuses_what_it_cannot_draw(found, toy_scores):
         circuit_graph(found, max_edges=-1)
     with pytest.raises(cl.InputError, match="scores are of a 24 × 14 one"):
         circuit_graph(found, synthetic())
+
+
+def test_figures_of_ones_own_can_have_the_look():
+    import plotly.graph_objects as go
+
+    fig = go.Figure().update_layout(template="circuitlens")
+    assert fig.layout.template.layout.paper_bgcolor == look("light").paper
+    fig.update_layout(template="circuitlens_dark")
+    assert fig.layout.template.layout.font.color == look("dark").ink

@@ -104,6 +104,10 @@ def test_every_strategy_has_a_look_of_its_own():
     assert len(set(styles.values())) == len({s.symbol for s in styles.values()}) == len(NAMES)
     assert strategy_styles(["full", "mine", "circuit"])["full"] == styles["full"]
     assert strategy_styles(["mine"])["mine"] not in styles.values()
+    # A new strategy changes no other's look.
+    assert {n: (s.colour, s.symbol) for n, s in STRATEGIES.items()} == {
+        n: tuple(style) for n, style in styles.items() if n != "auto"
+    }
     assert shown("a" * 40) == "a" * 23 + "…"
 
 
@@ -113,7 +117,7 @@ def test_every_strategy_has_a_look_of_its_own():
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_the_tradeoff_has_a_panel_for_every_language_and_the_mean(comparison, mode):
     fig = transfer_tradeoff(comparison, facets="all", mode=mode, columns=2)
-    assert fig.layout.paper_bgcolor == look(mode).paper
+    assert fig.layout.template.layout.paper_bgcolor == look(mode).paper
     assert [a.text for a in fig.layout.annotations] == ["x", SAFE, "<b>mean of 2 languages</b>"]
     circuit = traces(fig, "circuit")
     assert [t.xaxis for t in circuit] == ["x", "x2", "x3"]
@@ -334,7 +338,9 @@ def test_a_comparison_folder_has_its_figures_and_their_data(comparison, tmp_path
         "tradeoff", "table-gain", "table-target", "table-source", "pairs",
         "training-x", "training-_b_x_b_x_a_",
     ]  # fmt: skip
-    assert {f.figure.layout.paper_bgcolor for f in found.values()} == {look("dark").paper}
+    assert {f.figure.layout.template.layout.paper_bgcolor for f in found.values()} == {
+        look("dark").paper
+    }
     pd.testing.assert_frame_equal(found["pairs"].data, comparison.pairs())
     pd.testing.assert_frame_equal(found["tradeoff"].data, transfer_points(comparison))
     assert set(found["training-x"].data["language"]) == {"x"}

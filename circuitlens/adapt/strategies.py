@@ -31,6 +31,7 @@ __all__ = [
     "Choice",
     "KVPolicy",
     "Strategy",
+    "look_of",
     "place_of",
     "strategy_of",
 ]
@@ -78,6 +79,7 @@ class Strategy:
         heads: the heads that it trains, if it is about heads.
         gradual: trains in stages, with less and less source data among the target's.
         by_scores: chooses by the heads' scores.
+        colour, symbol: of it in every figure, by plotly's names. Colours repeat, pairs do not.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Strategy:
     heads: Callable[[Choice], Circuit] | None = None
     gradual: bool = False
     by_scores: bool = False
+    colour: str = "#6b7280"
+    symbol: str = "circle-open"
 
     def choose(self, choice: Choice) -> Circuit | None:
         """Return the heads that are trained; ``None`` where it is not about heads."""
@@ -211,6 +215,8 @@ STRATEGIES: dict[str, Strategy] = {
             "the circuit's slices of q, k, v, o, and all norms",
             _slices,
             heads=lambda c: c.circuit,
+            colour="#0072B2",
+            symbol="circle",
         ),
         Strategy(
             "near-zero",
@@ -218,48 +224,99 @@ STRATEGIES: dict[str, Strategy] = {
             _slices,
             heads=lambda c: c.ranked.near_zero(len(c.circuit)),
             by_scores=True,
+            colour="#D55E00",
+            symbol="diamond",
         ),
         Strategy(
             "random",
             "as many heads drawn at random, and all norms",
             _slices,
             heads=lambda c: c.circuit.random_like(c.seed),
+            colour="#009E73",
+            symbol="square",
         ),
         Strategy(
             "random-by-layer",
             "heads drawn at random, as many in every layer as the circuit has, and all norms",
             _slices,
             heads=lambda c: c.circuit.random_like(c.seed, by_layer=True),
+            colour="#CC79A7",
+            symbol="triangle-up",
         ),
-        Strategy("norms", "all norms only", _slices),
+        Strategy(
+            "norms",
+            "all norms only",
+            _slices,
+            colour="#E69F00",
+            symbol="cross",
+        ),
         Strategy(
             "lora",
             "LoRA on all attention projections, with about as many entries as the circuit's slices",
             _lora_of_rank(None),
+            colour="#56B4E9",
+            symbol="x",
         ),
-        Strategy("lora-norms", "as lora, and all norms", _lora_of_rank(None, norms=True)),
-        Strategy("lora-r8", "LoRA of rank 8 on all attention projections", _lora_of_rank(8)),
+        Strategy(
+            "lora-norms",
+            "as lora, and all norms",
+            _lora_of_rank(None, norms=True),
+            colour="#56B4E9",
+            symbol="star-diamond",
+        ),
+        Strategy(
+            "lora-r8",
+            "LoRA of rank 8 on all attention projections",
+            _lora_of_rank(8),
+            colour="#8C6D46",
+            symbol="star",
+        ),
         Strategy(
             "circuit-lora",
             "LoRA on the circuit's layers, ranks by their share of its relevance",
             _circuit_lora,
             by_scores=True,
+            colour="#0072B2",
+            symbol="triangle-down",
         ),
         Strategy(
             "gradual",
             "all weights, in stages with less and less source data among the target's",
             _everything,
             gradual=True,
+            colour="#D55E00",
+            symbol="pentagon",
         ),
-        Strategy("head", "the output layer's rows of the labels only", _label_rows),
-        Strategy("full", "all weights", _everything),
+        Strategy(
+            "head",
+            "the output layer's rows of the labels only",
+            _label_rows,
+            colour="#009E73",
+            symbol="hourglass",
+        ),
+        Strategy(
+            "full",
+            "all weights",
+            _everything,
+            colour="#CC79A7",
+            symbol="hexagon",
+        ),
     )
 }
 
 
 # Not a strategy of its own: it chooses one.
 AUTO = "auto"
+_AUTO_LOOK = ("#E69F00", "bowtie")
 NAMES = (*STRATEGIES, AUTO)
+
+
+def look_of(name: str) -> tuple[str, str] | None:
+    """Colour and symbol of a strategy in figures; ``None`` for an unknown one."""
+    if name == AUTO:
+        return _AUTO_LOOK
+    known = STRATEGIES.get(name)
+    return (known.colour, known.symbol) if known else None
 
 
 def place_of(name: str) -> tuple[int, str]:

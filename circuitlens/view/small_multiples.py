@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from circuitlens.adapt import TransferResult
-from circuitlens.adapt.strategies import NAMES
+from circuitlens.adapt.strategies import look_of
 from circuitlens.errors import InputError
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.view.theme import LEGEND_BELOW, PALETTE, Mode, figure, look, plain
@@ -35,22 +35,8 @@ Results = Comparison | Sequence[TransferResult]
 
 # What the mean over languages is called where a language's name would stand.
 MEAN = "all languages"
-# As many symbols as strategies: the colours alone repeat after seven.
-_SYMBOLS = (
-    "circle",
-    "diamond",
-    "square",
-    "triangle-up",
-    "cross",
-    "x",
-    "star",
-    "triangle-down",
-    "pentagon",
-    "hourglass",
-    "hexagon",
-    "bowtie",
-    "star-diamond",
-)
+# Of strategies that circuitlens does not know; no known one has an open symbol.
+_OTHERS = ("circle-open", "diamond-open", "square-open", "cross-open", "x-open", "star-open")
 _VALUES = ("gain", "target_after", "source_change", "source_after")
 _LONGEST = 24
 _LINE = 16
@@ -75,12 +61,15 @@ def strategy_styles(strategies: Iterable[str]) -> dict[str, Style]:
         strategies: names; unknown ones follow the known ones, in the order of the alphabet.
     """
     named = list(strategies)
-    order = [*NAMES, *sorted(set(named) - set(NAMES))]
-    return {
-        name: Style(PALETTE[i % len(PALETTE)], _SYMBOLS[i % len(_SYMBOLS)])
-        for name in named
-        for i in (order.index(name),)
-    }
+    others = sorted(name for name in set(named) if look_of(name) is None)
+    styles = {}
+    for name in named:
+        known = look_of(name)
+        if known is None:
+            i = others.index(name)
+            known = PALETTE[i % len(PALETTE)], _OTHERS[i % len(_OTHERS)]
+        styles[name] = Style(*known)
+    return styles
 
 
 def shown(name: str) -> str:

@@ -7,10 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from circuitlens.errors import InputError
 
-__all__ = ["LEGEND_BELOW", "PALETTE", "Look", "Mode", "colour_bar", "figure", "look", "plain"]
+__all__ = [
+    "LEGEND_BELOW",
+    "PALETTE",
+    "TEMPLATES",
+    "Look",
+    "Mode",
+    "colour_bar",
+    "figure",
+    "look",
+    "plain",
+]
 
 Mode = Literal["light", "dark"]
 
@@ -102,27 +113,46 @@ def figure(
     title: str = "", *, mode: Mode = "light", width: int | None = None, height: int = 380
 ) -> go.Figure:
     """Make an empty figure in the house style; titles and legends stand to the left."""
-    colours = look(mode)
-    axis = {
-        "gridcolor": colours.grid,
-        "linecolor": colours.grid,
-        "zerolinecolor": colours.grid,
-        "automargin": True,
-    }
+    look(mode)
     return go.Figure(
         layout=go.Layout(
             title={"text": title, "x": 0.0, "xref": "paper", "font": {"size": 15}},
-            template={"layout": {"xaxis": axis, "yaxis": axis}},
-            font={"family": "Helvetica, Arial, sans-serif", "size": 12, "color": colours.ink},
-            paper_bgcolor=colours.paper,
-            plot_bgcolor=colours.paper,
-            colorway=PALETTE,
+            template=TEMPLATES[mode],
             margin={"l": 60, "r": 20, "t": 50 if title else 20, "b": 50},
             width=width,
             height=height,
             hoverlabel={"align": "left"},
         )
     )
+
+
+def _template(colours: Look) -> go.layout.Template:
+    axis = {
+        "gridcolor": colours.grid,
+        "linecolor": colours.grid,
+        "zerolinecolor": colours.grid,
+        "automargin": True,
+    }
+    return go.layout.Template(
+        layout={
+            "xaxis": axis,
+            "yaxis": axis,
+            "font": {
+                "family": "Helvetica, Arial, sans-serif",
+                "size": 12,
+                "color": colours.ink,
+            },
+            "paper_bgcolor": colours.paper,
+            "plot_bgcolor": colours.paper,
+            "colorway": PALETTE,
+        }
+    )
+
+
+# For figures of your own: fig.update_layout(template="circuitlens_dark").
+TEMPLATES = {"light": "circuitlens", "dark": "circuitlens_dark"}
+for _mode, _name in TEMPLATES.items():
+    pio.templates[_name] = _template(_LOOKS[_mode])
 
 
 def plain(text: object) -> str:
