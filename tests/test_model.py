@@ -24,6 +24,7 @@ from transformers import (
 
 import circuitlens as cl
 from circuitlens.adapt.precision import in_float32
+from circuitlens.models import loading
 from circuitlens.models.hooked import HookedModel
 
 TIED = {
@@ -461,3 +462,45 @@ def test_the_shared_checkpoint_loads(shared):
     model = cl.load(shared / "models" / "nusa-tiny-ind")
     assert (model.geometry.n_layers, model.geometry.n_heads, model.geometry.n_kv_heads) == (4, 8, 4)
     assert model.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_bars_of_transformers_are_left_as_they_were(was_on, fails, tmp_path):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if was_on else logging.disable_progress_bar)()
+    try:
+        model = cl.load(tiny("qwen2"))
+        model.save(tmp_path / "m")
+        if fails:
+            (tmp_path / "m" / "model.safetensors").write_bytes(b"nothing")
+            with pytest.raises(Exception):  # noqa: B017, PT011
+                loading.load_weights(str(tmp_path / "m"), "auto", None)
+        assert logging.is_progress_bar_enabled() == was_on
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+def test_why_a_tokenizer_cannot_be_loaded_is_said(tmp_path, monkeypatch):
+    cause = ImportError("you need sentencepiece")
+
+    def missing(*_, **__):
+        raise cause
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(cl.InputError, match="you need sentencepiece") as caught:
+        loading.load_tokenizer("somewhere", None)
+    assert caught.value.__cause__ is cause
+
+
+def test_memory_that_runs_out_while_hooking_is_said_to_be_that(monkeypatch):
+    from transformer_lens.model_bridge import sources
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sources, "build_bridge_from_module", full)
+    with pytest.raises(cl.InputError, match="not enough memory on cpu to hook Qwen2ForCausalLM"):
+        cl.load(tiny("qwen2"))

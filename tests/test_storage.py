@@ -17,6 +17,7 @@ from circuitlens.utils.storage import (
     read_json,
     read_tensors,
     replacing,
+    safe_name,
     write_json,
     write_tensors,
 )
@@ -279,3 +280,34 @@ def test_a_digest_is_the_same_for_the_same_content():
     assert digest("circuit") == digest("circuit")
     # SHA-256 of the bytes and a zero byte: fingerprints may not change between versions.
     assert digest("") == "6e340b9cffb37a98"
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("javanese", "javanese"),
+        ("toba_batak", "toba_batak"),
+        ("..", "%2E%2E"),
+        ("../../etc", "%2E%2E%2F..%2Fetc"),
+        ("a/b", "a%2Fb"),
+        ("a_b", "a_b"),
+        ("con", "%63on"),
+        ("español", "espa%C3%B1ol"),
+    ],
+)
+def test_names_of_languages_name_files_in_their_folder(name, safe, tmp_path):
+    assert safe_name(name) == safe
+    assert (tmp_path / safe_name(name)).resolve().parent == tmp_path.resolve()
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True))
+def test_different_names_have_different_files(names):
+    files = [safe_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(len(file.encode()) <= 200 for file in files)
+    assert all("/" not in f and f not in (".", "..") and not f.startswith(".") for f in files)
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(cl.InputError, match="empty name"):
+        safe_name("")
