@@ -1188,3 +1188,17 @@ def test_two_files_of_one_split_are_refused(tmp_path):
 )
 def test_a_task_is_named_after_its_file(path, name):
     assert _file_name(Path(path)) == name
+
+
+def test_a_text_of_the_test_split_is_not_validated_on(caplog):
+    splits = {
+        "train": [example(f"t{n}", f"bada {'bi ' * n}", LABELS[0]) for n in range(4)],
+        "validation": [example("v1", "Gu  zevo", LABELS[0]), example("v2", "zevo", LABELS[1])],
+        "test": [example("x1", "gu zevo", LABELS[1])],
+    }
+    pools = split_pools(splits, seed=0)
+    assert [e.id for e in pools.validation] == ["v2"]
+    assert [e.id for e in pools.test] == ["x1"]
+    assert "1 validation examples were left out: the same text or group stands in test" in (
+        caplog.text
+    )

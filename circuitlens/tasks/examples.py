@@ -133,11 +133,11 @@ def split_pools(
             taken = {e.id for e in chosen}
             have[name] = chosen
             train = tuple(e for e in train if e.id not in taken)
-    test_groups = {e.group for e in have["test"]}
+    test_groups, test_texts = {e.group for e in have["test"]}, {_normal(e) for e in have["test"]}
     have["validation"] = _leave_out(
         have["validation"],
-        lambda e: e.group in test_groups,
-        "validation examples were left out: their group stands in test",
+        lambda e: e.group in test_groups or _normal(e) in test_texts,
+        "validation examples were left out: the same text or group stands in test",
     )
     held_out = (*have["validation"], *have["test"])
     groups, texts = {e.group for e in held_out}, {_normal(e) for e in held_out}
