@@ -389,7 +389,8 @@ def test_an_edited_circuit_says_so(explorer, scores):
         explorer.circuit = cl.Circuit.of(["a0.h0"], 3, 3)
 
 
-def test_saving_asks_before_it_overwrites(explorer, tmp_path):
+def test_saving_asks_before_it_overwrites(explorer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "circuit.json"
     members = ["a1.h2", "a0.h0"]
     message, _ = tell(explorer, kind="save", path=str(path), members=members)
@@ -406,12 +407,17 @@ def test_saving_asks_before_it_overwrites(explorer, tmp_path):
     assert "is a folder" in message["error"]
     message, _ = tell(explorer, kind="save", path=" ", members=[])
     assert "Give the name of the file" in message["error"]
+    for elsewhere in ("../circuit.json", "/tmp/circuit.json", "circuit.py", "a/../../x.json"):
+        message, _ = tell(explorer, kind="save", path=elsewhere, members=members)
+        assert "writes .json files below" in message["error"], elsewhere
+    assert not (tmp_path.parent / "circuit.json").exists()
 
 
 # -- saved results, refusals -----------------------------------------------------------------------
 
 
-def test_saved_results_need_no_model(model, task, baseline, scores, probe, tmp_path):
+def test_saved_results_need_no_model(model, task, baseline, scores, probe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     curve = cl.faithfulness(
         model,
         task,

@@ -189,9 +189,15 @@ class Explorer(anywidget.AnyWidget):
         name = str(content["path"]).strip()
         if not name:
             raise InputError("Give the name of the file to write, such as circuit.json.")
-        path = Path(name).expanduser().absolute()
+        path = Path(name).expanduser().resolve()
         if path.is_dir():
             raise InputError(f"{path} is a folder: give the name of a file in it.")
+        # The name comes from a browser, which may be that of somebody else (a served notebook).
+        if path.suffix != ".json" or not path.is_relative_to(Path.cwd().resolve()):
+            raise InputError(
+                f"The explorer writes .json files below {Path.cwd()} only, not {path}: give such a "
+                "name, or use explorer.circuit.save(…)."
+            )
         if path.exists() and not content.get("overwrite"):
             return {"exists": str(path)}
         circuit = self._circuit(self._parse(content["members"]))
