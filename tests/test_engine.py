@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hand_frozen import HandFrozen, put
-from helpers import ALL, MASKED, batch_of, loaded, node_means, row, unchecked
+from helpers import ALL, MASKED, batch_of, loaded, node_means, row, tiny, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -449,3 +449,22 @@ def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
             scorer(cl.RuleSet(name, True, False, "secant"))
     assert scorer(replace(RULES["cdt"])) is scorer("cdt")
     assert scorer(replace(RULES["cdt"], name="mine", freeze_scales=False)).name == "mine"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_an_activation_that_is_not_the_configured_one_is_seen_in_every_type(name, dtype):
+    model = cl.load(tiny(name, dtype))
+    batch = batch_of(model, 8, 5)
+    means = node_means(model)
+    score(model, batch, means)
+    config = model.hf.config
+    for key in ("hidden_activation", "hidden_act"):
+        if hasattr(config, key):
+            setattr(config, key, "gelu" if getattr(config, key) == "silu" else "silu")
+    with pytest.raises(cl.UnsupportedModelError, match="with the configured activation"):
+        score(model, batch, means)
+
+
+def score(model, batch, means):
+    return relevance_by_gradient(model, batch, means, RULES["cdt-linear"])
