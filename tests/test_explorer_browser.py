@@ -48,6 +48,8 @@ from circuitlens.tasks import toy
 from circuitlens.explorer.opening import explore
 
 model = cl.load(toy.toy_model(n_layers=2, d_model=32).hf, toy.toy_tokenizer())
+# The other way round the heads of this random model hurt, and f has no meaning.
+model.hf.model.norm.weight.data.neg_()
 rows = [
     {{"text": f"{{i}} {EVIL} ba be", "label": label}}
     for i in range(60) for label in ("negative", "positive")
