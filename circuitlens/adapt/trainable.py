@@ -28,8 +28,8 @@ _NOTE_SCHEMA = "circuitlens.trained/1"
 _NOTE = "trained.json"
 _ENTRIES = "weights.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Every file that trained tensors may be in. A new result replaces those of old versions of PEFT too,
-# though a pickle is never read.
+# Every file that trained tensors may be in. A new result replaces those of old versions of PEFT
+# too, though a pickle is never read.
 TENSOR_FILES = (*_ADAPTER, "adapter_model.bin", _ENTRIES)
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
