@@ -7,11 +7,14 @@ argument should not wait for that. A test compares these names with those of the
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["choices", "constant", "data_sets", "scorers", "strategies"]
+from circuitlens.errors import InputError
+
+__all__ = ["check_task", "choices", "constant", "data_sets", "scorers", "strategies"]
 
 _PACKAGE = Path(__file__).parent
 
@@ -55,6 +58,19 @@ def data_sets() -> dict[str, str]:
     for path in sorted((_PACKAGE / "tasks" / "sources").glob("*.py")):
         found |= _entries(f"tasks/sources/{path.name}", "DataSet")
     return dict(sorted(found.items()))
+
+
+def check_task(name: str, known: Collection[str]) -> None:
+    """Refuse the name of a task that is neither a known data set nor looks like a data file.
+
+    Raises:
+        InputError: naming the known ones.
+    """
+    if name in known or Path(name).suffix or "{language}" in name or Path(name).is_dir():
+        return
+    raise InputError(
+        f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data file."
+    )
 
 
 def choices(module: str, name: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from circuitlens.adapt.options import TRANSFER
 from circuitlens.cli_options import parsed, run_options, settings_of, takes
 from circuitlens.cli_tables import pairs_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
-from circuitlens.run_settings import RunSettings
+from circuitlens.run_settings import SCORING, RunSettings, check_run
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
@@ -45,7 +45,7 @@ INTERRUPTED = 130
 
 _Dir = Annotated[Path, typer.Argument(help="Folder of an earlier `circuitlens run`.")]
 # What discovery can be repeated with.
-_DISCOVERY = ("method", "size", "mlps", "by_position", "path", "steps", "max_examples")
+_DISCOVERY = ("size", *SCORING)
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor log lines.")]
 
 # Wide enough for the tables when nobody has a terminal.
@@ -82,15 +82,6 @@ def _options(
     ] = None,
 ) -> None:
     pass
-
-
-def _run_folder(folder: Path) -> Path:
-    # Before torch is imported, which takes seconds.
-    if not (folder / "run.json").is_file():
-        raise InputError(
-            f"{folder} holds no circuitlens run (no run.json): begin one with circuitlens run."
-        )
-    return folder
 
 
 def _width(text: str) -> str | float:
@@ -143,8 +134,8 @@ def discover(
 ) -> None:
     """Score the heads and choose the circuit again; options that are left out stay as they were."""
     _begin(quiet)
-    changes = parsed({name: value for name, value in values.items() if value is not None})
-    _run_folder(folder)
+    changes = parsed(values)
+    check_run(folder)
     if (folder / "circuit.json").is_file() and not redo:
         raise InputError(
             f"{folder} has a circuit already: add --redo to replace it, which also removes the "
@@ -167,7 +158,7 @@ def faithfulness(
 ) -> None:
     """Measure how much of the task the circuit does alone."""
     _begin(quiet)
-    _run_folder(folder)
+    check_run(folder)
     from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
@@ -189,8 +180,8 @@ def transfer(
 ) -> None:
     """Adapt the model to further languages, or by further strategies; finished ones are kept."""
     _begin(quiet)
-    chosen = parsed({name: value for name, value in values.items() if value is not None})
-    _run_folder(folder)
+    chosen = parsed(values)
+    check_run(folder)
     from dataclasses import replace
 
     from circuitlens.run_folder import RunFolder
@@ -220,8 +211,8 @@ def compare(
     Finished cells are kept, so an interrupted comparison resumes, and a finished one can grow.
     """
     _begin(quiet)
-    chosen = parsed({name: value for name, value in values.items() if value is not None})
-    _run_folder(folder)
+    chosen = parsed(values)
+    check_run(folder)
     from circuitlens.experiments import compare as compare_strategies
     from circuitlens.run_folder import RunFolder
 
@@ -264,7 +255,7 @@ def report(
     """Write the report of what the folder holds."""
     _begin(quiet)
     if not (folder / "comparison.json").is_file():
-        _run_folder(folder)
+        check_run(folder)
     from circuitlens.experiments import Comparison
     from circuitlens.run_folder import RunFolder
     from circuitlens.view import write_report

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -158,8 +158,7 @@ def run_options(*only: str) -> list[inspect.Parameter]:
         flag = _FINETUNE.get(field.name) or _flag(field.name, "--finetune-")
         option = _option(field, text, flag, None, usual, "Training of the competence stage")
         options.append(option.replace(name=f"finetune_{field.name}"))
-    # What has no default comes first.
-    return sorted(options, key=lambda option: option.default is not inspect.Parameter.empty)
+    return options
 
 
 def takes(options: Sequence[inspect.Parameter]) -> Callable[[Callable[..., None]], Any]:
@@ -198,15 +197,11 @@ def settings_of(values: Mapping[str, Any]) -> RunSettings:
         if f"finetune_{field.name}" in given
     }
     settings = RunSettings(**parsed(given), training=TRANSFER.updated(own))
-    return RunSettings(
-        **parsed(given),
-        training=settings.training,
-        finetuning=settings.competence_options(first),
-    )
+    return replace(settings, finetuning=settings.competence_options(first))
 
 
 def parsed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn values of options into those of fields.
+    """Turn values of options into those of fields; options that were not given are left out.
 
     Raises:
         InputError: for a size or pair that cannot be read.
@@ -214,6 +209,8 @@ def parsed(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     kinds = {field.name: str(field.type) for field in fields(RunSettings)}
     for name, value in values.items():
+        if value is None:
+            continue
         flag = _FLAGS.get(name) or _flag(name)
         if kinds[name].startswith("dict"):
             found[name] = pairs(value, flag)

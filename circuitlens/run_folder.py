@@ -35,7 +35,7 @@ from circuitlens.experiments import Comparison
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import load
-from circuitlens.run_settings import RunSettings
+from circuitlens.run_settings import RunSettings, check_run
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.tasks import Task
@@ -103,10 +103,7 @@ class RunFolder:
             InputError: if there is no run in it.
         """
         path = Path(path)
-        if not (path / "run.json").is_file():
-            raise InputError(
-                f"{path} holds no circuitlens run (no run.json): begin one with circuitlens run."
-            )
+        check_run(path)
         record = read_json(path / "run.json", RUN_SCHEMA)
         return cls(path, RunSettings.from_dict(record["settings"]), quiet=quiet)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks import Task
 
-__all__ = ["CHOICES", "TOY", "RunSettings"]
+__all__ = ["CHOICES", "SCORING", "TOY", "RunSettings", "check_run"]
 
 TOY = "toy"
 
@@ -42,8 +42,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_policy": catalogue.choices("adapt/strategies.py", "KVPolicy"),
     "dtype": ("auto", *catalogue.choices("models/loading.py", "_DTYPES")),
 }
-# Endings of data files that a task can be.
-_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Of these come the scores, with the seed.
+SCORING = ("method", "mlps", "by_position", "path", "steps", "max_examples")
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that holds no run.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not (folder / "run.json").is_file():
+        raise InputError(
+            f"{folder} holds no circuitlens run (no run.json): begin one with circuitlens run."
+        )
 
 
 @dataclass(frozen=True)
@@ -180,13 +192,7 @@ class RunSettings:
         Raises:
             InputError: if there is no such data set, file or folder.
         """
-        known = catalogue.data_sets()
-        is_file = Path(self.task).suffix in _FILES or "{language}" in self.task
-        if self.task not in known and not is_file and not Path(self.task).is_dir():
-            raise InputError(
-                f"There is no task {self.task!r}; known are {', '.join(known)}, or give the path "
-                "of a data file."
-            )
+        catalogue.check_task(self.task, catalogue.data_sets())
         if self.data is not None and not Path(self.data).exists():
             raise InputError(f"There is no folder {self.data} of data: check --data.")
 
@@ -244,8 +250,7 @@ class RunSettings:
     @property
     def scoring(self) -> dict[str, Any]:
         """Keyword arguments of :func:`circuitlens.relevance`."""
-        names = ("method", "mlps", "by_position", "path", "steps", "max_examples", "seed")
-        return {name: getattr(self, name) for name in names} | self.batch_size
+        return {name: getattr(self, name) for name in (*SCORING, "seed")} | self.batch_size
 
     @property
     def transferring(self) -> dict[str, Any]:

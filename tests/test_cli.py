@@ -56,21 +56,24 @@ def base(proxy_folder, out, *more):
     return ["run", *where, "--target", "near", "-q", *FAST, *more]
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, proxy_folder) -> Path:
-    """The folder of a finished run."""
-    out = tmp_path_factory.mktemp("runs") / "done"
-    settings = RunSettings(
+def little(proxy_folder, **settings) -> RunSettings:
+    """Settings of a run that takes seconds."""
+    return RunSettings(
         model=str(proxy_folder),
         task="toy",
         source="source",
         targets=("near",),
-        max_examples=40,
-        n_random=2,
         learning_rates=(1e-3,),
         training=TRANSFER.updated({"epochs": 1}),
-        strategies=("circuit", "norms"),
+        **settings,
     )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, proxy_folder) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    settings = little(proxy_folder, max_examples=40, n_random=2, strategies=("circuit", "norms"))
     RunFolder.create(out, settings, quiet=True).run_all()
     return out
 
@@ -98,17 +101,7 @@ def test_a_run_goes_through_where_the_heads_hurt(proxy_folder, tmp_path, monkeyp
         return replace(curve, **parts)
 
     monkeypatch.setattr(run_folder, "faithfulness", hurt)
-    settings = RunSettings(
-        model=str(proxy_folder),
-        task="toy",
-        source="source",
-        targets=("near",),
-        max_examples=20,
-        n_random=1,
-        learning_rates=(1e-3,),
-        training=TRANSFER.updated({"epochs": 1}),
-        strategies=("norms",),
-    )
+    settings = little(proxy_folder, max_examples=20, n_random=1, strategies=("norms",))
     run = RunFolder.create(tmp_path / "run", settings, quiet=True)
     assert len(run.run_all()) == 1
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -8,7 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -270,7 +270,7 @@ texts = st.tuples(
 
 @quick
 @given(st.lists(texts, max_size=30))
-def test_training_rows_whose_text_is_held_out_are_dropped_and_no_others(rows):
+def test_rows_whose_text_is_held_out_from_them_are_dropped_and_no_others(rows):
     def plain(words: list[str]) -> str:
         return " ".join(words).lower()
 
@@ -291,7 +291,9 @@ def test_training_rows_whose_text_is_held_out_are_dropped_and_no_others(rows):
     assert kept <= expected
     assert {plain(rows[int(n)][1]) for n in expected} == sides[0] | sides[1]
     assert pools.test == tuple(splits["test"])
-    assert pools.validation == tuple(splits["validation"])
+    tested = {plain(e.text.split()) for e in splits["test"]}
+    unseen = [e for e in splits["validation"] if plain(e.text.split()) not in tested]
+    assert pools.validation == tuple(unseen)
 
 
 def test_one_field_of_two_in_common_with_the_test_split_is_no_repetition():
@@ -1117,26 +1119,13 @@ def test_a_missing_id_is_named():
 def test_a_template_that_leaves_no_room_for_the_text_is_refused():
     words = {"neg": " negative", "pos": " positive"}
     examples = [Example("1", {"text": "bada " * 20}, "neg")]
+    options = {"readout": TokenReadout()}
+    encoding = partial(encode, examples, toy_tokenizer(), "{text} ->", words, **options)
     for context in (3, 4, 5):
         with pytest.raises(cl.InputError, match="shorten the template"):
-            encode(
-                examples,
-                toy_tokenizer(),
-                "{text} ->",
-                words,
-                readout=TokenReadout(),
-                max_text_tokens=96,
-                context=context,
-            )
+            encoding(max_text_tokens=96, context=context)
     with pytest.raises(cl.InputError, match="max_text_tokens must be a whole number"):
-        encode(
-            examples,
-            toy_tokenizer(),
-            "{text} ->",
-            words,
-            readout=TokenReadout(),
-            max_text_tokens=0,
-        )
+        encoding(max_text_tokens=0)
 
 
 def test_a_field_used_twice_counts_twice():

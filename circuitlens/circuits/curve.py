@@ -40,6 +40,7 @@ __all__ = [
     "caveat_of",
     "caveat_of_draws",
     "normalised",
+    "note",
     "ratio_interval",
 ]
 
@@ -110,9 +111,7 @@ class FaithfulnessCurve:
     @property
     def caveat(self) -> str | None:
         """Why f, or its interval, has no meaning on these examples; ``None`` where it has."""
-        if found := caveat_of(self.margin[0], self.margin[-1]):
-            return found
-        return caveat_of_draws(self._denominators)
+        return caveat_of(self.margin[0], self.margin[-1]) or caveat_of_draws(self._denominators)
 
     @property
     def random_faithfulness(self) -> Float[np.ndarray, "draw size"]:
@@ -280,7 +279,7 @@ class FaithfulnessCurve:
             f"<p><b>FaithfulnessCurve</b> of {html.escape(self.method)} on "
             f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, "
             f"{len(self.random_margin)} random circuits of each kind and size; CPR {self.cpr:.3f}, "
-            f"CMD {self.cmd:.3f}</p>{_note(self.caveat)}"
+            f"CMD {self.cmd:.3f}</p>{note(self.caveat)}"
             f"{table.to_html(index=False, float_format='{:.3f}'.format)}"
         )
 
@@ -335,7 +334,8 @@ def ratio_interval(
     return percentiles(numerators / denominators[:, None], level)
 
 
-def _note(caveat: str | None) -> str:
+def note(caveat: str | None) -> str:
+    """A paragraph of HTML for a caveat, if there is one."""
     return f"<p>{html.escape(caveat)}</p>" if caveat else ""
 
 

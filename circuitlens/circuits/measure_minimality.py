@@ -27,7 +27,13 @@ from jaxtyping import Float
 from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.ablation import circuit_label_logits, head_mask
 from circuitlens.circuit import Circuit
-from circuitlens.circuits.curve import caveat_of, caveat_of_draws, normalised, ratio_interval
+from circuitlens.circuits.curve import (
+    caveat_of,
+    caveat_of_draws,
+    normalised,
+    note,
+    ratio_interval,
+)
 from circuitlens.circuits.measure_faithfulness import unseen_examples
 from circuitlens.errors import BASELINE, CIRCUIT, MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import margin
@@ -91,9 +97,8 @@ class Minimality:
     @property
     def caveat(self) -> str | None:
         """Why losses, or their intervals, have no meaning; ``None`` where they have."""
-        if found := caveat_of(self.empty_margin.mean(), self.full_margin.mean()):
-            return found
-        return caveat_of_draws(self._denominators)
+        found = caveat_of(self.empty_margin.mean(), self.full_margin.mean())
+        return found or caveat_of_draws(self._denominators)
 
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound head"]:
         """Percentile bootstrap interval of :attr:`loss` over examples (1,000 draws).
@@ -141,12 +146,11 @@ class Minimality:
 
     def _repr_html_(self) -> str:
         table = self.to_frame()[["head", "loss", "low", "high"]]
-        note = f"<p>{html.escape(self.caveat)}</p>" if self.caveat else ""
         return (
             f"<p><b>Minimality</b> of {html.escape(self.circuit.selection)} on "
             f"{html.escape(self.provenance.task)}: {len(self.example_ids)} examples, f of the "
             f"circuit {self.faithfulness:.3f}</p>"
-            f"{note}{table.to_html(index=False, float_format='{:.3f}'.format)}"
+            f"{note(self.caveat)}{table.to_html(index=False, float_format='{:.3f}'.format)}"
         )
 
 

@@ -117,22 +117,16 @@ def _lines(content: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f"{_json(k)}: {value(v)}" for k, v in content.items()) + "\n}"
 
 
-def _check_schema(path: Path, found: object, *schemas: str) -> None:
-    if found not in schemas:
+def _check_schema(path: Path, found: object, schema: str) -> None:
+    if found != schema:
         raise InputError(
-            f"{path} has schema {found!r}, but {schemas[0]!r} is needed here: "
+            f"{path} has schema {found!r}, but {schema!r} is needed here: "
             "it is another kind of file or was written by another version of circuitlens."
         )
 
 
-def read_json(path: Path, schema: str, *older: str) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote; the schema is checked and removed.
-
-    Args:
-        path: the file.
-        schema: that the file must have.
-        older: schemas that the caller understands too.
-    """
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote; the schema is checked and removed."""
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     try:
@@ -141,7 +135,7 @@ def read_json(path: Path, schema: str, *older: str) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
-    _check_schema(path, content.pop("schema", None), schema, *older)
+    _check_schema(path, content.pop("schema", None), schema)
     return content
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from circuitlens.catalogue import check_task
 from circuitlens.errors import InputError
 from circuitlens.tasks.sources.data_set import DataSet
 from circuitlens.tasks.task import COLUMNS, OPTIONS, Task, check_options
@@ -53,16 +54,12 @@ def load_task(
         )
     known = data_sets()
     name = str(name)
+    check_task(name, known)
     if name not in known:
-        if Path(name).suffix or "{language}" in name or Path(name).is_dir():
-            if data is not None:
-                raise InputError(f"{name} is a data file itself: leave data (--data) out.")
-            check_options(options, (*COLUMNS, *OPTIONS), name)
-            return Task.from_file(name, language=language or "unnamed", **options)
-        raise InputError(
-            f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data "
-            "file."
-        )
+        if data is not None:
+            raise InputError(f"{name} is a data file itself: leave data (--data) out.")
+        check_options(options, (*COLUMNS, *OPTIONS), name)
+        return Task.from_file(name, language=language or "unnamed", **options)
     check_options(options, OPTIONS, name)
     chosen = known[name]
     return Task.from_source(
