@@ -46,6 +46,23 @@ cl.transfer(model, circuit, target, checkpoints=out, quiet=True, **options)
 """
 )
 
+GRID_OUT = (
+    COMMON
+    + """
+rate = {"learning_rates": [1e-3], "epochs": 1}
+for _ in range(2):  # the second call finds all cells
+    table = cl.compare(
+        model, circuit, target.origin, ["near"], strategies=["circuit", "norms"], seeds=[0],
+        out=f"{out}/grid", quiet=True, **rate,
+    )
+    assert not table.errors, table.errors
+    cells = [{**cell, "seconds": 0} for cell in table.cells]
+import json
+with open(f"{out}/rank-{os.environ['RANK']}.json", "w") as file:
+    json.dump([[cell["strategy"], cell["target_after"]["accuracy"]] for cell in cells], file)
+"""
+)
+
 SHARED_OUT = (
     COMMON
     + """
@@ -93,9 +110,10 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def test_two_processes_train_as_one_does(begin, tmp_path):
+def launched(source: str, tmp_path) -> None:
+    """Run a script in two processes under Accelerate."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SHARED_OUT))
+    script.write_text(textwrap.dedent(source))
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     done = subprocess.run(
         [
@@ -108,6 +126,20 @@ def test_two_processes_train_as_one_does(begin, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_make_one_comparison(begin, tmp_path):
+    launched(GRID_OUT, tmp_path)
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert [strategy for strategy, _ in found[0]] == ["circuit", "norms"]
+    saved = cl.Comparison.load(tmp_path / "grid")
+    assert not saved.errors
+    assert [c["target_after"]["accuracy"] for c in saved.cells] == [a for _, a in found[0]]
+
+
+def test_two_processes_train_as_one_does(begin, tmp_path):
+    launched(SHARED_OUT, tmp_path)
     for strategy in ("circuit", "head"):
         alone = cl.transfer(*begin, strategy=strategy, **OPTIONS)
         alone.save(tmp_path / f"{strategy}-alone")

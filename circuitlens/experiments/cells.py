@@ -7,11 +7,12 @@ runs the cell loads the model once and checks that it is the one that was meant.
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import KVPolicy
@@ -24,6 +25,7 @@ from circuitlens.models.loading import load
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
 from circuitlens.utils.peak_memory import PeakMemory
+from circuitlens.utils.processes import is_main, n_processes
 
 __all__ = ["CellSpec", "ModelReference", "run_cell"]
 
@@ -106,25 +108,31 @@ class CellSpec:
     folder: Path | None = None
 
 
-def run_cell(spec: CellSpec, *, writes: bool = True) -> dict[str, Any]:
+def run_cell(spec: CellSpec) -> dict[str, Any]:
     """Run a cell and return its numbers; one that another process has finished is read.
 
-    Args:
-        spec: what to run.
-        writes: whether this process writes the cell; of several that train together, one does.
+    Processes that train together (``accelerate launch``) all run the cell, and the main one writes
+    it: if one of them read it instead, the others would wait for it for ever.
 
     Raises:
         InputError: for arguments that a transfer refuses, or another model than was meant.
         NotFiniteError: if training diverges at every learning rate.
     """
     folder = None if spec.folder is None else CellFolder(spec.folder)
-    with nullcontext() if folder is None or not writes else folder.lock(spec.key):
-        if folder is not None and writes and (cell := folder.read(spec.key)) is not None:
+    if folder is None:
+        return _measure(spec, None)
+    device = torch.device(spec.model.device)
+    if n_processes(device) > 1:
+        found = _measure(spec, folder)
+        if is_main(device):
+            folder.write(spec.key, found)
+        return found
+    with folder.lock(spec.key):
+        if (cell := folder.read(spec.key)) is not None:
             return cell
         found = _measure(spec, folder)
-        if folder is not None and writes:
-            folder.write(spec.key, found)
-    return found
+        folder.write(spec.key, found)
+        return found
 
 
 def _measure(spec: CellSpec, folder: CellFolder | None) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from circuitlens.adapt.options import (
     DEFAULT_STRATEGIES,
@@ -48,6 +46,7 @@ from circuitlens.experiments.comparison import Comparison
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
+from circuitlens.utils.processes import agreed, is_main, n_processes
 from circuitlens.utils.progress import progress
 from circuitlens.utils.storage import digest
 
@@ -118,7 +117,7 @@ def compare(
         circuit=(circuit, Circuit, CIRCUIT),
         task=(task, Task, TASK),
     )
-    _check_executor(executor)
+    _check_executor(executor, model.device)
     if strategies is None:
         strategies = _usual_strategies(scores)
     for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
@@ -164,14 +163,14 @@ def compare(
             "kv_policy": kv_policy,
         }
         fingerprints = {name: target.fingerprint() for name, target in tasks.items()}
-        folder = CellFolder.open(Path(out), settings, fingerprints, writes=_is_main())
+        folder = CellFolder.open(Path(out), settings, fingerprints, writes=is_main(model.device))
 
     finished: dict[Key, dict[str, Any]] = {}
     if folder is not None:
         finished = {key: cell for key in keys if (cell := folder.read(key)) is not None}
         if finished:
             logger.info("%d of %d cells were finished already.", len(finished), len(keys))
-    cells = dict(_together([finished])[0])
+    cells = dict(agreed(finished, model.device))
     todo = [key for key in keys if key not in cells]
     with _for_others(model, folder, executor if todo else None) as given:
         specs = [
@@ -200,12 +199,12 @@ def compare(
             errors.append({**key._asdict(), "type": kind, "message": str(found)})
             logger.warning("%s failed: %s: %s", key, kind, found)
             logger.debug("Where it failed:", exc_info=found)
-            if folder is not None and _is_main():
+            if folder is not None and is_main(model.device):
                 folder.fail(key, errors[-1])
             if isinstance(found, _FATAL):
                 # After these nothing works on this device any more.
                 raise found
-    if folder is not None and _is_main():
+    if folder is not None and is_main(model.device):
         folder.comparison().save(folder.path)
     return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
 
@@ -214,7 +213,7 @@ def _run_here(specs: Sequence[CellSpec]) -> Iterator[tuple[Key, dict[str, Any] |
     for spec in specs:
         # An interrupt is no Exception, so it ends the loop and is not recorded.
         try:
-            yield spec.key, run_cell(spec, writes=_is_main())
+            yield spec.key, run_cell(spec)
         except Exception as error:
             yield spec.key, error
 
@@ -249,7 +248,7 @@ def _for_others(
         yield ModelReference.save(model, Path(where))
 
 
-def _check_executor(executor: Executor | None) -> None:
+def _check_executor(executor: Executor | None, device: torch.device) -> None:
     if executor is None:
         return
     if isinstance(executor, ThreadPoolExecutor):
@@ -262,25 +261,11 @@ def _check_executor(executor: Executor | None) -> None:
             f"executor is a concurrent.futures.Executor, or what has its submit, but got a "
             f"{type(executor).__name__}."
         )
-    if _n_processes() > 1:
+    if n_processes(device) > 1:
         raise InputError(
             "Processes of accelerate launch share the work of every cell already: leave executor "
             "out, or start Python without accelerate."
         )
-
-
-def _n_processes() -> int:
-    return int(PartialState().num_processes)
-
-
-def _is_main() -> bool:
-    """Whether this process writes; of those that train together, one does."""
-    return bool(PartialState().is_main_process)
-
-
-def _together(values: list[Any]) -> list[Any]:
-    """The values of the main process, so that all run the same cells in the same order."""
-    return broadcast_object_list(values) if _n_processes() > 1 else values
 
 
 def _settings(training: TrainingOptions) -> dict[str, Any]:
