@@ -390,8 +390,10 @@ def test_an_edited_circuit_says_so(explorer, scores):
 
 
 def test_saving_asks_before_it_overwrites(explorer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "circuit.json"
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    path = home / "circuit.json"
     members = ["a1.h2", "a0.h0"]
     message, _ = tell(explorer, kind="save", path=str(path), members=members)
     assert message["saved"] == str(path)
@@ -403,14 +405,14 @@ def test_saving_asks_before_it_overwrites(explorer, tmp_path, monkeypatch):
     assert cl.Circuit.load(path) == saved
     tell(explorer, kind="save", path=str(path), members=[], overwrite=True)
     assert len(cl.Circuit.load(path)) == 0
-    message, _ = tell(explorer, kind="save", path=str(tmp_path), members=[])
+    message, _ = tell(explorer, kind="save", path=str(home), members=[])
     assert "is a folder" in message["error"]
     message, _ = tell(explorer, kind="save", path=" ", members=[])
     assert "Give the name of the file" in message["error"]
     for elsewhere in ("../circuit.json", "/tmp/circuit.json", "circuit.py", "a/../../x.json"):
         message, _ = tell(explorer, kind="save", path=elsewhere, members=members)
         assert "writes .json files below" in message["error"], elsewhere
-    assert not (tmp_path.parent / "circuit.json").exists()
+    assert not (tmp_path / "circuit.json").exists()
 
 
 # -- saved results, refusals -----------------------------------------------------------------------
