@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuitlens.errors import (
@@ -278,6 +278,12 @@ def label_balanced_mean(
         )
     examples = task["pool_a"] if examples is None else _checked(task, examples)
     encoded = task.encode(model, examples)
+    if pooling == "position" and (encoded.n_rows > 1 or encoded.readout.pad_right):
+        raise InputError(
+            "pooling='position' counts positions from the one decision, which the readout "
+            f"{encoded.readout.name!r} does not have at the end of the prompt: take "
+            "pooling='pooled'."
+        )
     labels = list(task.labels)
     width = max(map(len, encoded.tokens)) if pooling == "position" else 0
     sums = _Sums(model, len(labels), width)
@@ -288,7 +294,7 @@ def label_balanced_mean(
     ):
         labels_found, outputs = _node_outputs(model, batch)
         right = labels_found.argmax(1) == batch.gold
-        sums.add(outputs, batch.mask(positions), batch.gold, right)
+        sums.add(outputs, batch, batch.once(batch.mask(positions)), right)
         correct += index[right.cpu()].tolist()
     chance, majority = near_chance(len(correct), encoded.gold)
     accuracy = len(correct) / len(encoded)
@@ -360,7 +366,7 @@ def _checked(task: Task, examples: Sequence[Example]) -> tuple[Example, ...]:
 
 def _node_outputs(
     model: HookedModel, batch: Batch
-) -> tuple[Float[Tensor, "batch label"], list[Float[Tensor, "batch pos node_outputs"]]]:
+) -> tuple[Float[Tensor, "batch label"], list[Float[Tensor, "row pos node_outputs"]]]:
     """Label logits, and for each layer the outputs of all heads and of the MLP side by side."""
     layers = range(model.geometry.n_layers)
     names = [f(layer) for layer in layers for f in (model.z_hook, model.mlp_hook)]
@@ -405,13 +411,15 @@ class _Sums:
 
     def add(
         self,
-        outputs: list[Float[Tensor, "batch pos node_outputs"]],
-        mask: Bool[Tensor, "batch pos"],
-        gold: Int[Tensor, " batch"],
+        outputs: list[Float[Tensor, "row pos node_outputs"]],
+        batch: Batch,
+        mask: Bool[Tensor, "row pos"],
         right: Bool[Tensor, " batch"],
     ) -> None:
         """Count the examples that were answered right, at the positions of ``mask``."""
-        gold, mask = gold[right], mask[right]
+        # The rows of an example side by side.
+        n = len(batch)
+        gold, mask = batch.gold[right], mask.reshape(n, -1)[right]
         chosen = mask.double()
         weights = chosen / chosen.sum(-1, keepdim=True)
         self.examples.index_add_(0, gold, torch.ones_like(gold, dtype=torch.float64))
@@ -420,7 +428,8 @@ class _Sums:
             self.reach[:, first:].index_add_(0, gold, chosen)
         for layer, output in enumerate(outputs):
             # Some models give NaN in the padding, and NaN · 0 is NaN.
-            values = torch.where(mask[..., None], output[right].double(), 0.0)
+            rows = output.reshape(n, -1, output.shape[-1])[right].double()
+            values = torch.where(mask[..., None], rows, 0.0)
             mean = einsum(values, weights, "batch pos node, batch pos -> batch node")
             self.pooled[:, layer].index_add_(0, gold, mean)
             if self.at.shape[1]:

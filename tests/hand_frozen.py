@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from helpers import task_margin
 from torch import Tensor
 
 import circuitlens as cl
-from circuitlens.models.batch import Batch, task_margin
+from circuitlens.models.batch import Batch
 
 
 class HandFrozen:

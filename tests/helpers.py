@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
-from circuitlens.models.batch import Batch
+from circuitlens.models.batch import Batch, margin
 from circuitlens.models.readouts import TokenReadout
 from circuitlens.tasks import Encoded, toy
-from circuitlens.tasks.encoding import bare_prompt
 from circuitlens.tasks.evaluation import Evaluation
+from circuitlens.tasks.prompt import Prompt
 from circuitlens.utils.provenance import Provenance
 
 _SMALL = {
@@ -136,9 +136,14 @@ def answers(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return logits[..., list(batch.readout.tokens)]  # type: ignore[attr-defined]
 
 
+def task_margin(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Task margin of every example from all outputs of the head."""
+    return margin(batch.readout.of_labels(logits), batch.gold)
+
+
 def token_of_labels(tokenizer, template: str, words: dict[str, str]) -> dict[str, int]:
     """The token that stands for each label."""
-    found = TokenReadout().for_labels(tokenizer, bare_prompt(template), words)
+    found = TokenReadout().for_labels(Prompt(template, words).bare(tokenizer), words)
     return dict(zip(words, found.tokens, strict=True))
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 import circuitlens as cl
 from circuitlens.adapt import result as module
 from circuitlens.adapt.card import model_card
-from circuitlens.models.loading import load_weights
+from circuitlens.models.weights import load_weights
 
 OPTIONS = {"learning_rates": [1e-2], "epochs": 3, "quiet": True}
 
@@ -84,13 +84,15 @@ def hub(monkeypatch, tmp_path, toy_proxy):
     """A hub on which the proxy is ``someone/toy``."""
     toy_proxy.save(tmp_path / "hub")
 
-    def stand_in(name, dtype, revision):
-        hf = load_weights(str(tmp_path / "hub"), dtype, revision)
+    def stand_in(name, dtype, revision, *_, **__):
+        hf, new = load_weights(str(tmp_path / "hub"), dtype, revision)
         hf.name_or_path = hf.config.name_or_path = name
-        return hf
+        return hf, new
 
     monkeypatch.setattr("circuitlens.models.loading.load_weights", stand_in)
-    monkeypatch.setattr("circuitlens.models.loading.load_tokenizer", lambda *_: toy_proxy.tokenizer)
+    monkeypatch.setattr(
+        "circuitlens.models.loading.load_tokenizer", lambda *_, **__: toy_proxy.tokenizer
+    )
     return "someone/toy"
 
 

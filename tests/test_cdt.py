@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from frozen_oracle import Frozen
-from helpers import ALL, batch_of, loaded, prompts, row, tiny
+from helpers import ALL, batch_of, loaded, prompts, row, task_margin, tiny
 
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
 from circuitlens.cdt.gradient import project
-from circuitlens.models.batch import Batch, task_margin
+from circuitlens.models.batch import Batch
 from circuitlens.utils.row_budget import RowBudget
 
 DIFFERENCE = [name for name, rules in RULES.items() if rules.activation == "difference"]
@@ -205,12 +205,12 @@ def test_nan_in_the_padding_reaches_no_relevance():
     names |= {model.mlp_hook(layer): (g.d_model,) for layer in range(g.n_layers)}
     outputs, slopes = ({n: made_up(*size) for n, size in names.items()} for _ in range(2))
     mean = NodeMeans.pooled(means(model), torch.zeros(g.n_layers, g.d_model))
-    clean = project(model, outputs, slopes, mean, where, True, True)
+    clean = project(model, batch, outputs, slopes, mean, where, True, True)
     padding = batch.attention_mask == 0
     for values in (outputs, slopes):
         for value in values.values():
             value[padding] = torch.nan
-    found = project(model, outputs, slopes, mean, where, True, True)
+    found = project(model, batch, outputs, slopes, mean, where, True, True)
     assert torch.equal(found.heads, clean.heads)
     assert torch.equal(found.mlps, clean.mlps)
     assert torch.equal(found.by_position, clean.by_position)

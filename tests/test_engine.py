@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hand_frozen import HandFrozen, put
-from helpers import ALL, MASKED, batch_of, loaded, node_means, row, tiny, unchecked
+from helpers import ALL, MASKED, batch_of, loaded, node_means, row, task_margin, tiny, unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from circuitlens.cdt import (
     relevance_by_difference,
     relevance_by_gradient,
 )
-from circuitlens.models.batch import margin, task_margin
+from circuitlens.models.batch import margin
 from circuitlens.scoring.scorers import Request, scorer
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.row_budget import RowBudget

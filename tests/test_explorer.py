@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, answers, loaded, prompts
+from helpers import ALL, answers, loaded, prompts, task_margin
 
 import circuitlens as cl
 from circuitlens.baseline import MeanBaseline
 from circuitlens.explorer.opening import explore
 from circuitlens.explorer.probing import Probe, _DirectPath
-from circuitlens.models.batch import margin, task_margin
+from circuitlens.models.batch import margin
 from circuitlens.scoring.scorers import Request, scorer
 from circuitlens.tasks import toy
 from circuitlens.utils.provenance import Provenance

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import task_margin
 from hypothesis import given
 from hypothesis import strategies as st
 
 import circuitlens as cl
 from circuitlens.circuits.measure_faithfulness import DEFAULT_SHARES, default_sizes
 from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
-from circuitlens.models.batch import task_margin
 from circuitlens.utils.provenance import Provenance
 from circuitlens.view import faithfulness_curve
 

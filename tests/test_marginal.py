@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import task_margin
 
 import circuitlens as cl
-from circuitlens.models.batch import task_margin
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from transformers import (
 
 import circuitlens as cl
 from circuitlens.adapt.precision import in_float32
-from circuitlens.models import loading
+from circuitlens.models import weights
 from circuitlens.models.hooked import HookedModel
 
 TIED = {
@@ -477,7 +477,7 @@ def test_bars_of_transformers_are_left_as_they_were(was_on, fails, tmp_path):
         if fails:
             (tmp_path / "m" / "model.safetensors").write_bytes(b"nothing")
             with pytest.raises(Exception):  # noqa: B017, PT011
-                loading.load_weights(str(tmp_path / "m"), "auto", None)
+                weights.load_weights(str(tmp_path / "m"), "auto", None)
         assert logging.is_progress_bar_enabled() == was_on
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
@@ -489,9 +489,9 @@ def test_why_a_tokenizer_cannot_be_loaded_is_said(tmp_path, monkeypatch):
     def missing(*_, **__):
         raise cause
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", missing)
+    monkeypatch.setattr(weights.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(cl.InputError, match="you need sentencepiece") as caught:
-        loading.load_tokenizer("somewhere", None)
+        weights.load_tokenizer("somewhere", None)
     assert caught.value.__cause__ is cause
 
 

@@ -23,7 +23,7 @@ TRACES = re.compile(
     r"|final_logit_softcapping|CAUSAL_LM|cross_entropy|\.lm_head\b|batch\.decision|mask_token_id"
 )
 # The published rules are those of GPT-2 with its own head; hook names belong to families.
-ALLOWED = {"cdt/gpt2.py", "models/families/bert.py"}
+ALLOWED = {"cdt/gpt2.py", "models/families/bert.py", "models/families/family.py"}
 
 
 def test_nothing_else_knows_where_an_answer_is_read():
@@ -41,7 +41,7 @@ def test_nothing_else_knows_where_an_answer_is_read():
 def test_label_scores_are_logits_of_their_tokens_in_both_views(name):
     model = loaded(name)
     batch = batch_of(model, 8, 5)
-    assert readout_of(model.hf.config) == model.readout
+    assert readout_of(model.hf) == model.readout
     assert model.readout.n_labels == 0
     column = -1 if model.family.causal else -2
     assert batch.readout.where(batch).nonzero()[:, 1].tolist() == [8 + column] * 2

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import unchecked
+from helpers import task_margin, unchecked
 
 import circuitlens as cl
-from circuitlens.models.batch import task_margin
 from circuitlens.scoring import score_heads
 from circuitlens.scoring.scorers import Request
 

@@ -24,10 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import circuitlens as cl
-from circuitlens.models.readouts import TokenReadout
+from circuitlens.models.readouts import SequenceReadout, TokenReadout
 from circuitlens.tasks import Encoded, Example, Pools, Task
 from circuitlens.tasks.encoding import _report_truncation, encode
 from circuitlens.tasks.examples import split_pools
+from circuitlens.tasks.prompt import Prompt
 from circuitlens.tasks.task import _file_name
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
 
@@ -321,10 +322,8 @@ def encode_texts(*texts: str, limit: int = 96, context: int | None = None) -> En
     return encode(
         examples,
         tokenizer(),
-        TEMPLATE,
-        WORDS,
+        Prompt(TEMPLATE, WORDS, limit),
         readout=TokenReadout(),
-        max_text_tokens=limit,
         context=context,
     )
 
@@ -412,10 +411,8 @@ def test_of_two_fields_the_longest_is_cut_first(premise, hypothesis, limit, syll
     encoded = encode(
         [Example("1", fields, "negative")],
         tokenizer(),
-        "{premise} {hypothesis} ->",
-        WORDS,
+        Prompt("{premise} {hypothesis} ->", WORDS, limit),
         readout=TokenReadout(),
-        max_text_tokens=limit,
     )
     pieces = tokenizer().convert_ids_to_tokens(list(encoded.tokens[0][1:-1]))
     left = Counter(piece.removeprefix("Ġ") for piece in pieces)
@@ -430,8 +427,7 @@ def test_of_two_fields_the_longest_is_cut_first(premise, hypothesis, limit, syll
 def test_gold_labels_and_tokens_follow_the_order_of_the_labels():
     words = {"positive": " positive", "neutral": " neutral", "negative": " negative"}
     rows = [example(str(n), "bada", label) for n, label in enumerate(["negative", "positive"])]
-    options = {"readout": TokenReadout(), "max_text_tokens": 96}
-    encoded = encode(rows, tokenizer(), TEMPLATE, words, **options)
+    encoded = encode(rows, tokenizer(), Prompt(TEMPLATE, words), readout=TokenReadout())
     assert encoded.gold == (2, 0)
     assert tokenizer().convert_ids_to_tokens(list(encoded.readout.tokens)) == [
         "Ġpositive",
@@ -524,9 +520,8 @@ def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
 def test_without_a_beginning_token_the_prompt_has_no_prefix():
     words = word_tokenizer("x", "hot", "->", "yes", "no")
     rows = [example("1", "hot hot", "a"), example("2", "hot", "b")]
-    encoded = encode(
-        rows, words, TEMPLATE, {"a": " yes", "b": " no"}, readout=TokenReadout(), max_text_tokens=9
-    )
+    prompt = Prompt(TEMPLATE, {"a": " yes", "b": " no"}, 9)
+    encoded = encode(rows, words, prompt, readout=TokenReadout())
     assert encoded.n_prefix == 0
     assert encoded.tokens == ((2, 2, 3), (2, 3))
     assert encoded.readout.tokens == (4, 5)
@@ -537,28 +532,56 @@ def test_without_a_beginning_token_the_prompt_has_no_prefix():
     assert batch.mask("all+first").equal(batch.attention_mask.bool())
 
 
-def test_a_label_word_of_two_tokens_is_an_error_that_shows_the_pieces():
-    with pytest.raises(cl.InputError) as caught:
-        token_of_labels(tokenizer(), TEMPLATE, {"good": " positive", "awful": " badi"})
-    for part in ("' badi'", "'awful'", "['Ġba', 'di']", "labels="):
-        assert part in str(caught.value)
+def readout_of_labels(words, template=TEMPLATE, kind="auto"):
+    return TokenReadout().for_labels(Prompt(template, words).bare(tokenizer()), words, kind)
+
+
+def test_the_first_token_that_differs_stands_for_a_label(caplog):
+    found = token_of_labels(tokenizer(), TEMPLATE, {"good": " positive", "awful": " badi"})
+    assert found == {"good": ids_of(" positive")[0], "awful": ids_of(" ba")[0]}
+    # A beginning that all share moves into the prompt.
+    words = {"good": " baga", "awful": " badi"}
+    with caplog.at_level("INFO", logger="circuitlens"):
+        shared = readout_of_labels(words)
+    assert shared.shared == (ids_of(" ba")[0],)
+    assert shared.tokens == (ids_of("ga")[0], ids_of("di")[0])
+    assert "good: 'ga' of ' baga'" in caplog.text
+    rows = [example("1", "bada", "good")]
+    encoded = encode(rows, tokenizer(), Prompt(TEMPLATE, words), readout=TokenReadout())
+    assert encoded.tokens[0][-2:] == (*ids_of(" ->"), ids_of(" ba")[0])
+
+
+def test_words_that_first_tokens_do_not_tell_apart_are_scored_whole():
+    for words in (
+        {"a": " badi", "b": " baga", "c": " ga"},
+        {"a": [" ba", " da"], "b": " ga"},
+    ):
+        found = readout_of_labels(words)
+        assert isinstance(found, SequenceReadout)
+        assert found.n_labels == len(words)
+        with pytest.raises(cl.InputError, match=r"needs one word.*readout='sequence'"):
+            readout_of_labels(words, kind="token")
+    # The probability of a word is never above that of its beginning.
+    words = {"a": " badi", "b": " ba", "c": " ga"}
+    with pytest.raises(cl.InputError, match="' ba' of the label 'b' is the beginning of ' badi'"):
+        readout_of_labels(words)
+    assert readout_of_labels(words, kind="sequence-mean").mean
+    with pytest.raises(cl.InputError, match="reads a classification head"):
+        readout_of_labels({"a": " ba", "b": " ga"}, kind="classifier")
 
 
 def test_a_label_word_is_tried_as_it_follows_the_prompt():
-    # Without the blank it is another word, and here one of several tokens.
-    with pytest.raises(cl.InputError, match="'negative' of the label 'bad' must be one token"):
-        token_of_labels(tokenizer(), TEMPLATE, {"bad": "negative", "good": " positive"})
     # Behind a blank in the prompt, "ba" makes no token of its own: " ba" is the token.
     assert ids_of("ba") != ids_of(" ba")
     found = token_of_labels(tokenizer(), "{text} ->", {"bad": " ba", "good": " da"})
     assert found == {"bad": ids_of(" ba")[0], "good": ids_of(" da")[0]}
-    with pytest.raises(cl.InputError, match="must be one token"):
+    with pytest.raises(cl.InputError, match=r"prompt ends in a blank.*such as ' ba'"):
         token_of_labels(tokenizer(), "{text} -> ", {"bad": "ba", "good": "da"})
 
 
 def test_two_labels_with_one_token_are_an_error_that_names_both():
     words = {"bad": " negative", "fine": " neutral", "awful": " negative"}
-    with pytest.raises(cl.InputError, match=r"'bad' and 'awful' have the same token"):
+    with pytest.raises(cl.InputError, match=r"'bad' and 'awful' have the same tokens"):
         token_of_labels(tokenizer(), TEMPLATE, words)
 
 
@@ -1083,7 +1106,7 @@ def test_a_dataset_with_plain_labels_and_another_label_column():
 
 def test_a_tokenizer_given_at_load_time_checks_the_label_words(tmp_path):
     good = {"bad": " negative", "good": " positive"}
-    poor = {"bad": " badi", "good": " positive"}
+    poor = {"bad": " positive", "good": " positive"}
     path = write(tmp_path / "data.csv", records())
     dataset = datasets.Dataset.from_list(records())
     for make, given_data in (
@@ -1093,11 +1116,12 @@ def test_a_tokenizer_given_at_load_time_checks_the_label_words(tmp_path):
     ):
         make(given_data, template=TEMPLATE, labels=good, tokenizer=tokenizer())
         make(given_data, template=TEMPLATE, labels=poor)
-        with pytest.raises(cl.InputError, match="' badi' of the label 'bad' must be one token"):
+        with pytest.raises(cl.InputError, match="'bad' and 'good' have the same tokens"):
             make(given_data, template=TEMPLATE, labels=poor, tokenizer=tokenizer())
     cl.load_task("toy", tokenizer=tokenizer())
-    with pytest.raises(cl.InputError, match="must be one token"):
-        cl.load_task("toy", labels={**WORDS, "neutral": " so so"}, tokenizer=tokenizer())
+    words = {**WORDS, "neutral": [" so", " ba"]}
+    with pytest.raises(cl.InputError, match="needs one word"):
+        cl.load_task("toy", labels=words, readout="token", tokenizer=tokenizer())
 
 
 # -- missing values, odd templates, chains of languages --------------------------------------
@@ -1119,21 +1143,19 @@ def test_a_missing_id_is_named():
 def test_a_template_that_leaves_no_room_for_the_text_is_refused():
     words = {"neg": " negative", "pos": " positive"}
     examples = [Example("1", {"text": "bada " * 20}, "neg")]
-    options = {"readout": TokenReadout()}
-    encoding = partial(encode, examples, toy_tokenizer(), "{text} ->", words, **options)
+    encoding = partial(encode, examples, toy_tokenizer(), readout=TokenReadout())
     for context in (3, 4, 5):
         with pytest.raises(cl.InputError, match="shorten the template"):
-            encoding(max_text_tokens=96, context=context)
+            encoding(Prompt("{text} ->", words), context=context)
     with pytest.raises(cl.InputError, match="max_text_tokens must be a whole number"):
-        encoding(max_text_tokens=0)
+        encoding(Prompt("{text} ->", words, 0))
 
 
 def test_a_field_used_twice_counts_twice():
     words = {"neg": " negative", "pos": " positive"}
     examples = [Example("1", {"text": "bada " * 30}, "neg")]
-    template = "{text} {text} ->"
-    options = {"readout": TokenReadout(), "max_text_tokens": 96, "context": 40}
-    found = encode(examples, toy_tokenizer(), template, words, **options)
+    prompt = Prompt("{text} {text} ->", words)
+    found = encode(examples, toy_tokenizer(), prompt, readout=TokenReadout(), context=40)
     assert len(found.tokens[0]) <= 40
     assert found.n_truncated == 1
 

@@ -82,24 +82,20 @@ class LabelTrainer(Trainer):
 
     def _pad(self, part: Part) -> dict[str, Tensor]:
         batch = self._data.batch([i for i, _ in part])
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "gold": batch.gold,
-            "weights": torch.tensor([weight for _, weight in part]),
-        }
+        return {**batch.tensors, "weights": torch.tensor([weight for _, weight in part])}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Weighted sum of the losses of a part."""
+        tensors = {name: tensor for name, tensor in inputs.items() if name != "weights"}
+        data = self._data
         batch = Batch(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            inputs["gold"],
-            self._data.readout,
-            self._data.n_prefix,
-            self._data.n_suffix,
+            **tensors,
+            readout=data.readout,
+            n_prefix=data.n_prefix,
+            n_suffix=data.n_suffix,
+            n_rows=data.n_rows,
         )
         return batch.readout.losses(self._hooked, batch, model) @ inputs["weights"]
 

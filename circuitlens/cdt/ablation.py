@@ -40,7 +40,7 @@ class PrefixCache:
         labels: clean scores of the labels.
     """
 
-    residuals: dict[int, Float[Tensor, "batch pos d_model"]]
+    residuals: dict[int, Float[Tensor, "row pos d_model"]]
     labels: Float[Tensor, "batch label"]
 
     @classmethod
@@ -60,10 +60,10 @@ class PrefixCache:
 
         def run(chunk: range) -> tuple[dict[str, Tensor], Tensor]:
             hooks, found = recording(f"blocks.{layer}.hook_in" for layer in layers)
-            labels = model.label_logits(batch.rows(chunk), hooks)
+            labels = model.label_logits(batch.part(chunk), hooks)
             return found, labels
 
-        parts = _budget(rows).chunked(len(batch), run)
+        parts = _budget(rows).chunked(len(batch), run, rows_per_item=batch.n_rows)
         return cls(
             {
                 layer: torch.cat([found[f"blocks.{layer}.hook_in"] for found, _ in parts])
@@ -109,20 +109,18 @@ def ablated_label_logits(
 
         def run(
             chunk: range, first: int = first, circuits: Tensor = circuits
-        ) -> Float[Tensor, "row label"]:
-            # Row r is prompt r % B under circuit r // B.
-            row = torch.arange(chunk.start, chunk.stop, device=model.device)
-            prompt = row % len(batch)
-            kept = keeps[circuits[row // len(batch)]]
-            hooks = _ablation(model, kept, means, where[prompt])
-            with (
-                model.starting_at(first, prefix.residuals[first][prompt])
-                if first
-                else nullcontext()
-            ):
-                return model.label_logits(batch.take(prompt), hooks)
+        ) -> Float[Tensor, "item label"]:
+            # Item i is example i % B under circuit i // B.
+            item = torch.arange(chunk.start, chunk.stop, device=model.device)
+            example = item % len(batch)
+            row = batch.rows_of(example)
+            kept = keeps[circuits[item // len(batch)]].repeat_interleave(batch.n_rows, 0)
+            hooks = _ablation(model, kept, means, where[row])
+            with model.starting_at(first, prefix.residuals[first][row]) if first else nullcontext():
+                return model.label_logits(batch.take(example), hooks)
 
-        labels = torch.cat(budget.chunked(len(circuits) * len(batch), run))
+        found = budget.chunked(len(circuits) * len(batch), run, rows_per_item=batch.n_rows)
+        labels = torch.cat(found)
         result[circuits] = labels.unflatten(0, (len(circuits), len(batch)))
     return result
 

@@ -131,11 +131,11 @@ class FrozenNetwork:
                 seen: dict[str, Tensor] = {}
                 found = self._forward(len(indices), layer, hooks, seen)
                 for name, value in seen.items():
-                    recorded[name][indices] = value.unflatten(0, (len(indices), len(self.batch)))
+                    recorded[name][indices] = value.unflatten(0, (len(indices), -1))
                 each: Tensor = found.unflatten(0, (len(indices), len(self.batch)))
                 return each
 
-            found = budget.chunked(len(group), run, rows_per_item=len(self.batch))
+            found = budget.chunked(len(group), run, rows_per_item=len(self.batch.input_ids))
             labels[group] = torch.cat(found)
         return labels, recorded
 

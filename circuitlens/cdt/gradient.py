@@ -161,19 +161,23 @@ def relevance_by_gradient(
     hold = where if path == "direct" else None
     run = LinearisedRun(model, batch, rules, mlps=mlps, hold=hold)
     gradients = run.gradients(margin(run.labels, batch.gold).sum())
-    return project(model, run.outputs, gradients, means, where, mlps, by_position)
+    return project(model, batch, run.outputs, gradients, means, where, mlps, by_position)
 
 
 def project(
     model: HookedModel,
+    batch: Batch,
     outputs: dict[str, Tensor],
     gradients: dict[str, Tensor],
     means: NodeMeans,
-    where: Bool[Tensor, "batch pos"],
+    where: Bool[Tensor, "row pos"],
     mlps: bool,
     by_position: bool,
 ) -> Relevances:
-    """Project the nodes' deviations from their means on gradients, and sum over positions."""
+    """Project the nodes' deviations from their means on gradients, and sum over positions.
+
+    A prompt that stands in several rows is one activation, and its gradient the sum of theirs.
+    """
     at, of_mlps = [], []
 
     def products(output: Tensor, mean: Tensor, slope: Tensor) -> Tensor:
@@ -191,8 +195,8 @@ def project(
             of_mlps.append(products(out, means.of_mlp(layer, out), slope).sum(-1))
     heads = torch.stack(at, dim=2)
     return Relevances(
-        heads.sum(1),
-        torch.stack(of_mlps, dim=1) if mlps else None,
+        batch.of_examples(heads.sum(1)),
+        batch.of_examples(torch.stack(of_mlps, dim=1)) if mlps else None,
         heads if by_position else None,
     )
 

@@ -52,10 +52,10 @@ class OperatingPoint:
     """
 
     labels: Float[Tensor, "batch label"]
-    residuals: dict[int, Float[Tensor, "batch pos d_model"]]
-    z: dict[int, Float[Tensor, "batch pos head d_head"]]
-    patterns: dict[int, Float[Tensor, "batch head query key"]]
-    earlier: dict[int, Float[Tensor, "batch query head d_head"]]
+    residuals: dict[int, Float[Tensor, "row pos d_model"]]
+    z: dict[int, Float[Tensor, "row pos head d_head"]]
+    patterns: dict[int, Float[Tensor, "row head query key"]]
+    earlier: dict[int, Float[Tensor, "row query head d_head"]]
     held: dict[str, Tensor]
     secants: dict[str, tuple[ActivationSite, Secant]]
     cap: Float[Tensor, "batch label"] | None
@@ -180,8 +180,8 @@ def _last_columns(value: Tensor, batch: Batch, first: int) -> Tensor:
 
 def apply_pattern(
     layer: int,
-    pattern: Float[Tensor, "batch head query key"],
-    earlier: Float[Tensor, "batch query head d_head"] | None = None,
+    pattern: Float[Tensor, "row head query key"],
+    earlier: Float[Tensor, "row query head d_head"] | None = None,
 ) -> dict[str, Hook]:
     """Hooks that make z of a layer the given pattern times the values of the present run.
 

@@ -78,7 +78,7 @@ def relevance_along_path(
             move=partial(scaled, alpha),
         )
         gradients = run.gradients(margin(run.labels, batch.gold).sum())
-        found.append(project(model, run.outputs, gradients, means, where, mlps, by_position))
+        found.append(project(model, batch, run.outputs, gradients, means, where, mlps, by_position))
     return Relevances(
         sum(r.heads for r in found) / steps,  # type: ignore[arg-type]
         sum(r.mlps for r in found) / steps if mlps else None,  # type: ignore[arg-type,misc]

@@ -174,7 +174,7 @@ def compare_scorers(
             another method, an impossible ``top``, a baseline of another model or task, or
             examples that are none or were used for discovery.
     """
-    asked = [*(_default(model) if methods is None else methods)]
+    asked = [*(_default(model, task) if methods is None else methods)]
     chosen = [scorer(m) for m in asked]
     own: dict[str, RuleSet] = {}
     for rules in (m for m in asked if isinstance(m, RuleSet)):
@@ -253,9 +253,10 @@ def compare_scorers(
     )
 
 
-def _default(model: HookedModel) -> list[str]:
-    """All scorers that know the model and are not too slow for it."""
-    return [name for name, by in SCORERS.items() if by.suits(model)]
+def _default(model: HookedModel, task: Task) -> list[str]:
+    """All scorers that know the model and how it answers, and are not too slow for it."""
+    readout = task.encode(model, task["validation"][:1]).readout
+    return [name for name, by in SCORERS.items() if by.suits(model, readout)]
 
 
 def _random_row(curve: FaithfulnessCurve) -> dict[str, object]:

@@ -19,16 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from circuitlens.errors import check_choice
 from circuitlens.models.families import ActivationSite, Family
 from circuitlens.models.hooks import Hook
+from circuitlens.models.tokens import PromptText
 
 __all__ = [
+    "Answers",
     "Batch",
     "Frame",
+    "Plan",
     "Positions",
     "Readout",
     "Views",
+    "Words",
     "at_least_float32",
+    "from_the_end",
     "margin",
-    "task_margin",
 ]
 
 Positions = Literal["all", "decision", "all+first"]
@@ -69,13 +73,35 @@ class Frame(NamedTuple):
 
     Attributes:
         before: that belong to no text, such as ``<s>``.
-        place: where the answer belongs, if it has a place of its own, such as ``[MASK]``.
+        place: between the prompt and what answers it: the beginning that all answers share, and
+            the place that answers have in masked language models, ``[MASK]``.
         behind: that belong to no text, such as ``[SEP]``.
+        between: of two texts that stand in no prompt, such as ``[SEP]``.
     """
 
     before: tuple[int, ...]
     place: tuple[int, ...]
     behind: tuple[int, ...]
+    between: tuple[int, ...] = ()
+
+
+# The answer word of a label, or several that mean the same.
+Words = str | tuple[str, ...] | list[str]
+# Tokens of the words of every label of one example.
+Answers = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+class Plan(NamedTuple):
+    """How the answers of one example are laid out.
+
+    Attributes:
+        continuations: tokens behind the prompt, for every row.
+        entries: what is read: row, column counted from the end of the row (−1 is the last token
+            before the suffix), token, label, and number of the word among those of the label.
+    """
+
+    continuations: tuple[tuple[int, ...], ...]
+    entries: tuple[tuple[int, int, int, int, int], ...]
 
 
 class Readout(ABC):
@@ -85,7 +111,18 @@ class Readout(ABC):
     model's head is. A batch carries the readout of its task; :attr:`HookedModel.readout` is the one
     of the model, which knows no labels yet. Readouts are compared by value and have a short repr
     that tells them apart, as checkpoints name them.
+
+    Attributes:
+        name: of the kind, such as ``token``.
+        prompted: the texts stand in a prompt that a word answers; else they are given alone.
+        vocabulary: :meth:`logits` are those of a vocabulary's tokens.
+        pad_right: padding stands behind the prompts, because the first column is read.
     """
+
+    name: str
+    prompted = True
+    vocabulary = False
+    pad_right = False
 
     @property
     @abstractmethod
@@ -96,29 +133,49 @@ class Readout(ABC):
 
     @abstractmethod
     def for_labels(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str, words: Mapping[str, str]
+        self, prompt: PromptText, words: Mapping[str, Words], kind: str = "auto"
     ) -> Readout:
         """Return the readout of these labels.
 
         Args:
-            tokenizer: of the model.
             prompt: an example of what stands in front of the answer.
-            words: answer word by label; their order numbers the labels.
+            words: answer word, or words, by label; their order numbers the labels.
+            kind: the name of a kind of readout, or ``"auto"`` for the simplest that tells the
+                labels apart.
 
         Raises:
-            InputError: if the labels cannot be told apart by their words.
+            InputError: if the labels cannot be told apart by their words, or a model of this kind
+                has no such readout.
         """
 
     @abstractmethod
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    def for_choices(
+        self, tokenizer: PreTrainedTokenizerBase, n_choices: int, mean: bool = False
+    ) -> Readout:
+        """Return the readout of answers that every example brings itself.
+
+        Raises:
+            InputError: if a model of this kind has no such readout.
+        """
+
+    @abstractmethod
+    def frame(self, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Frame:
         """Tokens that the model expects around a prompt.
+
+        Args:
+            tokenizer: of the model.
+            bos: whether a causal prompt begins with ``<s>``; ``None`` is as the tokenizer does it.
 
         Raises:
             InputError: if the tokenizer lacks one of them.
         """
 
+    def plan(self, answers: Answers) -> Plan:
+        """Lay the answers of one example out in rows; of most readouts there is nothing to do."""
+        return Plan(((),), ())
+
     @abstractmethod
-    def where(self, batch: Batch) -> Bool[Tensor, "batch pos"]:
+    def where(self, batch: Batch) -> Bool[Tensor, "row pos"]:
         """Positions at which the answer is read."""
 
     # -- scores --------------------------------------------------------------------------------
@@ -127,7 +184,11 @@ class Readout(ABC):
     def logits(
         self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "batch d_out"]:
-        """All outputs of the head where the answer is read, from the hooked view."""
+        """All outputs where the answer is read, from the hooked view.
+
+        Of a language model's head these are logits of the vocabulary, where one position decides;
+        else scores of the classes or labels.
+        """
 
     @abstractmethod
     def label_logits(
@@ -186,33 +247,49 @@ class Readout(ABC):
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded prompts.
+    """Padded prompts, a row for each, or several rows in turn for the answers of one.
+
+    Padding is on the left, unless the readout looks at the first token.
 
     Attributes:
         input_ids: token ids.
         attention_mask: 1 on prompt tokens, 0 on padding.
-        gold: index of the right label, for every row.
+        gold: index of the right label, for every example.
         readout: says where the answer is read.
         n_prefix: tokens at the start of each prompt that belong to no text (1 for ``<s>``).
         n_suffix: tokens at the end of each prompt that belong to no text (1 for ``[SEP]``).
+        n_rows: rows of each example, which follow each other. Their prompt is the same, and the
+            beginnings of answers that follow it differ.
+        reading: what is read in the rows of each example (:class:`Plan`); entries of label −1 fill
+            up.
+        tail: tokens of each row that are the beginning of an answer.
     """
 
-    input_ids: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"]
+    input_ids: Int[Tensor, "row pos"]
+    attention_mask: Int[Tensor, "row pos"]
     gold: Int[Tensor, " batch"]
     readout: Readout
     n_prefix: int = 0
     n_suffix: int = 0
+    n_rows: int = 1
+    reading: Int[Tensor, "batch entry 5"] | None = None
+    tail: Int[Tensor, " row"] | None = None
 
     def __len__(self) -> int:
-        return int(self.input_ids.shape[0])
+        return len(self.gold)
 
     @property
-    def position_ids(self) -> Int[Tensor, "batch pos"]:
+    def position_ids(self) -> Int[Tensor, "row pos"]:
         """Positions counted from the first prompt token, so that padding shifts nothing."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
-    def mask(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the name of their attribute."""
+        found = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def mask(self, positions: Positions) -> Bool[Tensor, "row pos"]:
         """Positions that a source or a mean speaks of.
 
         ``"all"`` is every prompt token but the first, where the attention sink sits, be it ``<s>``
@@ -231,8 +308,25 @@ class Batch:
         if positions == "all":
             in_front = self.attention_mask.cumsum(-1) <= max(self.n_prefix, 1)
             chosen = chosen & (~in_front | decision)
-        chosen[:, chosen.shape[1] - self.n_suffix :] = False
+        if self.n_suffix:
+            chosen = chosen & (from_the_end(self.attention_mask) > self.n_suffix)
         return chosen
+
+    def once(self, mask: Bool[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Keep a prompt's positions in the first of its rows only: in the others they are equal."""
+        if self.n_rows == 1 or self.tail is None:
+            return mask
+        place = from_the_end(self.attention_mask) - self.n_suffix
+        own = (place > 0) & (place <= self.tail[:, None])
+        own[:: self.n_rows] = True
+        return mask & own
+
+    def of_examples(self, values: Float[Tensor, "row *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Sum over the rows of each example."""
+        if self.n_rows == 1:
+            return values
+        summed: Tensor = values.unflatten(0, (len(self), self.n_rows)).sum(1)
+        return summed
 
     def last(self, width: int) -> Batch:
         """Return the last ``width`` columns."""
@@ -244,34 +338,42 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            gold=self.gold.to(device),
-        )
+        return self._each(lambda tensor, _: tensor.to(device))
 
-    def take(self, rows: Int[Tensor, " row"]) -> Batch:
-        """Return the rows of these indices, in this order; one may come several times."""
-        return replace(
-            self,
-            input_ids=self.input_ids[rows],
-            attention_mask=self.attention_mask[rows],
-            gold=self.gold[rows],
-        )
+    def rows_of(self, examples: Int[Tensor, " example"]) -> Int[Tensor, " row"]:
+        """Indices of the rows of these examples, in this order."""
+        if self.n_rows == 1:
+            return examples
+        each = torch.arange(self.n_rows, device=examples.device)
+        return (examples[:, None] * self.n_rows + each).flatten()
 
-    def rows(self, chunk: range) -> Batch:
-        """Return consecutive rows."""
+    def take(self, examples: Int[Tensor, " example"]) -> Batch:
+        """Return the examples of these indices, in this order; one may come several times."""
+        rows = self.rows_of(examples)
+        return self._each(lambda tensor, by_row: tensor[rows if by_row else examples])
+
+    def part(self, chunk: range) -> Batch:
+        """Return consecutive examples."""
         return self.take(torch.arange(chunk.start, chunk.stop, device=self.input_ids.device))
 
     def repeat(self, times: int) -> Batch:
-        """Return the rows ``times`` times over: row r of copy c is at ``c * len(self) + r``."""
-        return replace(
-            self,
-            input_ids=self.input_ids.repeat(times, 1),
-            attention_mask=self.attention_mask.repeat(times, 1),
-            gold=self.gold.repeat(times),
-        )
+        """Return the examples ``times`` times over, one copy of the batch after the other."""
+        return self._each(lambda tensor, _: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def _each(self, change: Callable[[Tensor, bool], Tensor]) -> Batch:
+        """Change every tensor; the function is told whether it has a row for each prompt's row."""
+        by_row = ("input_ids", "attention_mask", "tail")
+        changed: dict[str, Any] = {n: change(t, n in by_row) for n, t in self.tensors.items()}
+        return replace(self, **changed)
+
+
+_TENSORS = ("input_ids", "attention_mask", "gold", "reading", "tail")
+
+
+def from_the_end(attention_mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """Place of every token counted from the end of its prompt, whose last token is number 1."""
+    place: Tensor = attention_mask.flip(-1).cumsum(-1).flip(-1)
+    return place
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -291,8 +393,3 @@ def margin(
     index = gold.expand(labels.shape[:-1])[..., None]
     right = labels.gather(-1, index)[..., 0]
     return right - (labels.sum(-1) - right) / (labels.shape[-1] - 1)
-
-
-def task_margin(logits: Float[Tensor, "batch d_out"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Task margin of every example from all outputs of the head."""
-    return margin(batch.readout.of_labels(logits), batch.gold)

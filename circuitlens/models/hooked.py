@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,9 @@ class HookedModel(Views):
         origin: where the weights come from, ``"hub"`` (as ``name`` stands there), ``"folder"``,
             ``"memory"`` or a revision; or what changed them since, ``"fine-tuned"`` or
             ``"adapted"``. Set it if you change them yourself: model cards say what it says.
+        labels: names given to the classes of a classification head, in the place of its own.
+        new: names of weights that were not in the checkpoint, such as those of a new head, and
+            were not trained since.
     """
 
     def __init__(
@@ -58,20 +61,24 @@ class HookedModel(Views):
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "",
         origin: str = "memory",
+        labels: Sequence[str] = (),
     ) -> None:
         self.hf = hf.eval()
+        self.labels = tuple(labels)
         self.origin = origin
         self.name = name or str(hf.config.name_or_path) or type(hf).__name__
         self._tokenizer = tokenizer
         self._view: tuple[Any, HeadGeometry, Wiring] | None = None
         self._fingerprints = Fingerprints()
+        self.new: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         # Not through the property: a model that was rewired can still be named.
         g = self.geometry if self._view is None else self._view[1]
         return (
             f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
-            f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device})"
+            f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device}"
+            f"{', new untrained head' if self.new else ''})"
         )
 
     @property
@@ -87,6 +94,11 @@ class HookedModel(Views):
                 "pass one, cl.load(model, tokenizer=…)."
             )
         return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +153,19 @@ class HookedModel(Views):
     @cached_property
     def readout(self) -> Readout:
         """Where this kind of model answers; it knows no labels, which a task adds."""
-        return readout_of(self.hf.config)
+        return readout_of(self.hf, self.labels)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that the model takes, if it has a limit."""
+        found = getattr(self.hf.config, "max_position_embeddings", None)
+        # RoBERTa's first position ids belong to no token.
+        return None if found is None else int(found) - self.family.first_position
+
+    @property
+    def n_embeddings(self) -> int:
+        """Number of tokens that the model has embeddings for."""
+        return int(self.hf.get_input_embeddings().weight.shape[0])
 
     def fingerprint(self) -> str:
         """SHA-256, 16 hex digits, of all parameters and of what else changes the outputs.
@@ -380,14 +404,27 @@ class HookedModel(Views):
 
     def clone(self) -> HookedModel:
         """Return an independent copy with weights of its own."""
-        twin = HookedModel(copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin)
+        twin = HookedModel(
+            copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin, self.labels
+        )
+        twin.new = self.new
         twin._fingerprints = self._fingerprints.carried(self.hf, twin.hf)
         return twin
 
     def save(self, folder: str | Path) -> None:
         """Write weights, configuration and tokenizer the Hugging Face way."""
-        with hushed_transformers():
-            self.hf.save_pretrained(folder)
+        if self.labels:
+            # The file keeps the names; the model in memory stays as its owner has it.
+            names = dict(enumerate(self.labels))
+            own = self.hf.config.id2label, self.hf.config.label2id
+            self.hf.config.id2label = names
+            self.hf.config.label2id = {name: n for n, name in names.items()}
+        try:
+            with hushed_transformers():
+                self.hf.save_pretrained(folder)
+        finally:
+            if self.labels:
+                self.hf.config.id2label, self.hf.config.label2id = own
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 

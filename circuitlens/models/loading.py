@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
-from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from circuitlens.errors import InputError, UnsupportedModelError, first_line
-from circuitlens.models.families import tested_types
-from circuitlens.models.geometry import made_by
+from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.readouts import readout_of
 from circuitlens.models.selfcheck import check_hooks
-from circuitlens.utils.progress import hushed_transformers
+from circuitlens.models.weights import load_tokenizer, load_weights, plain_model
 
-__all__ = ["find_device", "find_dtype", "load", "load_tokenizer", "load_weights", "plain_model"]
+__all__ = ["find_device", "find_dtype", "load"]
 
 logger = logging.getLogger(__name__)
 
+_PROBLEM = "single_label_classification"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@runtime_checkable
+class HasLabels(Protocol):
+    """A task, or whatever else has labels."""
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """By name."""
+        ...
 
 
 def load(
@@ -37,11 +43,15 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     revision: str | None = None,
+    labels: Sequence[str] | HasLabels = (),
+    **options: Any,
 ) -> HookedModel:
-    """Load a language model for circuit work.
+    """Load a language model, or a model with a classification head, for circuit work.
 
-    Encoders such as BERT come with their masked-language-model head. On a few random tokens the
-    hooked view is compared with Hugging Face's, which takes three small forward passes.
+    A checkpoint of a classifier comes with its head; other encoders such as BERT come with their
+    masked-language-model head. On a few random tokens the hooked view is compared with Hugging
+    Face's, which takes three small forward passes. No weight is ever random without being asked
+    for.
 
     Args:
         model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
@@ -51,36 +61,144 @@ def load(
             model in memory keeps its type.
         device: where to put the weights; the default leaves them where loading put them.
         revision: branch, tag or commit of a hub model.
+        labels: names of the classes of a classification head, in their order, or a task that has
+            these labels. A checkpoint without such a head gets one, which is random until
+            :func:`circuitlens.finetune` trains it.
+        options: passed on to ``from_pretrained`` of a name or folder, such as ``token``,
+            ``cache_dir``, ``attn_implementation``, or ``device_map`` for one device.
 
     Raises:
-        InputError: if nothing can be loaded from there, no tokenizer is found, there is no such
-            device or type, or ``model`` is wrapped or rewired by another library.
+        InputError: if nothing can be loaded from there, weights or a tokenizer are missing, there
+            is no such device, type or option, or ``model`` is wrapped or rewired by another
+            library.
         UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
             fail the self-check.
     """
     where, kind = find_device(device), find_dtype(dtype)
+    names = tuple(labels.labels if isinstance(labels, HasLabels) else labels)
     if isinstance(model, HookedModel):
-        if tokenizer is None and where is None and revision is None and kind == "auto":
+        given = (tokenizer, where, revision, *names, *options)
+        if kind == "auto" and all(value is None for value in given):
             return model
         raise InputError(
             f"{model.name} is a HookedModel already: use it without cl.load, or load what it holds "
             "with other options, cl.load(model.hf, …)."
         )
     if isinstance(model, str | Path):
-        hf = load_weights(str(model), kind, revision)
+        _check_options(options)
+        hf, new = load_weights(str(model), kind, revision, names, **options)
         elsewhere = "hub" if revision is None else f"revision {revision}"
         origin = "folder" if Path(model).exists() else elsewhere
-        tokenizer = tokenizer or load_tokenizer(str(model), revision)
+        shared = {key: options[key] for key in ("token", "cache_dir") if key in options}
+        tokenizer = tokenizer or load_tokenizer(str(model), revision, **shared)
         hooked = HookedModel(hf, tokenizer, str(model), origin)
+        hooked.new = new
     else:
-        hooked = HookedModel(plain_model(model), tokenizer)
+        if options:
+            raise InputError(
+                f"cl.load takes {next(iter(options))}= for a name or folder, which is loaded "
+                "with it, but was given a model in memory: leave it out."
+            )
+        hooked = HookedModel(plain_model(model), tokenizer, labels=names)
+        _check_classifier(hooked, names)
+    _check_padding(hooked, loaded=isinstance(model, str | Path))
     if where is not None:
         hooked.hf.to(where)
+    _check_one_device(hooked.hf)
     # Before anything else, because it checks that heads can be hooked.
     _ = hooked.geometry
     check_hooks(hooked)
     logger.info("Loaded %r.", hooked)
     return hooked
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        InputError: naming the option and the reason.
+    """
+    if options.get("trust_remote_code"):
+        raise InputError(
+            "trust_remote_code=True runs code from the checkpoint, and hooks are built for the "
+            "architectures of transformers only: leave it out."
+        )
+    quantised = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    if given := [name for name in quantised if options.get(name)]:
+        raise InputError(
+            f"{given[0]} packs several weights into one number, so rows and columns no longer "
+            "belong to single heads: leave it out, and load in fewer bits with dtype='bfloat16'."
+        )
+
+
+def _check_one_device(hf: PreTrainedModel) -> None:
+    """Refuse a model whose weights are on several devices, or nowhere.
+
+    Raises:
+        InputError: naming the devices.
+    """
+    places = sorted({str(parameter.device) for parameter in hf.parameters()})
+    if "meta" in places:
+        raise InputError(
+            f"Some weights of {type(hf).__name__} are offloaded (on the meta device), where hooks "
+            "find no values: load it on one device that has room, device_map='cpu' or 'cuda:0'."
+        )
+    if len(places) > 1:
+        raise InputError(
+            f"The weights of {type(hf).__name__} are spread over {', '.join(places)}: hooks need "
+            "one device, device_map='cuda:0'."
+        )
+
+
+def _check_classifier(model: HookedModel, names: Sequence[str]) -> None:
+    """Refuse names of classes for a model in memory that has none, or another number.
+
+    Raises:
+        InputError: saying what to give.
+    """
+    if names and not model.family.is_classifier:
+        raise InputError(
+            f"labels names classes, but {type(model.hf).__name__} has no classification head: give "
+            "its name or folder, which cl.load can give a new head, or leave labels out."
+        )
+    if names and model.hf.config.num_labels != len(names):
+        raise InputError(
+            f"The classification head of {model.name} has {model.hf.config.num_labels} classes, "
+            f"but labels names {len(names)} ({', '.join(names)}): name each of them."
+        )
+
+
+def _check_padding(model: HookedModel, *, loaded: bool) -> None:
+    """See to it that a decoder's classification head can tell what is padding.
+
+    Raises:
+        InputError: if it cannot, or the head is none of classes.
+    """
+    if not model.family.is_classifier:
+        return
+    config = model.hf.config
+    if config.num_labels < 2 or getattr(config, "problem_type", None) not in (None, _PROBLEM):
+        raise InputError(
+            f"The head of {model.name} is one of {config.problem_type or 'regression'} with "
+            f"{config.num_labels} outputs: circuitlens needs a head with one score for each class."
+        )
+    text = config.get_text_config()
+    if not model.family.causal or text.pad_token_id is not None:
+        return
+    pad = model.tokenizer.pad_token_id if model.has_tokenizer else None
+    if loaded and pad is not None:
+        text.pad_token_id = pad
+        logger.info(
+            "%s names no token for padding, by which its head finds the last token: the "
+            "tokenizer's is used (%d).",
+            model.name,
+            pad,
+        )
+        return
+    raise InputError(
+        f"{model.name} names no token for padding, by which its classification head finds the last "
+        "token of a text: set model.config.pad_token_id (and tokenizer.pad_token) first."
+    )
 
 
 def find_device(device: torch.device | str | None) -> torch.device | None:
@@ -128,111 +246,3 @@ def find_dtype(dtype: torch.dtype | str) -> torch.dtype | Literal["auto"]:
             f"{', '.join(_DTYPES)}."
         )
     return cast(torch.dtype, found)
-
-
-def plain_model(model: object) -> PreTrainedModel:
-    """Return ``model`` if it is a Hugging Face model as Hugging Face builds it.
-
-    Raises:
-        InputError: saying what it is instead, and what to give.
-    """
-    kind = type(model).__name__
-    if made_by(model, "transformer_lens"):
-        raise InputError(
-            f"cl.load got a {kind} of TransformerLens: give the name or folder of its weights, or "
-            "the Hugging Face model loaded anew (TransformerLens rewires the one it is given)."
-        )
-    if made_by(model, "peft"):
-        remedy = (
-            "merge the adapter first, cl.load(model.merge_and_unload(), …)"
-            if hasattr(model, "merge_and_unload")
-            else "its method cannot be merged into weights, so give the model without it"
-        )
-        raise InputError(
-            f"cl.load got a {kind}, the wrapper that PEFT puts around models: {remedy}."
-        )
-    if not isinstance(model, PreTrainedModel):
-        remedy = "a hub name, a local folder or a transformers.PreTrainedModel"
-        # Where torch keeps what it compiles, or trains on several devices.
-        for name in ("_orig_mod", "module"):
-            if isinstance(getattr(model, name, None), PreTrainedModel):
-                remedy = f"the one inside it, cl.load(model.{name}, …)"
-        raise InputError(f"cl.load got a {kind}, which is no Hugging Face model: give {remedy}.")
-    _refuse_foreign_parts(model)
-    return model
-
-
-def _refuse_foreign_parts(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if made_by(module, "peft"):
-            raise InputError(
-                f"{path} of {type(model).__name__} is a layer of a PEFT adapter "
-                f"({type(module).__name__}): merge the adapter first, and give cl.load what "
-                "merge_and_unload() of the PeftModel returns."
-            )
-        if made_by(module, "transformer_lens"):
-            raise InputError(
-                f"{path} of {type(model).__name__} is a {type(module).__name__}: TransformerLens "
-                "has rewired this model, so load the Hugging Face model anew."
-            )
-
-
-def load_weights(name: str, dtype: torch.dtype | str, revision: str | None) -> PreTrainedModel:
-    """Load a causal language model, or an encoder with its masked-language-model head.
-
-    Raises:
-        InputError: if nothing can be loaded from there.
-        UnsupportedModelError: for models of other kinds.
-    """
-    folder = Path(name)
-    looks_local = folder.exists() or name.startswith((".", "/", "~"))
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise InputError(
-            f"The model folder {name} {what}: give a folder written by save_pretrained, "
-            "or a hub name such as Qwen/Qwen2.5-0.5B."
-        )
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
-            "network, or download it elsewhere and give the local folder."
-        ) from error
-    auto = readout_of(config).auto_class()
-    if type(config) not in auto._model_mapping:
-        raise UnsupportedModelError(
-            f"{name} is a {config.model_type} model, for which Hugging Face has no causal "
-            "language model: circuitlens works on these, and on the encoders among the types that "
-            f"it is tested on ({tested_types()})."
-        )
-    try:
-        with hushed_transformers():
-            model = auto.from_pretrained(name, dtype=dtype, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The weights of {name} could not be loaded ({first_line(error)})."
-        ) from error
-    # A folder that holds an adapter as well comes with it inside.
-    return plain_model(model)
-
-
-def load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model.
-
-    Raises:
-        InputError: if there is none.
-    """
-    cause: Exception | None = None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        tokenizer, cause = None, error
-    # A folder without tokenizer files does not fail: it yields a tokenizer that knows nothing.
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
-        why = f" ({first_line(cause)})" if cause else ""
-        raise InputError(
-            f"No tokenizer was found in {name}{why}: save one there (tokenizer.save_pretrained), "
-            "or load the model yourself and pass cl.load(model, tokenizer=…)."
-        ) from cause
-    return cast(PreTrainedTokenizerBase, tokenizer)

@@ -74,7 +74,8 @@ def _fault_of_logits(
 ) -> str | None:
     tolerance = _tolerance(model) if tested else _half_of_the_digits(model.dtype)
     native = model.hf_logits(batch)
-    alone = model.logits(model.unlabelled(batch.input_ids[1:, _PADDING:]))
+    kept = batch.attention_mask[1].bool()
+    alone = model.logits(model.unlabelled(batch.input_ids[1:, kept]))
     for found, expected, fault in (
         (logits, native, "the hooked view does not give the logits of Hugging Face"),
         (logits[1:], alone, "padding changes the logits"),
@@ -129,8 +130,14 @@ def _random_batch(model: HookedModel) -> Batch:
     """Two prompts, the second one padded."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.hf.config.get_text_config().vocab_size
-    batch = model.unlabelled(torch.randint(vocabulary, (2, 6), generator=generator))
-    batch.attention_mask[1, :_PADDING] = 0
+    tokens = torch.randint(vocabulary, (2, 6), generator=generator)
+    # Heads of decoders look at the last token that is not the one for padding.
+    pad = model.hf.config.get_text_config().pad_token_id
+    if pad is not None:
+        tokens[tokens == pad] = (pad + 1) % vocabulary
+    batch = model.unlabelled(tokens)
+    side = slice(-_PADDING, None) if model.readout.pad_right else slice(_PADDING)
+    batch.attention_mask[1, side] = 0
     return batch
 
 

@@ -180,12 +180,12 @@ def _edge_scores(
     ):
 
         def run(chunk: range, batch: Batch = batch) -> Tensor:
-            rows = batch.rows(chunk)
-            where = rows.mask(baseline.positions)
-            found = engine(model, rows, means, rules, targets, where)
+            part = batch.part(chunk)
+            where = part.mask(baseline.positions)
+            found = engine(model, part, means, rules, targets, where)
             return found.double().sum(0).cpu()
 
-        total += torch.stack(budget.chunked(len(index), run)).sum(0)
+        total += torch.stack(budget.chunked(len(index), run, rows_per_item=batch.n_rows)).sum(0)
     return total / len(encoded)
 
 
@@ -212,8 +212,9 @@ def edges_by_difference(
         record={model.z_hook(n): partial(_heads, indices=i) for n, i in wanted.items()},
     )
     below = [head for head in g if head.layer < max(wanted)]
-    result = network.labels.new_zeros(len(batch), g.n_layers, g.n_heads, len(targets))
-    chosen = where[:, network.first :]
+    result = network.labels.new_zeros(len(where), g.n_layers, g.n_heads, len(targets))
+    # What several rows of an example share counts once.
+    chosen = batch.once(where)[:, network.first :]
     # What is recorded of every source at every position is large, so it is projected in pieces.
     for start in range(0, len(below), _SOURCES):
         sources = below[start : start + _SOURCES]
@@ -247,14 +248,15 @@ def edges_by_gradient(
 ) -> Edges:
     """Edge scores in the linearised network: a backward pass for every target."""
     run = LinearisedRun(model, batch, rules)
+    once = batch.once(where)
     found = []
     for k, target in enumerate(targets):
         z = run.live[model.z_hook(target.layer)][:, :, target.index]
         mean = means.of_heads(target.layer, z)[:, target.index]
-        direction = _direction(z.detach(), mean, where)
+        direction = _direction(z.detach(), mean, once)
         objective = (at_least_float32(z) * direction).sum()
         gradients = run.gradients(objective, keep=k + 1 < len(targets))
-        scores = project(model, run.outputs, gradients, means, where, False, False).heads
+        scores = project(model, batch, run.outputs, gradients, means, where, False, False).heads
         scores[:, target.layer :] = 0
         found.append(scores.detach())
     return torch.stack(found, dim=-1)

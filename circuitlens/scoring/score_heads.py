@@ -93,6 +93,13 @@ def relevance(
     baseline.check_model(model)
     examples = discovery_examples(task, baseline, max_examples, seed)
     encoded = task.encode(model, examples)
+    by.check_readout(encoded.readout)
+    if by_position and encoded.n_rows > 1:
+        raise InputError(
+            "by_position=True tells positions of one prompt apart, but here every example is run "
+            f"with {encoded.n_rows} beginnings of answers: leave by_position out, or take words "
+            "that readout='token' tells apart."
+        )
     if by.batch is None:
         found = _whole(model, encoded, baseline, by, request, batch_size, seed)
     else:
@@ -212,12 +219,12 @@ def _batched(
 
         def run(chunk: range, index: Tensor = index, batch: Batch = batch) -> None:
             chosen = index[chunk.start : chunk.stop]
-            found = score(model, batch.rows(chunk), means, request)
+            found = score(model, batch.part(chunk), means, request)
             heads[chosen] = keep(found.heads)
             if mlps is not None and found.mlps is not None:
                 mlps[chosen] = keep(found.mlps)
             if at is not None and found.by_position is not None:
                 at[chosen, width - found.by_position.shape[1] :] = keep(found.by_position)
 
-        budget.chunked(len(index), run)
+        budget.chunked(len(index), run, rows_per_item=batch.n_rows)
     return Relevances(heads, mlps, at)

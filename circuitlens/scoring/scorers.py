@@ -28,7 +28,7 @@ from circuitlens.cdt import (
 )
 from circuitlens.cdt.ablation import PrefixCache, ablated_label_logits
 from circuitlens.errors import InputError, check_choice
-from circuitlens.models.batch import Batch, Positions, margin
+from circuitlens.models.batch import Batch, Positions, Readout, margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.utils.row_budget import RowBudget
 
@@ -76,6 +76,7 @@ class Scorer:
         joint: scoring MLPs too changes the scores of heads, because both are moved together.
         unit: of the scores.
         only: class of the models that it knows, if it does not know all.
+        readouts: names of the readouts that it knows, if it does not know all.
         most_heads: larger models take it too long, so that comparisons leave it out.
         control: says nothing about a model.
         cheap: a few passes give all heads, so that an explorer may compute it on a click.
@@ -92,14 +93,30 @@ class Scorer:
     unit: str = "logits"
     cheap: bool = False
     only: str | None = None
+    readouts: tuple[str, ...] = ()
     most_heads: int | None = None
     control: bool = False
 
-    def suits(self, model: HookedModel) -> bool:
-        """Whether a comparison of scorers on this model should have it."""
+    def suits(self, model: HookedModel, readout: Readout) -> bool:
+        """Whether a comparison of scorers on this model and readout should have it."""
+        if self.readouts and readout.name not in self.readouts:
+            return False
         known = self.only in (None, type(model.hf).__name__)
         quick = self.most_heads is None or len(model.geometry) <= self.most_heads
         return known and quick and not self.control
+
+    def check_readout(self, readout: Readout) -> None:
+        """Refuse answers that this scorer does not know how to read.
+
+        Raises:
+            InputError: naming the readout.
+        """
+        if self.readouts and readout.name not in self.readouts:
+            raise InputError(
+                f"{self.name} knows how {', '.join(self.readouts)} readouts are made of the heads' "
+                f"outputs, but not the {readout.name!r} readout of this task and model: choose "
+                "another method, such as cdt-linear."
+            )
 
     def check(self, request: Request) -> None:
         """Refuse what this scorer cannot do.
@@ -261,6 +278,7 @@ SCORERS: dict[str, Scorer] = {
             "the published CD-T rules, implemented exactly (GPT-2)",
             batch=_published,
             only="GPT2LMHeadModel",
+            readouts=("token",),
         ),
         _rule_scorer("attribution", "gradient × deviation from the mean, nothing frozen"),
         Scorer(

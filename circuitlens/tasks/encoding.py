@@ -1,9 +1,10 @@
 """From examples to token batches.
 
 A prompt is the template filled with the texts, in the frame of tokens that the model's readout
-asks for: behind ``<s>`` if the tokenizer has one; for a masked language model behind ``[CLS]``, and
-with ``[MASK]``, in whose place the answer belongs, and ``[SEP]`` after it. A text that is too long
-loses its end, never the end of the prompt: the question is asked in any case.
+asks for: behind ``<s>`` if the tokenizer puts it there; for a masked language model behind
+``[CLS]``, and with ``[MASK]``, in whose place the answer belongs, and ``[SEP]`` after it. A model
+with a classification head gets the texts alone, as its tokenizer joins them. A text that is too
+long loses its end, never the end of the prompt: the question is asked in any case.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from string import Formatter
-from typing import Any
+from functools import cached_property, lru_cache
+from itertools import chain
 
 import torch
 from jaxtyping import Int
@@ -22,64 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, check_whole
-from circuitlens.models.batch import Batch, Readout
+from circuitlens.models.batch import Answers, Batch, Plan, Readout
+from circuitlens.models.readouts.words import tokens_of_words
+from circuitlens.models.tokens import text_ids
 from circuitlens.tasks.examples import Example
+from circuitlens.tasks.prompt import Prompt, template_fields
 
-__all__ = ["Encoded", "bare_prompt", "encode", "label_words", "template_fields"]
+__all__ = ["Encoded", "encode"]
 
 logger = logging.getLogger(__name__)
 
 # A few long texts lose little; more than this share of all is worth interrupting a session for.
 _MANY_CUT = 0.05
-
-
-def template_fields(template: str) -> list[str]:
-    """Names of the fields in a prompt template, in order, as often as they occur.
-
-    Raises:
-        InputError: if the template cannot be parsed, or a field has no name.
-    """
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise InputError(
-            f"The prompt template {template!r} cannot be read ({error}); write {{{{ and }}}} for "
-            "braces that are no field."
-        ) from error
-    if not all(name.isidentifier() for name in names):
-        raise InputError(
-            f"The prompt template {template!r} has a field without a proper name: name the text "
-            "in the braces, such as {text}."
-        )
-    return names
-
-
-def label_words(labels: Any) -> dict[str, str]:
-    """Check the answer words by label, and turn labels into strings, as data files have them.
-
-    Raises:
-        InputError: if they are no mapping, a label is empty or stands there twice, or a word is no
-            string.
-    """
-    if not isinstance(labels, Mapping):
-        raise InputError(
-            "labels must be a mapping from every label to its answer word, such as "
-            f"{{'negative': ' negative'}}, but is {labels!r}."
-        )
-    found: dict[str, str] = {}
-    for label, word in labels.items():
-        name = "" if label is None else str(label)
-        if not name.strip():
-            raise InputError(f"The label {label!r} of the word {word!r} is empty: give it a name.")
-        if name in found:
-            raise InputError(f"The label {name!r} stands in labels twice: remove one.")
-        if not isinstance(word, str):
-            raise InputError(
-                f"The answer word of the label {name!r} must be a string, such as "
-                f"{f' {name}'!r}, but is {word!r}."
-            )
-        found[name] = word
-    return found
 
 
 @dataclass(frozen=True)
@@ -91,11 +45,12 @@ class Encoded:
         tokens: prompt tokens of every example, unpadded.
         gold: index of the right label of every example.
         readout: where the answer is read, and what stands for the labels there.
-        pad_token: token for padding on the left.
+        pad_token: token for padding.
         n_prefix: 1 if prompts begin with ``<s>`` or ``[CLS]``, else 0.
         n_suffix: tokens at the end of prompts that belong to no text (1 for ``[SEP]``).
         n_truncated: how many texts lost their end.
         groups: the group of every example (:class:`Example`); its id where none are given.
+        answers: tokens of the possible answers of every example, if it brings its own.
     """
 
     ids: tuple[str, ...]
@@ -107,6 +62,7 @@ class Encoded:
     n_suffix: int
     n_truncated: int
     groups: tuple[str, ...] = ()
+    answers: tuple[Answers, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -139,6 +95,7 @@ class Encoded:
             gold=self.gold + other.gold,
             n_truncated=self.n_truncated + other.n_truncated,
             groups=self.groups + other.groups,
+            answers=self.answers + other.answers,
         )
 
     def take(self, indices: Sequence[int]) -> Encoded:
@@ -149,19 +106,54 @@ class Encoded:
             tokens=tuple(self.tokens[i] for i in indices),
             gold=tuple(self.gold[i] for i in indices),
             groups=tuple(self.groups[i] for i in indices),
+            answers=tuple(self.answers[i] for i in indices) if self.answers else (),
         )
 
+    def _plan(self, index: int) -> Plan:
+        return self.readout.plan(self.answers[index] if self.answers else ())
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows that each example takes in a batch."""
+        # Of answers that all examples share, the first plan is that of all.
+        each = range(len(self)) if self.answers else range(1)
+        return max(len(self._plan(i).continuations) for i in each)
+
     def batch(self, indices: Sequence[int], device: torch.device | None = None) -> Batch:
-        """Pad the examples at ``indices`` on the left and stack them."""
-        rows = [self.tokens[i] for i in indices]
+        """Pad the examples at ``indices`` to one width and stack them."""
+        plans = [self._plan(i) for i in indices]
+        rows: list[tuple[int, ...]] = []
+        tails: list[int] = []
+        for i, plan in zip(indices, plans, strict=True):
+            prompt = self.tokens[i]
+            end = len(prompt) - self.n_suffix
+            # An example with fewer rows than another has its last one again.
+            missing = self.n_rows - len(plan.continuations)
+            for tokens in (*plan.continuations, *plan.continuations[-1:] * missing):
+                rows.append((*prompt[:end], *tokens, *prompt[end:]))
+                tails.append(len(tokens))
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad_token, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(rows):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
-        gold = torch.tensor([self.gold[i] for i in indices])
-        batch = Batch(ids, mask, gold, self.readout, self.n_prefix, self.n_suffix)
+            first = 0 if self.readout.pad_right else width - len(tokens)
+            ids[row, first : first + len(tokens)] = torch.tensor(tokens)
+            mask[row, first : first + len(tokens)] = 1
+        batch = Batch(
+            ids,
+            mask,
+            torch.tensor([self.gold[i] for i in indices]),
+            self.readout,
+            self.n_prefix,
+            self.n_suffix,
+            self.n_rows,
+        )
+        if any(plan.entries for plan in plans):
+            most = max(len(plan.entries) for plan in plans)
+            reading = torch.full((len(plans), most, 5), -1)
+            for number, plan in enumerate(plans):
+                reading[number, : len(plan.entries)] = torch.tensor(plan.entries)
+            batch = replace(batch, reading=reading, tail=torch.tensor(tails))
         return batch if device is None else batch.to(device)
 
     def batches(
@@ -188,98 +180,139 @@ class Encoded:
         return -(-len(self) // check_whole("batch_size", batch_size))
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def bare_prompt(template: str) -> str:
-    """An example of a prompt: the template with ``x`` for every text."""
-    return template.format(**dict.fromkeys(template_fields(template), "x"))
-
-
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> str:
     """Return the longest beginning of ``text`` that has at most ``limit`` tokens."""
     if tokenizer.is_fast:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        encoding = tokenizer(text, return_offsets_mapping=True, **options)
         spans = encoding["offset_mapping"]
         return text if len(spans) <= limit else text[: spans[limit][0]].rstrip()
-    ids = _ids(tokenizer, text)
+    ids = text_ids(tokenizer, text)
     return text if len(ids) <= limit else str(tokenizer.decode(ids[:limit]))
 
 
 def encode(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    words: Mapping[str, str],
+    prompt: Prompt,
     *,
-    max_text_tokens: int,
     readout: Readout,
     context: int | None = None,
+    n_embeddings: int | None = None,
     where: str = "examples",
 ) -> Encoded:
     """Encode examples as prompts; the log says how many texts were cut, as a warning if many were.
 
     Args:
-        examples: what to encode.
+        examples: what to encode. The label of one that has none is not looked at.
         tokenizer: of the model.
-        template: prompt template with the fields of the examples.
-        words: label word by label; their order numbers the labels.
-        max_text_tokens: limit for the texts of one example together. The longest text of an
-            example is cut first.
+        prompt: what is asked, and what its answers are. Of an example, the longest text is cut
+            first.
         readout: that of the model.
         context: most tokens that the model takes; lowers the limit where needed.
+        n_embeddings: tokens that the model knows.
         where: what to call the examples in the log.
 
     Raises:
         InputError: for label words that the readout cannot tell apart, a limit that is not a whole
-            number of at least 1, a template longer than the context, or a missing mask token.
+            number of at least 1, a template longer than the context, a missing mask token, or
+            tokens that the model does not know.
     """
-    readout = readout.for_labels(tokenizer, bare_prompt(template), words)
-    before, place, behind = readout.frame(tokenizer)
-    fields = template_fields(template)
-    limit = check_whole("max_text_tokens", max_text_tokens)
+    readout = prompt.readout_of(readout, tokenizer)
+    frame = readout.frame(tokenizer, prompt.bos)
+    fields = template_fields(prompt.template)
+    limit = check_whole("max_text_tokens", prompt.max_text_tokens)
+    if not readout.prompted:
+        _check_pair(fields)
+    outer = prompt.outer(tokenizer) if readout.prompted else ("", "")
+
+    def filled(texts: Mapping[str, str]) -> tuple[int, ...]:
+        if readout.prompted:
+            ids = prompt.text(tokenizer, texts, outer).ids()
+            # A template may begin with the token itself.
+            given = tuple(ids[: len(frame.before)]) == frame.before
+            return (*(() if given else frame.before), *ids, *frame.place, *frame.behind)
+        parts = [text_ids(tokenizer, texts[name]) for name in fields]
+        second = () if len(parts) < 2 else (*frame.between, *parts[1])
+        return (*frame.before, *parts[0], *second, *frame.behind)
+
     if context is not None:
-        bare = sum(map(len, (before, _ids(tokenizer, bare_prompt(template)), place, behind)))
+        longest = max(map(len, readout.plan(()).continuations), default=0)
+        bare = len(filled(dict.fromkeys(fields, "x"))) + longest
+        what = "prompt template" if readout.prompted else "frame of special tokens"
         if bare >= context:
             raise InputError(
-                f"The prompt template takes {bare} tokens, but the model's context has {context}: "
+                f"The {what} takes {bare} tokens, but the model's context has {context}: "
                 "shorten the template."
             )
         # Two tokens to spare: joining text and template can shift a token boundary.
         limit = min(limit, context - bare - 2)
         if limit < 1:
             raise InputError(
-                f"The prompt template takes {bare} tokens of the model's context of {context}, "
+                f"The {what} takes {bare} tokens of the model's context of {context}, "
                 "which leaves none for the text: shorten the template."
             )
     rows: list[tuple[int, ...]] = []
+    answers: list[Answers] = []
     truncated = 0
     for example in examples:
         texts = {name: example.fields[name] for name in fields}
-        lengths = {name: len(_ids(tokenizer, text)) for name, text in texts.items()}
+        lengths = {name: len(text_ids(tokenizer, text)) for name, text in texts.items()}
         limits = _share_out(lengths, Counter(fields), limit)
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
-        prompt = _ids(tokenizer, template.format(**texts))
-        rows.append((*before, *prompt, *place, *behind))
+        rows.append(filled(texts))
+        if prompt.choices:
+            asked = prompt.text(tokenizer, texts, outer)
+            blank = "" if prompt.chat else " "
+            words = {c: f"{blank}{example.fields[c].strip()}" for c in prompt.choices}
+            answers.append(tuple(tokens_of_words(asked, words).values()))
     if truncated:
-        _report_truncation(where, truncated, len(examples), limit, limit < max_text_tokens)
-    index = {label: i for i, label in enumerate(words)}
+        _report_truncation(where, truncated, len(examples), limit, limit < prompt.max_text_tokens)
+    _check_known(rows, answers, n_embeddings, where)
+    index = {label: i for i, label in enumerate(prompt.labels)}
     pad = tokenizer.pad_token_id
     return Encoded(
         ids=tuple(e.id for e in examples),
         tokens=tuple(rows),
-        gold=tuple(index[e.label] for e in examples),
+        gold=tuple(index.get(e.label, 0) for e in examples),
         readout=readout,
         # Padding is masked everywhere, so any token serves where a tokenizer names none.
         pad_token=int(pad) if pad is not None else 0,
-        n_prefix=len(before),
-        n_suffix=len(behind),
+        n_prefix=len(frame.before),
+        n_suffix=len(frame.behind),
         n_truncated=truncated,
         groups=tuple(e.group for e in examples),
+        answers=tuple(answers),
     )
+
+
+def _check_pair(fields: Sequence[str]) -> None:
+    if len(fields) > 2:
+        raise InputError(
+            f"A classification head is given one text or a pair, but the template names "
+            f"{len(fields)} ({', '.join(fields)}): name one or two (template=…)."
+        )
+
+
+def _check_known(
+    rows: Sequence[tuple[int, ...]],
+    answers: Sequence[Answers],
+    n_embeddings: int | None,
+    where: str,
+) -> None:
+    """Refuse tokens that the model has no embedding for, which would be an index error in it."""
+    if n_embeddings is None:
+        return
+    words = (word for example in answers for label in example for word in label)
+    largest = max(map(max, chain(rows, words)))
+    if largest >= n_embeddings:
+        raise InputError(
+            f"The tokenizer gives token {largest} ({where}), but the model has embeddings for "
+            f"{n_embeddings} tokens: load the tokenizer that belongs to it, or give it more, "
+            f"model.resize_token_embeddings({largest + 1}), before cl.load, and train them."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -14,15 +14,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
+from circuitlens.models.batch import Words
 from circuitlens.models.readouts import DEFAULT
-from circuitlens.tasks.encoding import (
-    Encoded,
-    bare_prompt,
-    encode,
-    label_words,
-    template_fields,
-)
+from circuitlens.tasks.encoding import Encoded, encode
 from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
+from circuitlens.tasks.prompt import Prompt, label_words, template_fields
 from circuitlens.utils.storage import digest
 
 if TYPE_CHECKING:
@@ -38,7 +34,8 @@ logger = logging.getLogger(__name__)
 Splits = Mapping[str, Sequence[Example]]
 
 # Keyword arguments that all tasks take, and those that tasks of records and files take besides.
-OPTIONS = ("template", "labels", "seed", "share_a", "max_text_tokens", "tokenizer")
+STYLE = ("readout", "bos", "chat", "system", "choices")
+OPTIONS = ("template", "labels", "seed", "share_a", "max_text_tokens", "tokenizer", *STYLE)
 COLUMNS = ("label", "id", "group")
 
 
@@ -74,7 +71,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task in one language, asked as a prompt and answered in one token.
+    """A classification task in one language.
+
+    A language model is asked by a prompt and answers with a word; a model with a classification
+    head is given the texts.
 
     Make one with :func:`circuitlens.load_task` or one of the ``from_`` methods.
 
@@ -82,28 +82,35 @@ class Task:
         name: name of the task or data set.
         language: language of the examples.
         template: prompt template; its fields are those of the examples.
-        labels: the word that answers the prompt, by label; one token each. Labels are strings,
-            and what is given otherwise, such as a number, is turned into one.
+        labels: the word that answers the prompt, by label, or several words that mean the same.
+            Labels are strings, and what is given otherwise, such as a number, is turned into one.
         pools: pool A, pool B, validation and test.
         max_text_tokens: texts are cut beyond this many tokens.
         seed: seed of the pools.
         share_a: share of the training examples in pool A.
+        readout, bos, chat, system, choices: how it is asked and answered (:class:`Prompt`).
         origin: the task that this one is the translation of, if :meth:`to` made it.
     """
 
     name: str
     language: str
     template: str
-    labels: Mapping[str, str]
+    labels: Mapping[str, Words]
     pools: Pools
     max_text_tokens: int = 96
     seed: int = 0
     share_a: float = 0.5
     source: Source | None = field(default=None, repr=False, compare=False)
     origin: Task | None = field(default=None, repr=False, compare=False)
+    readout: str = "auto"
+    bos: bool | None = None
+    chat: bool = False
+    system: str = ""
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", label_words(self.labels))
+        object.__setattr__(self, "choices", self.prompt.choices)
         if len(self.labels) < 2:
             raise InputError(f"A task needs two labels or more, but has {list(self.labels)}.")
         fields = template_fields(self.template)
@@ -125,7 +132,7 @@ class Task:
             )
 
     def _check_examples(self, examples: Sequence[Example], where: str) -> None:
-        fields = template_fields(self.template)
+        fields = self.prompt.fields
         for example in examples:
             if missing := [name for name in fields if name not in example.fields]:
                 raise InputError(
@@ -157,19 +164,22 @@ class Task:
         *,
         name: str,
         template: str,
-        labels: Mapping[Any, str],
+        labels: Mapping[Any, Any],
         seed: int = 0,
         share_a: float = 0.5,
         max_text_tokens: int = 96,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **style: Any,
     ) -> Task:
         """Make a task from a source of examples in several languages."""
         words = label_words(labels)
         language = source.resolve(language)
         pools = split_pools(source.splits(language), seed=seed, share_a=share_a)
-        task = cls(name, language, template, words, pools, max_text_tokens, seed, share_a, source)
+        task = cls(
+            name, language, template, words, pools, max_text_tokens, seed, share_a, source, **style
+        )
         if tokenizer is not None:
-            DEFAULT.for_labels(tokenizer, bare_prompt(template), words)
+            task.prompt.readout_of(DEFAULT, tokenizer)
         return task
 
     @classmethod
@@ -180,7 +190,7 @@ class Task:
         name: str = "records",
         language: str = "unnamed",
         template: str = "{text} label:",
-        labels: Mapping[Any, str] | None = None,
+        labels: Mapping[Any, Any] | None = None,
         label: str = "label",
         id: str | None = None,  # noqa: A002 (the column's usual name)
         group: str | None = None,
@@ -208,7 +218,7 @@ class Task:
         check_options(options, ("name", "language", *COLUMNS, *OPTIONS), name)
         source = RecordSource(
             records,
-            fields=template_fields(template),
+            fields=[*template_fields(template), *options.get("choices", ())],
             label=label,
             id=id,
             group=group,
@@ -246,7 +256,7 @@ class Task:
         columns = {key: options.pop(key, None) for key in ("id", "group")}
         source = FileSource(
             str(path),
-            fields=template_fields(template),
+            fields=[*template_fields(template), *options.get("choices", ())],
             label=options.pop("label", "label"),
             language=language,
             **columns,
@@ -299,6 +309,7 @@ class Task:
             seed=self.seed,
             share_a=self.share_a,
             max_text_tokens=self.max_text_tokens,
+            **{name: getattr(self, name) for name in STYLE},
         )
         pools = other.pools
         ancestor: Task | None = self
@@ -333,6 +344,16 @@ class Task:
         """
         return (*self.pools.pool_b, *self.pools.validation)
 
+    @property
+    def prompt(self) -> Prompt:
+        """What a model is asked, and what its answers mean."""
+        return Prompt(
+            self.template,
+            self.labels,
+            self.max_text_tokens,
+            **{name: getattr(self, name) for name in STYLE},
+        )
+
     def encode(self, model: HookedModel, examples: Sequence[Example] | Pool | str) -> Encoded:
         """Encode examples, or the pool of that name, for a model.
 
@@ -354,24 +375,22 @@ class Task:
                 "circuitlens.tasks.Example(id, fields, label)."
             )
         self._check_examples(examples, self.full_name)
-        context = getattr(model.hf.config, "max_position_embeddings", None)
-        if context is not None:
-            # RoBERTa's first position ids belong to no token.
-            context -= model.family.first_position
         return encode(
             examples,
             model.tokenizer,
-            self.template,
-            self.labels,
-            max_text_tokens=self.max_text_tokens,
+            self.prompt,
             readout=model.readout,
-            context=context,
+            context=model.context,
+            n_embeddings=model.n_embeddings,
             where=self.full_name,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) of template, labels and all examples with their pools."""
         parts = [self.template, str(dict(self.labels)), str(self.max_text_tokens)]
+        plain = Prompt(self.template, self.labels, self.max_text_tokens)
+        if self.prompt != plain:
+            parts += [f"{name}={getattr(self, name)}" for name in STYLE]
         for pool in POOLS:
             parts.append(pool)
             for e in self[pool]:

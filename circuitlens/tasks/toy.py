@@ -255,6 +255,7 @@ def toy_tokenizer() -> Qwen2Tokenizer:
         merges=unique,
         unk_token="<unk>",
         bos_token="<s>",
+        add_bos_token=True,
         eos_token="<s>",
         pad_token="<pad>",
         padding_side="left",

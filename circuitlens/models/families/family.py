@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 __all__ = ["ActivationSite", "Family"]
 
@@ -35,6 +39,11 @@ class Family:
     """
 
     causal = True
+    # Where the classification head looks, what its last map is, and what hooks are round its
+    # activation, if it has one.
+    pooled: Literal["first", "last", "mean"] = "last"
+    classifier = "score"
+    classifier_activations: tuple[ActivationSite, ...] = ()
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self.hf = hf
@@ -43,7 +52,18 @@ class Family:
     def architecture(self) -> str:
         """Name under which TransformerLens knows this architecture."""
         # Not what the configuration names: a checkpoint may have been saved with another head.
-        return type(self.hf).__name__
+        if not self.is_classifier:
+            return type(self.hf).__name__
+        # It knows no classification heads: the body is that of the language model.
+        names = (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if self.causal else MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        )
+        return str(names[self.hf.config.model_type])
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model has a classification head."""
+        return type(self.hf).__name__.endswith("ForSequenceClassification")
 
     @property
     def first_position(self) -> int:
@@ -57,6 +77,14 @@ class Family:
 
     def adapt(self, adapter: Any) -> None:
         """Change how TransformerLens is going to build the hooked view."""
+        if self.is_classifier:
+            self.adapt_head(adapter.component_mapping)
+
+    def adapt_head(self, components: dict[str, Any]) -> None:
+        """Put the last map of the classification head in the place of the unembedding."""
+        from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
+
+        components["unembed"] = UnembeddingBridge(name=self.classifier)
 
     def mlp_output(self, layer: int) -> str:
         """Hook at the output of an MLP, before any norm behind it."""

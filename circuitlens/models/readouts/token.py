@@ -1,4 +1,7 @@
-"""The token readout: a label is one token of a language model's vocabulary.
+"""The token readout: one token of a language model's vocabulary stands for a label.
+
+It is the word's first one by which all labels differ: `` negatif``, `` netral``, `` positif`` are
+two tokens each in many vocabularies, and their first ones tell them apart.
 
 The score of a label is the logit of its token at the decision position. In causal models that is
 the last token of the prompt; in masked language models it is the mask, which a few tokens such as
@@ -7,9 +10,10 @@ the last token of the prompt; in masked language models it is the mask, which a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -23,12 +27,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from circuitlens.errors import InputError
-from circuitlens.models.batch import Batch, Frame, Readout, Views, at_least_float32
+from circuitlens.errors import InputError, check_choice
+from circuitlens.models.batch import Batch, Frame, Readout, Views, Words, at_least_float32
 from circuitlens.models.families import ActivationSite
 from circuitlens.models.hooks import Hook
+from circuitlens.models.readouts.columns import last_columns
+from circuitlens.models.readouts.sequence import SequenceReadout
+from circuitlens.models.readouts.words import first_difference, refuse_beginnings, tokens_of_words
+from circuitlens.models.tokens import PromptText, begin
 
 __all__ = ["TokenReadout"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,16 @@ class TokenReadout(Readout):
 
     Attributes:
         tokens: the token of every label.
+        shared: tokens with which the words of all labels begin; they stand in the prompt.
         masked: the model is a masked language model, which answers in the place of its mask.
     """
 
     tokens: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     masked: bool = False
+
+    name = "token"
+    vocabulary = True
 
     @property
     def n_labels(self) -> int:
@@ -51,64 +66,74 @@ class TokenReadout(Readout):
     # -- prompts -------------------------------------------------------------------------------
 
     def for_labels(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str, words: Mapping[str, str]
-    ) -> TokenReadout:
-        """Find the token of every label word as it follows the prompt.
+        self, prompt: PromptText, words: Mapping[str, Words], kind: str = "auto"
+    ) -> Readout:
+        """Find the token that stands for every label.
 
-        Words are tried behind the prompt and not alone, because tokenizers of the SentencePiece
-        kind split the two cases differently.
+        It is the first one by which the words of all labels differ as they follow the prompt; a
+        beginning that all share moves into the prompt. Where there is none, or a label has several
+        words, whole words are scored (:class:`SequenceReadout`).
 
         Raises:
-            InputError: if a word is not exactly one token there, or two labels share one.
+            InputError: if two labels have the same word, a word is unknown or changes the tokens
+                of the prompt; with ``kind="token"`` if first tokens do not tell the labels apart;
+                for classifier readouts, which a language model does not have.
         """
-        before = _ids(tokenizer, prompt)
-        found: dict[str, int] = {}
-        for label, word in words.items():
-            after = _ids(tokenizer, prompt + word)
-            if len(after) != len(before) + 1 or after[:-1] != before:
-                pieces = tokenizer.convert_ids_to_tokens(_ids(tokenizer, word))
-                raise InputError(
-                    f"The word {word!r} of the label {label!r} must be one token behind the prompt "
-                    f"{prompt!r}, but is tokenised as {pieces}: choose another word (labels=…)."
-                )
-            if after[-1] in found.values():
-                other = next(name for name, token in found.items() if token == after[-1])
-                raise InputError(
-                    f"The labels {other!r} and {label!r} have the same token for {word!r}: "
-                    "choose different words (labels=…)."
-                )
-            found[label] = after[-1]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in found.values():
-            label = next(name for name, token in found.items() if token == tokenizer.unk_token_id)
+        if kind == "classifier":
             raise InputError(
-                f"The word {words[label]!r} of the label {label!r} is unknown to the tokenizer: "
-                "choose another word (labels=…)."
+                "readout='classifier' reads a classification head, and this is a language model: "
+                "leave readout out, or give it a head, cl.load(…, labels=task)."
             )
-        return replace(self, tokens=tuple(found.values()))
+        check_choice("readout", kind, ("auto", "token", "sequence", "sequence-mean"))
+        tokenizer = prompt.tokenizer
+        found = tokens_of_words(prompt, words)
+        single = [tokens[0] for tokens in found.values() if len(tokens) == 1]
+        place = first_difference(single) if len(single) == len(found) else None
+        if kind in ("auto", "token") and place is not None:
+            shared = single[0][:place]
+            tokens = tuple(word[place] for word in single)
+            _report(tokenizer, tuple(found), tuple(single), place)
+            return replace(self, tokens=tokens, shared=shared)
+        if kind == "token":
+            label, alternatives = next(iter(found.items()))
+            pieces = tokenizer.convert_ids_to_tokens(list(alternatives[0]))
+            raise InputError(
+                "readout='token' needs one word for every label, and a token by which all differ: "
+                f"the label {label!r} has {words[label]!r}, which is tokenised as {pieces}. Choose "
+                "other words (labels=…), or readout='sequence', which scores whole words."
+            )
+        mean = kind == "sequence-mean"
+        if not mean:
+            refuse_beginnings(found, words)
+        mask = _mask(tokenizer) if self.masked else None
+        return SequenceReadout(words=tuple(found.values()), mask=mask, mean=mean)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    def for_choices(
+        self, tokenizer: PreTrainedTokenizerBase, n_choices: int, mean: bool = False
+    ) -> Readout:
+        """Return the readout of answers that every example brings itself."""
+        mask = _mask(tokenizer) if self.masked else None
+        return SequenceReadout(n_choices=n_choices, mask=mask, mean=mean)
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Frame:
         """``<s>`` before a prompt; of masked models ``[CLS]``, and ``[MASK]`` and ``[SEP]`` behind.
 
         Raises:
-            InputError: if a masked language model has no mask token.
+            InputError: if a masked language model has no mask token, or ``<s>`` is asked for and
+                there is none.
         """
         if not self.masked:
-            return Frame(_some(tokenizer.bos_token_id), (), ())
-        if tokenizer.mask_token_id is None:
-            raise InputError(
-                "The tokenizer of this masked language model has no mask token, in whose place the "
-                "answer belongs: set tokenizer.mask_token."
-            )
+            return Frame(begin(tokenizer, bos), self.shared, ())
         return Frame(
             _some(tokenizer.cls_token_id),
-            _some(tokenizer.mask_token_id),
+            (*self.shared, _mask(tokenizer)),
             _some(tokenizer.sep_token_id),
         )
 
     def where(self, batch: Batch) -> Bool[Tensor, "batch pos"]:
         """The decision position."""
         found = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-        found[:, _decision(batch)] = True
+        found[:, -1 - batch.n_suffix] = True
         return found
 
     # -- scores --------------------------------------------------------------------------------
@@ -117,7 +142,7 @@ class TokenReadout(Readout):
         self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "batch d_vocab"]:
         """Logits of the vocabulary at the decision position, from the hooked view."""
-        with _only_decision(model, model.bridge.unembed, batch) as arguments:
+        with last_columns(model, model.bridge.unembed, 1, batch.n_suffix) as arguments:
             return cast(Tensor, model.run(batch, hooks, **arguments))[:, 0]
 
     def label_logits(
@@ -145,7 +170,8 @@ class TokenReadout(Readout):
         self, model: Views, batch: Batch, module: nn.Module | None = None
     ) -> Float[Tensor, "batch d_vocab"]:
         """Logits of the vocabulary at the decision position, from the Hugging Face view."""
-        with _only_decision(model, model.hf.get_output_embeddings(), batch) as arguments:
+        head = model.hf.get_output_embeddings()
+        with last_columns(model, head, 1, batch.n_suffix) as arguments:
             return cast(Tensor, model.run_hf(batch, module, **arguments).logits)[:, 0]
 
     def hf_label_logits(
@@ -203,34 +229,31 @@ class TokenReadout(Readout):
         return None if self.masked else "CAUSAL_LM"
 
 
-def _decision(batch: Batch) -> int:
-    """Column of the decision position, counted from the end: −1 is the last token."""
-    return -1 - batch.n_suffix
-
-
-@contextmanager
-def _only_decision(model: Views, head: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Let the head see nothing but the decision position; yield arguments that ask for it.
-
-    A row of the size of the vocabulary for every token would be pure memory.
-    """
-    if "logits_to_keep" in model.accepted:
-        yield {"logits_to_keep": -_decision(batch)}
+@lru_cache(maxsize=256)
+def _report(
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+    words: tuple[tuple[int, ...], ...],
+    place: int,
+) -> None:
+    # Cached, so that a task that every stage encodes again is reported once.
+    if all(len(word) == 1 for word in words):
         return
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[0][:, _decision(batch)][:, None]
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield {}
-    finally:
-        handle.remove()
+    names = [
+        f"{label}: {tokenizer.decode([word[place]])!r} of {tokenizer.decode(list(word))!r}"
+        for label, word in zip(labels, words, strict=True)
+    ]
+    logger.info("First tokens that differ stand for the labels (%s).", ", ".join(names))
 
 
 def _some(token: int | None) -> tuple[int, ...]:
     return () if token is None else (int(token),)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _mask(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            "The tokenizer of this masked language model has no mask token, in whose place the "
+            "answer belongs: set tokenizer.mask_token."
+        )
+    return int(tokenizer.mask_token_id)

@@ -1,0 +1,277 @@
+"""The sequence readout: the score of a label is the log-probability of its whole word.
+
+1. The tokens of a word follow the prompt, all but the last one; every token is read at the column
+   before it. A row can hold several words: a word whose beginning is another's needs no row of its
+   own, and words of one token need none beside the prompt.
+2. The score is Σ log p over the word's tokens, or their mean (``mean=True``). A label with several
+   words gets the log of the sum of their probabilities.
+3. In masked language models a word of k tokens is read in the places of k masks, in one pass.
+
+For words of one token the normaliser is the same for every label and cancels in the margin, which
+is then that of the token readout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from circuitlens.models.batch import (
+    Answers,
+    Batch,
+    Frame,
+    Plan,
+    Readout,
+    Views,
+    Words,
+    at_least_float32,
+)
+from circuitlens.models.families import ActivationSite
+from circuitlens.models.hooks import Hook
+from circuitlens.models.readouts.columns import last_columns
+from circuitlens.models.tokens import PromptText, begin
+
+__all__ = ["SequenceReadout"]
+
+
+@dataclass(frozen=True)
+class SequenceReadout(Readout):
+    """Log-probabilities of whole answers.
+
+    Attributes:
+        words: tokens of the words of every label; empty if every example brings its own.
+        n_choices: number of answers among which every example chooses, if it brings its own.
+        mask: the mask token, in a masked language model.
+        mean: divide the score of a word by its number of tokens.
+    """
+
+    words: Answers = ()
+    n_choices: int = 0
+    mask: int | None = None
+    mean: bool = False
+
+    name = "sequence"
+
+    @property
+    def n_labels(self) -> int:
+        """Number of labels."""
+        return len(self.words) or self.n_choices
+
+    # -- prompts -------------------------------------------------------------------------------
+
+    def for_labels(
+        self, prompt: PromptText, words: Mapping[str, Words], kind: str = "auto"
+    ) -> Readout:
+        """A model knows no labels, so this readout is never the one that is asked."""
+        raise NotImplementedError
+
+    def for_choices(
+        self, tokenizer: PreTrainedTokenizerBase, n_choices: int, mean: bool = False
+    ) -> Readout:
+        """As :meth:`for_labels`."""
+        raise NotImplementedError
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> Frame:
+        """As that of the token readout, but without a mask, of which each row has its own."""
+        if self.mask is None:
+            return Frame(begin(tokenizer, bos), (), ())
+        ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        before, behind = (() if end is None else (int(end),) for end in ends)
+        return Frame(before, (), behind)
+
+    def plan(self, answers: Answers) -> Plan:
+        """Lay words out in as few rows as hold all of them."""
+        return _plan(self.words or answers, self.mask)
+
+    def where(self, batch: Batch) -> Bool[Tensor, "row pos"]:
+        """The columns at which a token of an answer is read."""
+        found = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+        if batch.reading is None:
+            return found
+        row, column, kept = _places(batch)
+        found[row[kept], column[kept]] = True
+        return found
+
+    # -- scores --------------------------------------------------------------------------------
+
+    def logits(
+        self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
+    ) -> Float[Tensor, "batch label"]:
+        """The scores of the labels."""
+        return self.label_logits(model, batch, hooks)
+
+    def label_logits(
+        self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
+    ) -> Float[Tensor, "batch label"]:
+        """Scores of the labels, from the hooked view."""
+        width = self._width(batch)
+        with last_columns(model, model.bridge.unembed, width, batch.n_suffix) as arguments:
+            return self._scores(model.run(batch, hooks, **arguments), batch)
+
+    def hf_logits(
+        self, model: Views, batch: Batch, module: nn.Module | None = None
+    ) -> Float[Tensor, "batch label"]:
+        """The scores of the labels, from the Hugging Face view."""
+        return self.hf_label_logits(model, batch, module)
+
+    def hf_label_logits(
+        self, model: Views, batch: Batch, module: nn.Module | None = None
+    ) -> Float[Tensor, "batch label"]:
+        """Scores of the labels, from the Hugging Face view."""
+        width, head = self._width(batch), model.hf.get_output_embeddings()
+        with last_columns(model, head, width, batch.n_suffix) as arguments:
+            return self._scores(model.run_hf(batch, module, **arguments).logits, batch)
+
+    def of_labels(self, logits: Float[Tensor, "*batch label"]) -> Float[Tensor, "*batch label"]:
+        """The scores themselves."""
+        return at_least_float32(logits)
+
+    def _width(self, batch: Batch) -> int:
+        """Columns before the suffix from the first on that is read."""
+        assert batch.reading is not None
+        return -int(batch.reading[..., 1].min())
+
+    def _scores(self, logits: Tensor, batch: Batch) -> Float[Tensor, "batch label"]:
+        assert batch.reading is not None
+        width = self._width(batch)
+        row, column, kept = _places(batch)
+        column = column - (batch.input_ids.shape[1] - batch.n_suffix - width)
+        at = at_least_float32(logits[row, column.clamp(min=0)])
+        token, label, word = batch.reading[..., 2:].unbind(-1)
+        log_p = at.gather(-1, token.clamp(min=0)[..., None])[..., 0] - at.logsumexp(-1)
+        n_words = max(map(len, self.words), default=1)
+        place = torch.where(kept, label * n_words + word, 0)
+        shape = (len(batch), self.n_labels * n_words)
+        scores = log_p.new_zeros(shape).scatter_add(1, place, torch.where(kept, log_p, 0.0))
+        counts = torch.zeros(shape, device=place.device).scatter_add(1, place, kept.float())
+        if self.mean:
+            scores = scores / counts.clamp(min=1)
+        if n_words == 1:
+            return scores
+        scores = scores.masked_fill(counts == 0, -torch.inf)
+        several: Tensor = scores.unflatten(1, (self.n_labels, n_words)).logsumexp(-1)
+        return several
+
+    # -- training ------------------------------------------------------------------------------
+
+    def losses(self, model: Views, batch: Batch, module: nn.Module) -> Float[Tensor, " batch"]:
+        """Minus the log-probability of the right answer; no other answer is run."""
+        scores = self.hf_label_logits(model, _of_gold(batch), module)
+        return -scores.float().gather(1, batch.gold[:, None])[:, 0]
+
+    def head_masks(self, hf: PreTrainedModel) -> dict[str, Bool[Tensor, "..."]]:
+        """The unembedding's rows of all tokens of the words; of free answers, all rows."""
+        weight = hf.get_output_embeddings().weight
+        name = next(n for n, p in hf.named_parameters() if p is weight)
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        tokens = {token for label in self.words for word in label for token in word}
+        mask[sorted(tokens) if tokens else slice(None)] = True
+        return {name: mask}
+
+    # -- the head ------------------------------------------------------------------------------
+
+    def input_hook(self) -> str:
+        """The input of the unembedding."""
+        return "unembed.hook_in"
+
+    def activations(self, model: Views) -> tuple[ActivationSite, ...]:
+        """Those of a masked language model's head."""
+        return model.family.lm_head_activations
+
+    def uncapped(self, model: Views) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+        """None: a cap on logits, like their normaliser, goes by its gradient here."""
+        return None
+
+    def auto_class(self) -> Any:
+        """A causal language model, or an encoder with its masked-language-model head."""
+        return AutoModelForCausalLM if self.mask is None else AutoModelForMaskedLM
+
+    def peft_task_type(self) -> str | None:
+        """Causal language models; PEFT has no name for masked ones."""
+        return "CAUSAL_LM" if self.mask is None else None
+
+
+@lru_cache(maxsize=65536)
+def _plan(answers: Answers, mask: int | None) -> Plan:
+    words = [word for label in answers for word in label]
+    if mask is None:
+        heads = {word[:-1] for word in words}
+        rows = sorted(
+            h for h in heads if not any(o[: len(h)] == h and len(o) > len(h) for o in heads)
+        )
+    else:
+        rows = [(mask,) * length for length in sorted({len(word) for word in words})]
+    entries: list[tuple[int, int, int, int, int]] = []
+    for label, alternatives in enumerate(answers):
+        for number, word in enumerate(alternatives):
+            if mask is None:
+                row = next(r for r, c in enumerate(rows) if c[: len(word) - 1] == word[:-1])
+                first = -1 - len(rows[row])
+            else:
+                row = next(r for r, c in enumerate(rows) if len(c) == len(word))
+                first = -len(word)
+            entries += [(row, first + t, token, label, number) for t, token in enumerate(word)]
+    return Plan(tuple(rows), tuple(entries))
+
+
+def _places(
+    batch: Batch,
+) -> tuple[Int[Tensor, "batch entry"], Int[Tensor, "batch entry"], Bool[Tensor, "batch entry"]]:
+    """Row and column of every entry in the batch, and which entries are any."""
+    assert batch.reading is not None
+    row, column, label = (batch.reading[..., n] for n in (0, 1, 3))
+    first = torch.arange(len(batch), device=row.device)[:, None] * batch.n_rows
+    width = batch.input_ids.shape[1] - batch.n_suffix
+    return first + row, width + column, label >= 0
+
+
+def _of_gold(batch: Batch) -> Batch:
+    """The rows and entries of the right answers only."""
+    assert batch.reading is not None
+    assert batch.tail is not None
+    device = batch.gold.device
+    entries: list[Tensor] = []
+    rows: list[list[int]] = []
+    for reading, gold in zip(batch.reading, batch.gold.tolist(), strict=True):
+        own = reading[reading[:, 3] == gold].clone()
+        used = own[:, 0].unique()
+        own[:, 0] = torch.searchsorted(used, own[:, 0].contiguous())
+        entries.append(own)
+        rows.append(used.tolist())
+    n_rows = max(map(len, rows))
+    # An example with fewer rows than another runs one of them twice, of which nothing is read.
+    index = torch.tensor(
+        [
+            n * batch.n_rows + r
+            for n, used in enumerate(rows)
+            for r in used + used[-1:] * (n_rows - len(used))
+        ],
+        device=device,
+    )
+    ids, mask = batch.input_ids[index], batch.attention_mask[index]
+    # Columns that are padding now go.
+    first = int(mask.argmax(-1).min())
+    return Batch(
+        ids[:, first:],
+        mask[:, first:],
+        batch.gold,
+        batch.readout,
+        batch.n_prefix,
+        batch.n_suffix,
+        n_rows,
+        pad_sequence(entries, batch_first=True, padding_value=-1),
+        batch.tail[index],
+    )
