@@ -9,7 +9,12 @@ from functools import cache
 
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import circuitlens as cl
 from circuitlens.baseline import NodeMeans
@@ -95,6 +100,21 @@ def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrain
     torch.manual_seed(seed)
     config = CONFIGS[name]()
     auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    return _random(auto, config, dtype)
+
+
+def tiny_classifier(name: str, dtype: torch.dtype | None = None, seed: int = 0):
+    """A random classifier; its classes are a, b and c."""
+    dtype = dtype or (torch.float32 if name in FLOAT32_ONLY else torch.float64)
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    config.id2label, config.label2id = dict(enumerate("abc")), {c: n for n, c in enumerate("abc")}
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    return _random(AutoModelForSequenceClassification, config, dtype)
+
+
+def _random(auto, config: hf.PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     # The default implementation of experts knows no float64.
     options = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
     model = auto.from_config(config, **options).to(dtype)
@@ -111,6 +131,16 @@ def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrain
 def loaded(name: str, dtype: torch.dtype | None = None):
     """A loaded tiny model that all tests share: for reading only."""
     return cl.load(tiny(name, dtype))
+
+
+# Architectures of which Hugging Face makes classifiers.
+CLASSIFIERS = list(CONFIGS)
+
+
+@cache
+def classifier(name: str, dtype: torch.dtype | None = None):
+    """A loaded tiny classifier of three classes that all tests share: for reading only."""
+    return cl.load(tiny_classifier(name, dtype))
 
 
 def prompts(*lengths: int, seed: int = 1, n_prefix: int = 0, n_suffix: int = 0):

@@ -14,6 +14,7 @@ class FalconFamily(Family):
 
     def adapt(self, adapter: Any) -> None:
         """Correct the number of key/value heads, the name of a norm, and what ALiBi adds."""
+        super().adapt(adapter)
         config = self.hf.config
         block = adapter.components["blocks"].submodules
         if config.new_decoder_architecture:

@@ -15,6 +15,7 @@ class MoEFamily(Family):
 
     def adapt(self, adapter: Any) -> None:
         """Hook what goes on inside the experts."""
+        super().adapt(adapter)
         # Deferred: it imports TransformerLens, which takes seconds.
         from circuitlens.models.families.experts import HookedExperts
 
