@@ -22,8 +22,10 @@ from .experiments import Comparison, compare
 from .models.batch import Batch
 from .models.geometry import HeadGeometry, WeightSlice
 from .models.hooked import HookedModel
-from .models.loading import load
+from .models.prompt import Prompt
 from .nodes import MLP, Head
+from .opening import load
+from .predicting import predict
 from .scoring import METHODS, HeadScores, Stability, discover, relevance
 from .tasks import Evaluation, Example, Task, evaluate, load_task
 
@@ -49,6 +51,7 @@ __all__ = [
     "MeanBaseline",
     "Minimality",
     "NotFiniteError",
+    "Prompt",
     "RuleSet",
     "ScorerComparison",
     "Stability",
@@ -67,6 +70,7 @@ __all__ = [
     "load",
     "load_task",
     "minimality",
+    "predict",
     "relevance",
     "tasks",
     "transfer",

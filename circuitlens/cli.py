@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -245,6 +246,50 @@ def compare(
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")
         raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a run, a transfer, an adapter or a model.")
+    ],
+    texts: Annotated[
+        Path, typer.Option("--in", help="Texts: .csv, .tsv, .jsonl or .parquet, columns by name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Labelled texts: .csv, .tsv or .jsonl.")],
+    target: Annotated[
+        str | None, typer.Option(help="Language of the transfer, where a run has several.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Strategy of the transfer, where a run has several.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 64,
+    quiet: _Quiet = False,
+) -> None:
+    """Label new texts with what a run has made; each gets its label and their probabilities."""
+    _begin(quiet)
+    from circuitlens.tasks.streams import Table, chunks, stream_rows
+
+    table = Table(out)
+    rows = stream_rows(texts)
+    # Before a model is loaded, which takes seconds.
+    first = next(chunks(rows, 16 * batch_size), None)
+    if first is None:
+        raise InputError(f"{texts} holds no texts.")
+    from circuitlens.predicting import predict as label_texts
+    from circuitlens.run_model import open_run
+
+    model = open_run(folder, target, strategy, device)
+    n = 0
+    with table:
+        for chunk in chain([first], chunks(rows, 16 * batch_size)):
+            found = label_texts(model, chunk, batch_size=batch_size, quiet=True)
+            taken = {name: f"predicted {name}" for name in found if name in chunk[0]}
+            added = found.rename(columns=taken).to_dict("records")
+            table.add([{**row, **extra} for row, extra in zip(chunk, added, strict=True)])  # type: ignore[dict-item]
+            n += len(chunk)
+    _out.print(f"Labelled: {out} ({n} texts)", soft_wrap=True)
 
 
 @app.command()

@@ -34,6 +34,7 @@ __all__ = [
 _FLAGS = {
     "targets": "--target",
     "labels": "--label",
+    "choices": "--choice",
     "columns": "--column",
     "sizes": "--curve-size",
     "strategies": "--strategy",
@@ -49,6 +50,7 @@ _TYPES: dict[str, Any] = {
     "float": float,
     "bool": bool,
     "str | None": str | None,
+    "bool | None": bool | None,
     "int | None": int | None,
     "float | None": float | None,
     "float | int": str,
@@ -56,6 +58,7 @@ _TYPES: dict[str, Any] = {
     "tuple[float, ...]": list[float] | None,
     "tuple[float | int, ...]": list[str] | None,
     "dict[str, str] | None": list[str] | None,
+    "dict[str, Any] | None": list[str] | None,
 }
 
 
@@ -98,7 +101,7 @@ def _option(
         details["metavar"] = "NAME"
     elif field.name == "task":
         details["autocompletion"] = lambda: list(catalogue.data_sets())
-    if kind is bool and default is not False:
+    if kind in (bool, bool | None) and default is not False:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     if default is None and not str(field.type).startswith(("tuple", "dict")):
         kind = kind | None
@@ -225,12 +228,19 @@ def parsed(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def pairs(items: Sequence[str], flag: str) -> dict[str, str] | None:
-    """Read ``name=value`` pairs."""
+def pairs(items: Sequence[str], flag: str) -> dict[str, Any] | None:
+    """Read ``name=value`` pairs; a name that comes again has several values."""
     for item in items:
         if "=" not in item:
             raise InputError(f"{flag} takes name=value, but got {item!r}.")
-    return dict(item.split("=", 1) for item in items) or None
+    found: dict[str, Any] = {}
+    for name, value in (item.split("=", 1) for item in items):
+        if name not in found:
+            found[name] = value
+        else:
+            before = found[name] if isinstance(found[name], tuple) else (found[name],)
+            found[name] = (*before, value)
+    return found or None
 
 
 def size_of(text: str, flag: str = "--size") -> int | float:

@@ -34,7 +34,7 @@ from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.loading import load
+from circuitlens.opening import load
 from circuitlens.run_settings import RunSettings, check_run
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
@@ -125,7 +125,7 @@ class RunFolder:
 
     @cached_property
     def _start(self) -> HookedModel:
-        return self.settings.open_model()
+        return self.settings.open_model(self.task)
 
     @cached_property
     def model(self) -> HookedModel:

@@ -34,6 +34,7 @@ TOY = "toy"
 # By field, what it may be; of tuples, what their items may be.
 CHOICES: dict[str, tuple[str, ...]] = {
     "competence": ("auto", "always", "never"),
+    "readout": catalogue.choices("models/prompt.py", "READOUTS"),
     "positions": catalogue.choices("models/batch.py", "Positions"),
     "pooling": catalogue.choices("baseline.py", "Pooling"),
     "method": tuple(catalogue.scorers()),
@@ -42,6 +43,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_policy": catalogue.choices("adapt/strategies.py", "KVPolicy"),
     "dtype": ("auto", *catalogue.choices("models/loading.py", "_DTYPES")),
 }
+# How a model is asked, beside template and words.
+STYLE = ("readout", "bos", "chat", "system", "choices")
 # Of these come the scores, with the seed.
 SCORING = ("method", "mlps", "by_position", "path", "steps", "max_examples")
 
@@ -70,10 +73,17 @@ class RunSettings:
         targets: target language.
         data: local folder of the data set; default: the hub.
         template: prompt with the fields in braces: '{text} sentimen:'.
-        labels: answer word of a label, one token: 'positive= positif'.
+        labels: answer word of a label: 'positive= positif'; several for a label mean the same.
+        readout: how answers are read; auto takes the simplest that tells the labels apart.
+        bos: begin prompts with the tokenizer's first token, or not; default: as the tokenizer does.
+        chat: put prompts into the chat template of the tokenizer.
+        system: system prompt of the chat.
+        choices: column that holds one of the possible answers, where each example brings its own.
         columns: columns of a data file: label=NAME, id=NAME or group=NAME.
         share_a: share of the training data for discovery (pool A); the rest is for transfer.
         max_text_tokens: longer texts lose their end.
+        classifier: use a classification head for the labels of the task, in their order; a
+            checkpoint without one gets a new one, which the competence stage trains.
         revision: branch, tag or commit of a model on the hub.
         dtype: floating-point type of the weights; auto is the checkpoint's own.
         device: such as cpu or cuda:0.
@@ -113,10 +123,16 @@ class RunSettings:
     targets: tuple[str, ...] = ()
     data: str | None = None
     template: str | None = None
-    labels: dict[str, str] | None = None
+    labels: dict[str, Any] | None = None
+    readout: str = "auto"
+    bos: bool | None = None
+    chat: bool = False
+    system: str = ""
+    choices: tuple[str, ...] = ()
     columns: dict[str, str] | None = None
     share_a: float | None = None
     max_text_tokens: int | None = None
+    classifier: bool = False
     revision: str | None = None
     dtype: str = "auto"
     device: str | None = None
@@ -209,6 +225,9 @@ class RunSettings:
         else:
             changes = content.pop("finetuning", None) or {}
         training = TRANSFER.updated(content.pop("training", {}))
+        if content.get("labels"):
+            words = content["labels"].items()
+            content["labels"] = {k: tuple(v) if isinstance(v, list) else v for k, v in words}
         arguments: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in content.items()
@@ -221,14 +240,16 @@ class RunSettings:
         from circuitlens.tasks import load_task
 
         options: dict[str, Any] = {"seed": self.seed, **(self.columns or {})}
-        for name in ("template", "labels", "share_a", "max_text_tokens"):
-            if (value := getattr(self, name)) is not None:
+        usual = {f.name: f.default for f in fields(self)}
+        for name in ("template", "labels", "share_a", "max_text_tokens", *STYLE):
+            if (value := getattr(self, name)) != usual[name]:
                 options[name] = value
         return load_task(self.task, self.source, data=self.data, **options)
 
-    def open_model(self) -> HookedModel:
+    def open_model(self, task: Task) -> HookedModel:
         """Load the model; the name ``toy`` makes the untrained toy model."""
-        from circuitlens.models.loading import find_device, load
+        from circuitlens.models.loading import find_device
+        from circuitlens.opening import load
         from circuitlens.tasks.toy import toy_model
 
         if self.model == TOY:
@@ -238,7 +259,13 @@ class RunSettings:
             if (device := find_device(self.device)) is not None:
                 toy.hf.to(device)
             return toy
-        return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
+        return load(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            labels=task if self.classifier else (),
+        )
 
     @property
     def batch_size(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def watched(model, toy_task, monkeypatch):
             trained.append([place[i] for i in data.ids])
             return TrainingLog((), {}, 0, 0.0)
 
-        def predict(model, data, **kwargs):
+        def label_scores(model, data, **kwargs):
             held.append([place[i] for i in data.ids])
             gold = torch.nn.functional.one_hot(torch.tensor(data.gold), data.readout.n_labels)
             if right is None:
@@ -68,7 +68,7 @@ def watched(model, toy_task, monkeypatch):
             return gold * sign[:, None]
 
         monkeypatch.setattr(AUTO, "train", train)
-        monkeypatch.setattr(AUTO, "predict", predict)
+        monkeypatch.setattr(AUTO, "label_scores", label_scores)
         monkeypatch.setattr(AUTO, "_FACTORS", (1.0, 2.0))
         scores = scores_of(model)
         options = TrainingOptions(learning_rate=0.1, seed=seed)

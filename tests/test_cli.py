@@ -280,12 +280,16 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             no_column,
             *out,
         ],
-        r"The word .*sangat bagus.* must be one token": [
+        r"needs one word for every label": [
             *model,
             "--task",
             "toy",
+            "--readout",
+            "token",
             "--label",
-            "positive= sangat bagus",
+            "positive= bagus",
+            "--label",
+            "positive= baik",
             "--label",
             "negative= negative",
             "--label",

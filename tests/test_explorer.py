@@ -134,10 +134,10 @@ def test_direct_attribution_by_hand(probe, model, baseline):
             assert said.labels == pytest.approx(by_label, rel=1e-3, abs=1e-6)
 
 
-def test_tokens_are_shown_as_text(probe, model):
+def test_tokens_are_shown_as_text(model):
     vocabulary = model.tokenizer.get_vocab()
     ids = [vocabulary[token] for token in ("ba", "Ġpositive", "â", "<s>", "Ġ")]
-    assert probe._texts(ids) == ["ba", " positive", "<â>", "<s>", " "]
+    assert model.tokens(ids) == ["ba", " positive", "<E2>", "<s>", " "]
 
 
 @pytest.mark.parametrize("name", ALL)

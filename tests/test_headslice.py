@@ -522,7 +522,7 @@ def test_a_circuit_will_do(capsys):
         ({"heads": HEADS, "projections": []}, "No projection of the heads is chosen"),
         ({"norms": "none"}, "neither heads nor norms"),
         ({"heads": HEADS, "norms": "none", "qk_norms": True}, "qk_norms=True trains nothing"),
-        ({"heads": HEADS, "task_type": "SEQ_CLS"}, "SEQ_CLS needs an output layer"),
+        ({"heads": HEADS, "task_type": "TOKEN_CLS"}, "TOKEN_CLS needs an output layer"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(options, message):

@@ -97,15 +97,15 @@ def test_a_rate_that_diverges_is_left_out(toy_proxy, toy_task, toy_scores, caplo
 def test_training_that_diverges_later_keeps_its_best_epoch(toy_proxy, toy_task, monkeypatch):
     from circuitlens.adapt import trainer
 
-    calls, real = [], trainer.predict
+    calls, real = [], trainer.label_scores
 
-    def predict(*arguments):
+    def label_scores(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise cl.NotFiniteError("NaN")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "predict", predict)
+    monkeypatch.setattr(trainer, "label_scores", label_scores)
     model = toy_proxy.clone()
     near = toy_task.to("near")
     log = train(

@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import circuitlens as cl
+from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import SequenceReadout, TokenReadout
 from circuitlens.tasks import Encoded, Example, Pools, Task
 from circuitlens.tasks.encoding import _report_truncation, encode
 from circuitlens.tasks.examples import split_pools
-from circuitlens.tasks.prompt import Prompt
 from circuitlens.tasks.task import _file_name
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
 

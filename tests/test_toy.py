@@ -247,7 +247,7 @@ def test_syllables_and_label_words_are_one_token_each():
         for word in small().lexicon[language].values():
             syllables = [word[i : i + 2] for i in range(0, len(word), 2)]
             for text, first in ((word, syllables[0]), (f" {word}", f"Ġ{syllables[0]}")):
-                ids = tokenizer(text)["input_ids"]
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
                 assert tokenizer.convert_ids_to_tokens(ids) == [first, *syllables[1:]]
     found = token_of_labels(tokenizer, TOY_PROMPT["template"], TOY_PROMPT["labels"])
     assert tokenizer.convert_ids_to_tokens(list(found.values())) == [
@@ -281,7 +281,8 @@ def test_the_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
 def test_the_tokenizer_gives_texts_back(language):
     tokenizer = toy_tokenizer()
     for text, _ in list(texts(language).values())[:200]:
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
 
 
 def test_every_prompt_fits_the_context_of_the_model():

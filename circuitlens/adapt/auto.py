@@ -38,7 +38,7 @@ from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
-from circuitlens.tasks.evaluation import predict
+from circuitlens.tasks.evaluation import label_scores
 from circuitlens.utils.progress import progress
 
 __all__ = ["Candidate", "Decision", "decide"]
@@ -203,7 +203,7 @@ def _held_out(
         quiet=True,
     )
     held = data.take(fold)
-    predicted = predict(trainable.merged(), held).argmax(1)
+    predicted = label_scores(trainable.merged(), held).argmax(1)
     return np.asarray(predicted == torch.tensor(held.gold)), log.seconds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Protocol, cast, runtime_checkable
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -12,6 +13,7 @@ from circuitlens.adapt.strategies import STRATEGIES
 from circuitlens.adapt.trainable import Trained
 from circuitlens.circuit import Circuit
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance
@@ -61,7 +63,7 @@ Adapted with [circuitlens](https://github.com/circuitlens/circuitlens)
 
 {{ remarks }}
 
-## Circuit
+{{ prompt }}## Circuit
 
 {{ circuit }}
 
@@ -120,6 +122,8 @@ class Described(Protocol):
     @property
     def trained(self) -> Trained | None: ...
     @property
+    def prompt(self) -> Prompt | None: ...
+    @property
     def is_adapter(self) -> bool: ...
 
 
@@ -165,6 +169,7 @@ def model_card(result: Described) -> ModelCard:
         base=_base(result),
         code=_code(result),
         remarks=_remarks(result),
+        prompt=_prompt(result.prompt),
         circuit=(
             "This strategy is not about heads."
             if heads is None
@@ -179,6 +184,22 @@ def model_card(result: Described) -> ModelCard:
         ),
     )
     return cast(ModelCard, card)
+
+
+def _prompt(prompt: Prompt | None) -> str:
+    """Say what the model is asked, and what its answers mean."""
+    if prompt is None:
+        return ""
+    settings = {name: value for name, value in prompt.to_dict().items() if name != "labels"}
+    shown = {**settings, **{f"label {label}": word for label, word in prompt.labels.items()}}
+    lines = [f"- {name}: `{json.dumps(v, ensure_ascii=False)}`" for name, v in shown.items()]
+    return (
+        "## Prompt\n\nWhat the model is asked, and the answer word of every label (of a "
+        "classification head, the class of this name). With it, "
+        f"`circuitlens predict {_FOLDER} --in new.csv --out labelled.csv` labels new texts.\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+    )
 
 
 def _is_on_hub(result: Described) -> bool:

@@ -13,7 +13,7 @@ from circuitlens.adapt.training import train
 from circuitlens.errors import MODEL, TASK, CompetenceError, check_types
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Task
-from circuitlens.tasks.evaluation import near_chance, predict
+from circuitlens.tasks.evaluation import label_scores, near_chance
 
 __all__ = ["finetune", "is_competent"]
 
@@ -60,7 +60,8 @@ def finetune(
     validation = task.encode(model, task["validation"])
     trained = model if inplace else model.clone()
     kept = None if checkpoints is None else Path(checkpoints)
-    trained.origin = "fine-tuned"  # beforehand: an interrupt leaves changed weights too
+    # Beforehand: an interrupt leaves changed weights too.
+    trained.origin, trained.prompt, trained.new = "fine-tuned", task.prompt, ()
     log = train(trained, data, validation, training, checkpoints=kept, quiet=quiet)
     logger.info(
         "Competence: %s/%s validation accuracy %.3f after %d steps (best epoch %g).",
@@ -86,6 +87,6 @@ def finetune(
 def is_competent(model: HookedModel, task: Task) -> tuple[bool, float]:
     """Whether a model does better than chance on the validation split, and its accuracy."""
     validation = task.encode(model, task["validation"])
-    predicted = predict(model, validation).argmax(1)
+    predicted = label_scores(model, validation).argmax(1)
     correct = int((predicted == torch.tensor(validation.gold)).sum())
     return not near_chance(correct, validation.gold)[0], correct / len(validation)

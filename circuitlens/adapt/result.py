@@ -22,6 +22,7 @@ from circuitlens.adapt.trainable import TENSOR_FILES, Trained, restore
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError, first_line
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.prompt import Prompt
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, replacing, write_json
@@ -51,6 +52,7 @@ class TransferResult:
         drift: norm of the change of every head's weights, ``layer head``.
         shift: how the source circuit moved, if it was searched anew.
         decision: what ``strategy="auto"`` chose, and why.
+        prompt: what the model was trained to answer; ``None`` in results from before 0.2.
         provenance: of the model before the transfer.
         model: the adapted model, adapters merged; ``None`` if only the numbers were loaded.
         folder: where the trained tensors are, on disk.
@@ -74,6 +76,7 @@ class TransferResult:
     shift: CircuitShift | None
     decision: Decision | None
     provenance: Provenance
+    prompt: Prompt | None = field(default=None, repr=False)
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
     trained: Trained | None = field(default=None, repr=False)
@@ -132,6 +135,7 @@ class TransferResult:
             "drift": [list(row) for row in self.drift],
             "shift": self.shift.to_dict() if self.shift else None,
             "decision": self.decision.to_dict() if self.decision else None,
+            "prompt": self.prompt.to_dict() if self.prompt else None,
             "provenance": self.provenance.to_dict(),
             "trained": self.trained.to_dict() if self.trained else None,
         }
@@ -233,6 +237,8 @@ class TransferResult:
         # Results saved before this was recorded have none.
         recorded = content.get("trained")
         trained = Trained.from_dict(recorded) if recorded else Trained.found(folder)
+        asked = content.get("prompt")
+        prompt = Prompt.from_dict(asked) if asked else None
         adapted = None
         if model is not None:
             if model.fingerprint() != provenance.model_fingerprint:
@@ -241,6 +247,7 @@ class TransferResult:
                     "it with the model that the transfer began from."
                 )
             adapted = restore(model, folder, trained)
+            adapted.prompt = prompt
         return cls(
             strategy=content["strategy"],
             heads=None if content["heads"] is None else Circuit.from_dict(content["heads"]),
@@ -258,6 +265,7 @@ class TransferResult:
             drift=tuple(map(tuple, content["drift"])),
             shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
             decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
+            prompt=prompt,
             provenance=provenance,
             model=adapted,
             folder=folder,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
-from circuitlens.utils.storage import read_json, read_tensors, write_json, write_tensors
+from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
-__all__ = ["TENSOR_FILES", "Trainable", "Trained", "restore"]
+__all__ = ["PROMPT", "TENSOR_FILES", "Trainable", "Trained", "restore"]
 
 _SCHEMA = "circuitlens.weights/2"
 _NOTE_SCHEMA = "circuitlens.trained/1"
@@ -31,6 +31,9 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Every file that trained tensors may be in. A new result replaces those of old versions of PEFT
 # too, though a pickle is never read.
 TENSOR_FILES = (*_ADAPTER, "adapter_model.bin", _ENTRIES)
+
+# Where an adapter's configuration keeps its prompt, within "auto_mapping".
+PROMPT = "circuitlens_prompt"
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
@@ -116,6 +119,7 @@ class Trainable:
 
         copy = model.clone()
         config.task_type = config.task_type or model.readout.peft_task_type()
+        own = list(getattr(config, "modules_to_save", None) or ())
         # PEFT writes this into the adapter's configuration as the base to load it with.
         cast(Any, copy.hf).name_or_path = _checkpoint(model)
         # Some adapters begin at random.
@@ -125,6 +129,12 @@ class Trainable:
             torch.manual_seed(seed)
             adapter = get_peft_model(cast(Any, copy.hf), config)
         _whole_modules_in_float32(adapter)
+        # For classifiers PEFT trains the head besides, whatever the strategy.
+        head = {f"{name}." for name in getattr(adapter, "modules_to_save", None) or ()}
+        wanted = {f"{name}." for name in own or ()}
+        for name, parameter in adapter.named_parameters():
+            if any(f".{part}" in name for part in head - wanted):
+                parameter.requires_grad_(False)
         return cls(copy, adapter=adapter)
 
     @property
@@ -167,11 +177,26 @@ class Trainable:
         """
         if self.adapter is not None:
             self.adapter.save_pretrained(str(folder))
+            self._add_prompt(folder / _ADAPTER[0])
             kind = str(self.adapter.peft_config["default"].peft_type.value).lower()
         else:
             self._write_entries(folder)
             kind = "entries"
         write_json(folder / _NOTE, _NOTE_SCHEMA, Trained(kind, self.model.origin).to_dict())
+
+    def _add_prompt(self, path: Path) -> None:
+        """Say in the adapter's configuration what it was trained to answer.
+
+        PEFT hands on what it finds in ``auto_mapping`` and refuses nothing there, but warns of
+        fields that it does not know.
+        """
+        if self.model.prompt is None:
+            return
+        config = json.loads(path.read_text(encoding="utf-8"))
+        mapping = config.get("auto_mapping") or {}
+        config["auto_mapping"] = {**mapping, PROMPT: self.model.prompt.to_dict()}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _write_entries(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -200,7 +225,10 @@ class Trainable:
             plain.get_submodule(name).to(dtype)
         for parameter in plain.parameters():
             parameter.requires_grad_(True)
-        return HookedModel(plain, self.model._tokenizer, self.model.name, "adapted")
+        model = self.model
+        found = HookedModel(plain, model._tokenizer, model.name, "adapted", model.labels)
+        found.prompt = model.prompt
+        return found
 
 
 def _whole_modules_in_float32(adapter: Any) -> None:

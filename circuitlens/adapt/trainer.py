@@ -19,7 +19,7 @@ from circuitlens.errors import NotFiniteError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
-from circuitlens.tasks.evaluation import predict, summarise
+from circuitlens.tasks.evaluation import label_scores, summarise
 from circuitlens.utils.storage import read_tensors, write_tensors
 
 __all__ = ["KeepBest", "LabelTrainer", "put", "trained"]
@@ -108,7 +108,7 @@ class LabelTrainer(Trainer):
         training = self._hooked.hf.training
         self._hooked.hf.eval()
         try:
-            logits = predict(self._hooked, self._validation)
+            logits = label_scores(self._hooked, self._validation)
         except NotFiniteError as error:
             logger.warning("Training stops: %s", error)
             self.control.should_training_stop = True

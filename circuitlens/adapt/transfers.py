@@ -52,7 +52,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Encoded, Task
-from circuitlens.tasks.evaluation import Evaluation, predict, summarise
+from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
@@ -166,7 +166,7 @@ def transfer(
     heads = how.choose(choice)
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
-    untrained = summarise(predict(model, validation), torch.tensor(validation.gold))
+    untrained = summarise(label_scores(model, validation), torch.tensor(validation.gold))
     start = {"epoch": 0.0, "accuracy": untrained.accuracy, "margin": untrained.margin}
 
     trainable = how.make(model, choice, heads)
@@ -204,6 +204,7 @@ def transfer(
         )
     n_trainable = trainable.n_entries
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
+    trainable.model.prompt = task.prompt
     trainable.write(Path(scratch.name))
     adapted = trainable.merged()
 
@@ -253,6 +254,7 @@ def transfer(
         drift=tuple(tuple(row) for row in weight_drift(model, adapted).tolist()),
         shift=shift,
         decision=decision,
+        prompt=task.prompt,
         provenance=Provenance(
             model.name,
             model.fingerprint(),
@@ -351,7 +353,7 @@ def check_kv_policy(kv_policy: str) -> None:
 def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, tuple[bool, ...]]:
     """Evaluate on the test split, and say of every example whether it was answered right."""
     encoded = task.encode(model, task["test"])
-    logits = predict(model, encoded, quiet=quiet)
+    logits = label_scores(model, encoded, quiet=quiet)
     gold = torch.tensor(encoded.gold)
     return summarise(logits, gold), tuple((logits.argmax(1) == gold).tolist())
 

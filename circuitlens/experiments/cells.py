@@ -21,7 +21,7 @@ from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.loading import load
+from circuitlens.opening import load
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
 from circuitlens.utils.peak_memory import PeakMemory

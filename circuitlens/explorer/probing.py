@@ -15,7 +15,7 @@ vocabulary. As J'v is linear in v, that is the gradient of (z − μ)·J'v by v.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -186,21 +186,7 @@ class Probe:
 
     def tokens(self, language: str, example: int) -> list[str]:
         """The tokens of a prompt, as text."""
-        return self._texts(self._prompt(language, example).input_ids[0].tolist())
-
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as text with their blanks, which decoding takes from SentencePiece tokens."""
-        tokenizer = self.model.tokenizer
-        found = []
-        for i in ids:
-            piece = str(tokenizer.convert_ids_to_tokens(i) or i)
-            text = str(tokenizer.decode([i]))
-            if not text or "\ufffd" in text or not (text.isprintable() or text.isspace()):
-                text = f"<{piece.strip('<>')}>"  # a piece of a character, or one without shape
-            elif piece.startswith("▁") and not text.startswith(" "):
-                text = f" {text}"
-            found.append(text)
-        return found
+        return self.model.tokens(self._prompt(language, example).input_ids[0].tolist())
 
     def decision(self, language: str, example: int) -> int:
         """Column at which the answer to a prompt is read."""
@@ -232,11 +218,19 @@ class Probe:
         """Labels and the ``k`` most promoted and suppressed tokens by direct attribution."""
         added = self.added_logits(language, example, head)
 
+        readout = self.sample(language).encoded.readout
+
         def top(sign: int) -> list[tuple[str, float]]:
             ids = (sign * added).topk(min(k, len(added))).indices.tolist()
-            return list(zip(self._texts(ids), added[ids].tolist(), strict=True))
+            names = readout.output_names(tuple(self.task.labels))
+            if names is None:
+                # Each by itself: they do not follow each other.
+                texts = [self.model.tokens([i])[0] for i in ids]
+            else:
+                texts = [names[i] for i in ids]
+            return list(zip(texts, added[ids].tolist(), strict=True))
 
-        labels = self.sample(language).encoded.readout.of_labels(added).tolist()
+        labels = readout.of_labels(added).tolist()
         return Attribution(dict(zip(self.task.labels, labels, strict=True)), top(1), top(-1))
 
     def effect(self, language: str, head: Head) -> Effect:

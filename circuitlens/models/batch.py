@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -211,6 +211,10 @@ class Readout(ABC):
     @abstractmethod
     def of_labels(self, logits: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch label"]:
         """Pick the scores of the labels out of all outputs, in float32 at least."""
+
+    def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:
+        """Names of all outputs of :meth:`logits`; ``None`` if these are tokens of a vocabulary."""
+        return None if self.vocabulary else labels
 
     # -- training ------------------------------------------------------------------------------
 

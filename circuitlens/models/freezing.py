@@ -1,4 +1,4 @@
-"""Which parameters gradients reach."""
+"""Which parameters gradients reach, and whether there is dropout: for a while."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["gradients"]
+__all__ = ["evaluating", "gradients"]
 
 
 @contextmanager
@@ -21,3 +21,16 @@ def gradients(model: nn.Module, *, wanted: bool) -> Iterator[None]:
     finally:
         for parameter in changed:
             parameter.requires_grad_(not wanted)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off within the block; then every module is again in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

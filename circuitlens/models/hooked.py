@@ -29,9 +29,12 @@ from circuitlens.models.batch import Batch, Readout, Views
 from circuitlens.models.bridging import Wiring, boot
 from circuitlens.models.families import ActivationSite, Family, family_of
 from circuitlens.models.fingerprint import Fingerprints
+from circuitlens.models.freezing import evaluating
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
+from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import readout_of
+from circuitlens.models.tokens import token_texts
 from circuitlens.utils.progress import hushed_transformers
 
 __all__ = ["HookedModel"]
@@ -53,6 +56,7 @@ class HookedModel(Views):
         labels: names given to the classes of a classification head, in the place of its own.
         new: names of weights that were not in the checkpoint, such as those of a new head, and
             were not trained since.
+        prompt: what the model was last trained to answer, if that is known; saved with it.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class HookedModel(Views):
         self._view: tuple[Any, HeadGeometry, Wiring] | None = None
         self._fingerprints = Fingerprints()
         self.new: tuple[str, ...] = ()
+        self.prompt: Prompt | None = None
 
     def __repr__(self) -> str:
         # Not through the property: a model that was rewired can still be named.
@@ -155,6 +160,13 @@ class HookedModel(Views):
         """Where this kind of model answers; it knows no labels, which a task adds."""
         return readout_of(self.hf, self.labels)
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as text that people can read, whatever the script and the vocabulary.
+
+        A letter that is split between tokens stands in each of them, numbered.
+        """
+        return token_texts(self.tokenizer, ids)
+
     @property
     def context(self) -> int | None:
         """Most tokens that the model takes, if it has a limit."""
@@ -226,7 +238,7 @@ class HookedModel(Views):
 
     def run_hf(self, batch: Batch, module: torch.nn.Module | None = None, **arguments: Any) -> Any:
         """Output of the Hugging Face view; ``module`` as in :meth:`hf_logits`."""
-        with _evaluating(self.hf) if module is None else nullcontext():
+        with evaluating(self.hf) if module is None else nullcontext():
             return (module or self.hf)(**self._arguments(batch), **arguments)
 
     @cached_property
@@ -407,7 +419,7 @@ class HookedModel(Views):
         twin = HookedModel(
             copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin, self.labels
         )
-        twin.new = self.new
+        twin.new, twin.prompt = self.new, self.prompt
         twin._fingerprints = self._fingerprints.carried(self.hf, twin.hf)
         return twin
 
@@ -427,16 +439,5 @@ class HookedModel(Views):
                 self.hf.config.id2label, self.hf.config.label2id = own
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off within the block; then every module is again in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        if self.prompt is not None:
+            self.prompt.save(Path(folder))

@@ -15,10 +15,11 @@ from transformers import (
 
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.prompt import Prompt
 from circuitlens.models.selfcheck import check_hooks
 from circuitlens.models.weights import load_tokenizer, load_weights, plain_model
 
-__all__ = ["find_device", "find_dtype", "load"]
+__all__ = ["HasLabels", "find_device", "find_dtype", "load_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class HasLabels(Protocol):
         ...
 
 
-def load(
+def load_model(
     model: str | Path | PreTrainedModel | HookedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -46,34 +47,7 @@ def load(
     labels: Sequence[str] | HasLabels = (),
     **options: Any,
 ) -> HookedModel:
-    """Load a language model, or a model with a classification head, for circuit work.
-
-    A checkpoint of a classifier comes with its head; other encoders such as BERT come with their
-    masked-language-model head. On a few random tokens the hooked view is compared with Hugging
-    Face's, which takes three small forward passes. No weight is ever random without being asked
-    for.
-
-    Args:
-        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
-        tokenizer: needed only for a model in memory, and only where text is encoded; for a name
-            or a folder it overrides the tokenizer found there.
-        dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A
-            model in memory keeps its type.
-        device: where to put the weights; the default leaves them where loading put them.
-        revision: branch, tag or commit of a hub model.
-        labels: names of the classes of a classification head, in their order, or a task that has
-            these labels. A checkpoint without such a head gets one, which is random until
-            :func:`circuitlens.finetune` trains it.
-        options: passed on to ``from_pretrained`` of a name or folder, such as ``token``,
-            ``cache_dir``, ``attn_implementation``, or ``device_map`` for one device.
-
-    Raises:
-        InputError: if nothing can be loaded from there, weights or a tokenizer are missing, there
-            is no such device, type or option, or ``model`` is wrapped or rewired by another
-            library.
-        UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
-            fail the self-check.
-    """
+    """Load a whole model: see :func:`circuitlens.load`, which opens adapters besides."""
     where, kind = find_device(device), find_dtype(dtype)
     names = tuple(labels.labels if isinstance(labels, HasLabels) else labels)
     if isinstance(model, HookedModel):
@@ -93,6 +67,7 @@ def load(
         tokenizer = tokenizer or load_tokenizer(str(model), revision, **shared)
         hooked = HookedModel(hf, tokenizer, str(model), origin)
         hooked.new = new
+        hooked.prompt = Prompt.found(Path(model))
     else:
         if options:
             raise InputError(

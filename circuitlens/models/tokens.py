@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
+from circuitlens.utils.pieces import of_bytes, readable
 
-__all__ = ["Around", "PromptText", "around", "begin", "text_ids"]
+__all__ = ["Around", "PromptText", "around", "begin", "text_ids", "token_texts"]
 
 
 class Around(NamedTuple):
@@ -66,6 +68,35 @@ class PromptText:
                 pending, done = "", found.end()
             pending += text[done:]
         return ids + (text_ids(tokenizer, pending) if pending else [])
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Tokens as text that people can read, with their blanks.
+
+    Decoding single tokens takes blanks from those of SentencePiece, and makes nothing of half a
+    letter, as byte-level vocabularies have them.
+    """
+    pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(list(ids))]
+    special = set(tokenizer.all_special_tokens)
+    if _is_byte_level(tokenizer):
+        # A special token is written as it is, and not in bytes.
+        parts = [p.encode() if p in special else (of_bytes([p, "Ġ"]) or [b""])[0] for p in pieces]
+        return [t or f"<{p}>" for t, p in zip(readable(parts), pieces, strict=True)]
+    found = []
+    for piece, token in zip(pieces, ids, strict=True):
+        text = str(tokenizer.decode([token]))
+        if not text or "\ufffd" in text or not (text.isprintable() or text.isspace()):
+            text = f"<{piece.strip('<>')}>"  # a piece of a character, or one without shape
+        elif piece.startswith("▁") and not text.startswith(" "):
+            text = f" {text}"
+        found.append(text)
+    return found
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the vocabulary is of bytes: then it writes a blank as Ġ."""
+    pieces = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "x x"))
+    return any("Ġ" in str(piece) for piece in pieces)
 
 
 def around(tokenizer: PreTrainedTokenizerBase) -> Around:

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, check_whole
 from circuitlens.models.batch import Answers, Batch, Plan, Readout
+from circuitlens.models.prompt import Prompt, template_fields
 from circuitlens.models.readouts.words import tokens_of_words
 from circuitlens.models.tokens import text_ids
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.prompt import Prompt, template_fields
 
 __all__ = ["Encoded", "encode"]
 

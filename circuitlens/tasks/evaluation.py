@@ -20,7 +20,7 @@ from circuitlens.tasks.examples import Example
 from circuitlens.tasks.task import Task
 from circuitlens.utils.progress import progress
 
-__all__ = ["Evaluation", "evaluate", "near_chance", "predict", "summarise"]
+__all__ = ["Evaluation", "evaluate", "label_scores", "near_chance", "summarise"]
 
 _BINS = 15
 
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def predict(
+def label_scores(
     model: HookedModel, encoded: Encoded, *, batch_size: int = 64, quiet: bool = True
 ) -> Float[Tensor, "example label"]:
     """Label logits of all examples from the Hugging Face view, in the order given.
@@ -101,7 +101,7 @@ def evaluate(
         task=(task, Task, TASK),
     )
     encoded = task.encode(model, examples)
-    logits = predict(model, encoded, batch_size=batch_size, quiet=quiet)
+    logits = label_scores(model, encoded, batch_size=batch_size, quiet=quiet)
     return summarise(logits, torch.tensor(encoded.gold))
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
 from circuitlens.models.batch import Words
+from circuitlens.models.prompt import Prompt, label_words, template_fields
 from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.encoding import Encoded, encode
 from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
-from circuitlens.tasks.prompt import Prompt, label_words, template_fields
 from circuitlens.utils.storage import digest
 
 if TYPE_CHECKING:

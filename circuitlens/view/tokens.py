@@ -15,6 +15,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from circuitlens.errors import InputError
+from circuitlens.utils.pieces import of_bytes, readable
 from circuitlens.view.theme import Look, Mode, colour_bar, figure, look, plain
 
 __all__ = [
@@ -37,6 +38,9 @@ _MONOSPACE = "Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 def visible(tokens: Sequence[str]) -> list[str]:
     """Tokens with a dot for every space in front, and with signs for line breaks and tabs."""
+    if (parts := of_bytes(tokens)) is not None:
+        # Of a vocabulary of bytes, other scripts than Latin are not to be read as they stand.
+        tokens = readable(parts)
     # Ġ is a letter of Maltese, so it is a marker only in vocabularies that have no other.
     marker = "▁" if any(token.startswith("▁") for token in tokens) else "Ġ"
     shown = []

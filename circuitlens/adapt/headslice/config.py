@@ -72,8 +72,8 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
             raise InputError(
                 'The adapter has neither heads nor norms to train: give heads=…, or norms="all".'
             )
-        # For these PEFT adds a new output layer, which would stay as random as it is.
-        if str(self.task_type).endswith(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")):
+        # Heads of single tokens are not read by any readout. That of SEQ_CLS stays as it is.
+        if str(self.task_type).endswith(("TOKEN_CLS", "QUESTION_ANS")):
             raise InputError(
                 f"task_type={self.task_type} needs an output layer that is trained too, and a head "
                 "slice adapter trains none: give the labels words and use the language model."

@@ -104,7 +104,7 @@ class Panel {
         `${order.map((i) => `‘${tokens[i]}’ (${i}) ${at(query, i).toFixed(2)}`).join(", ")}.`;
       strip.replaceChildren(...tokens.map((token, i) => {
         const colour = shade(at(query, i));
-        const span = h("span", { title: `${i}: ${at(query, i).toFixed(3)}`, class: i === query ? "cl-query" : "" }, token);
+        const span = h("span", { title: `${i}: ${at(query, i).toFixed(3)}`, dir: "auto", class: i === query ? "cl-query" : "" }, token);
         span.style.background = css(colour);
         span.style.color = light(colour) ? "#111" : "#fff";
         return span;

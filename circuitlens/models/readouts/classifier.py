@@ -174,6 +174,10 @@ class ClassifierReadout(Readout):
         """Pick the classes that stand for the labels, in float32 at least."""
         return at_least_float32(logits[..., self._on(logits.device)])
 
+    def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:
+        """The classes."""
+        return self.names
+
     def _on(self, device: torch.device) -> Int[Tensor, " label"]:
         return torch.tensor(self.classes, dtype=torch.long, device=device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from circuitlens.errors import InputError, check_choice, first_line
 from circuitlens.models.batch import Readout, Words
 from circuitlens.models.tokens import PromptText
+from circuitlens.utils.storage import read_json, write_json
 
 __all__ = ["READOUTS", "Prompt", "label_words", "template_fields"]
 
 READOUTS = ("auto", "token", "sequence", "sequence-mean", "classifier")
+_FILE, _SCHEMA = "prompt.json", "circuitlens.prompt/1"
 # Nothing that a chat template would strip or escape.
 _TEXT = "circuitlens-text"
 
@@ -121,12 +124,27 @@ class Prompt:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
-        return {**asdict(self), "labels": dict(self.labels)}
+        words = {k: w if isinstance(w, str) else list(w) for k, w in self.labels.items()}
+        return {**asdict(self), "labels": words, "choices": list(self.choices)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Prompt:
         """Rebuild what :meth:`to_dict` returned."""
-        return cls(**content)
+        given = dict(content)
+        return cls(
+            **{**given, "labels": label_words(given["labels"]), "choices": tuple(given["choices"])}
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``prompt.json``."""
+        write_json(folder / _FILE, _SCHEMA, self.to_dict())
+
+    @classmethod
+    def found(cls, folder: Path) -> Prompt | None:
+        """Read what :meth:`save` wrote into a folder, if it did."""
+        if not (folder / _FILE).is_file():
+            return None
+        return cls.from_dict(read_json(folder / _FILE, _SCHEMA))
 
     # -- text ------------------------------------------------------------------------------------
 

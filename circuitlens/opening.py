@@ -1,0 +1,115 @@
+"""Opening what people have saved: models, and adapters or results on top of models."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from circuitlens.adapt.result import TransferResult
+from circuitlens.adapt.trainable import PROMPT, Trained, restore
+from circuitlens.errors import InputError
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.loading import HasLabels, load_model
+from circuitlens.models.prompt import Prompt
+
+__all__ = ["load"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    model: str | Path | PreTrainedModel | HookedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    labels: Sequence[str] | HasLabels = (),
+    **options: Any,
+) -> HookedModel:
+    """Load a language model, or a model with a classification head, for circuit work.
+
+    A checkpoint of a classifier comes with its head; other encoders such as BERT come with their
+    masked-language-model head. A folder that holds an adapter, or a saved
+    :class:`circuitlens.TransferResult`, comes merged into the model that it belongs to. On a few
+    random tokens the hooked view is compared with Hugging Face's, which takes three small forward
+    passes. No weight is ever random without being asked for.
+
+    Args:
+        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
+        tokenizer: needed only for a model in memory, and only where text is encoded; for a name
+            or a folder it overrides the tokenizer found there.
+        dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A
+            model in memory keeps its type.
+        device: where to put the weights; the default leaves them where loading put them.
+        revision: branch, tag or commit of a hub model.
+        labels: names of the classes of a classification head, in their order, or a task that has
+            these labels. A checkpoint without such a head gets one, which is random until
+            :func:`circuitlens.finetune` trains it.
+        options: passed on to ``from_pretrained`` of a name or folder, such as ``token``,
+            ``cache_dir``, ``attn_implementation``, or ``device_map`` for one device.
+
+    Raises:
+        InputError: if nothing can be loaded from there, weights or a tokenizer are missing, there
+            is no such device, type or option, or ``model`` is wrapped or rewired by another
+            library.
+        UnsupportedModelError: if the model has no attention heads that can be hooked, or its hooks
+            fail the self-check.
+    """
+    given: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, **options}
+    if isinstance(model, str | Path) and _holds_tensors(folder := Path(model)):
+        if labels:
+            raise InputError(
+                f"{folder} holds trained tensors of a model whose labels are known: leave labels "
+                "out."
+            )
+        return _adapted(folder, tokenizer, given)
+    return load_model(model, tokenizer, labels=labels, **given)
+
+
+def _holds_tensors(folder: Path) -> bool:
+    """Whether a folder holds an adapter or a result, and no whole model."""
+    names = ("adapter_config.json", "result.json")
+    return not (folder / "config.json").is_file() and any((folder / n).is_file() for n in names)
+
+
+def _adapted(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None, given: dict[str, Any]
+) -> HookedModel:
+    """The model that the tensors of a folder belong to, with them merged in.
+
+    Raises:
+        InputError: if the folder does not say which model that is.
+    """
+    config = folder / "adapter_config.json"
+    adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    result = TransferResult.load(folder) if (folder / "result.json").is_file() else None
+    trained = Trained.found(folder) if result is None else result.trained
+    name = str(adapter.get("base_model_name_or_path") or "")
+    if not name and result is not None and trained is not None:
+        name = result.provenance.model if trained.origin in ("hub", "folder") else ""
+    if not name or trained is None:
+        raise InputError(
+            f"{folder} holds trained tensors, but not where the weights are that they belong to "
+            "(those were in memory): load them, model = cl.load(…), and call "
+            f"cl.TransferResult.load({str(folder)!r}, model).model."
+        )
+    if adapter.get("revision"):
+        given["revision"] = adapter["revision"]
+    logger.info("%s holds trained tensors (%s) for %s.", folder, trained.kind, name)
+    base = load_model(name, tokenizer, **given)
+    if result is not None:
+        model = TransferResult.load(folder, base).model
+        assert model is not None
+    else:
+        model = restore(base, folder, trained)
+    asked = (adapter.get("auto_mapping") or {}).get(PROMPT)
+    if asked and model.prompt is None:
+        model.prompt = Prompt.from_dict(asked)
+    return model
