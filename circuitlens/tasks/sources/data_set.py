@@ -96,13 +96,17 @@ def from_hub(repository: str, configuration: str, **options: Any) -> Any:
         ) from error
 
 
-def parquet_folder(folder: Path) -> Any:
-    """Open a folder of ``<split>*.parquet`` files as the hub lays them out."""
+def parquet_folder(folder: Path, names: Sequence[str] = ("train", "validation", "test")) -> Any:
+    """Open the ``<split>*.parquet`` or ``<split>/*.parquet`` files of a folder, as on the hub."""
     import datasets
 
-    names = ("train", "validation", "test")
+    open_folder(folder, holds=f"{names[0]}*.parquet and so on")
     files = {
-        name: sorted(map(str, open_folder(folder, holds="parquet files").glob(f"{name}*.parquet")))
+        name: sorted(
+            str(path)
+            for form in (f"{name}*.parquet", f"{name}/*.parquet")
+            for path in folder.glob(form)
+        )
         for name in names
     }
     if missing := [name for name in names if not files[name]]:

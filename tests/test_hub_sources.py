@@ -1,0 +1,184 @@
+"""SIB-200 and the data sets that the hub keeps as Parquet, on folders of that layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from helpers import tiny
+
+import circuitlens as cl
+from circuitlens.models.readouts import SequenceReadout
+from circuitlens.tasks.sources.sib200 import Sib200
+from circuitlens.tasks.toy import toy_tokenizer
+
+TOPICS = ["science/technology", "travel", "politics", "sports", "health", "entertainment"]
+
+
+def write(folder: Path, code: str, rows, names: dict[str, list[str]], *, nested=False) -> None:
+    """Write splits as the hub lays them out, with classes where it has them."""
+    for split, table in rows.items():
+        found = datasets.Dataset.from_list(table)
+        for column, classes in names.items():
+            found = found.cast_column(column, datasets.ClassLabel(names=classes))
+        place = folder / code / split / "0000.parquet"
+        path = place if nested else folder / code / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.to_parquet(path)
+
+
+def pools(task) -> dict[str, str]:
+    return {e.id: pool for pool in ("pool_a", "pool_b", "validation", "test") for e in task[pool]}
+
+
+# -- SIB-200 -------------------------------------------------------------------------------------
+
+
+def test_sib200_is_parallel_and_takes_names_and_codes(shared):
+    folder = shared / "data" / "sib200"
+    task = cl.load_task("sib200", data=folder)
+    assert task.language == "eng_Latn"
+    assert set(task.labels) == {*TOPICS, "geography"}
+    assert [len(task[p]) for p in ("validation", "test")] == [99, 204]
+    for given, code in (
+        ("javanese", "jav_Latn"),
+        ("jav", "jav_Latn"),
+        ("AMH_ethi", "amh_Ethi"),
+        ("min", "min_Latn"),
+        ("min_Arab", "min_Arab"),
+    ):
+        target = task.to(given)
+        assert target.language == code
+        assert pools(target) == pools(task)
+        assert {e.id: e.label for e in target["test"]} == {e.id: e.label for e in task["test"]}
+    with pytest.raises(cl.InputError, match=r"SIB-200 has no language 'klingon'; it has ace_Arab"):
+        task.to("klingon")
+
+
+def test_sib200_knows_all_codes_of_the_hub(monkeypatch):
+    asked = []
+
+    def load(repository, code, **options):
+        asked.append((repository, code))
+        rows = [
+            {"index_id": n, "category": ([*TOPICS, "geography"])[n % 7], "text": f"{code} {n}"}
+            for n in range(210)
+        ]
+        return datasets.DatasetDict(
+            {
+                name: datasets.Dataset.from_list(rows[start::3])
+                for start, name in enumerate(("train", "validation", "test"))
+            }
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = cl.load_task("sib200", "nso_Latn")
+    assert asked == [("Davlan/sib200", "nso_Latn")]
+    assert len(task["test"]) == 70
+    assert Sib200().resolve("Swahili") == "swh_Latn"
+
+
+# -- Parquet -------------------------------------------------------------------------------------
+
+
+def test_afrisenti_and_masakhanews(tmp_path):
+    senses = ["positive", "neutral", "negative"]
+    tweets = {
+        split: [{"tweet": f"{split} {n}", "label": n % 3} for n in range(size)]
+        for split, size in {"train": 90, "validation": 30, "test": 30}.items()
+    }
+    write(tmp_path / "a", "hau", tweets, {"label": senses}, nested=True)
+    task = cl.load_task("afrisenti", data=tmp_path / "a")
+    assert task.language == "hausa"
+    assert {e.label for e in task["test"]} == set(senses)
+    assert [len(task[p]) for p in ("validation", "test")] == [30, 30]
+    topics = ["business", "entertainment", "health", "politics"]
+    news = {
+        split: [
+            {"headline": f"{split} {n}", "text": "long", "label": n % 4, "url": "u"}
+            for n in range(80)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    write(tmp_path / "m", "yor", news, {"label": topics})
+    words = {topic: f" {topic}" for topic in topics}
+    task = cl.load_task("masakhanews", "Yoruba", data=tmp_path / "m", labels=words)
+    assert {e.fields["headline"] for e in task["test"]} == {f"test {n}" for n in range(80)}
+
+
+def test_pawsx_keeps_pairs_of_one_sentence_together(tmp_path):
+    rows = {
+        split: [
+            {"id": n + 1, "sentence1": f"{split} {n // 2}", "sentence2": f"s{n}", "label": n % 2}
+            for n in range(60)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    rows["train"].append({"id": 61, "sentence1": "NS", "sentence2": "NS", "label": 0})
+    write(tmp_path, "en", rows, {"label": ["0", "1"]})
+    task = cl.load_task("pawsx", data=tmp_path)
+    where = pools(task)
+    assert len(where) == 180
+    for n in range(0, 60, 2):
+        assert where[f"train:{n + 1}"] == where[f"train:{n + 2}"]
+
+
+@pytest.fixture
+def xcopa(tmp_path):
+    for code in ("id", "qu"):
+        rows = {
+            split: [
+                {
+                    "premise": f"{code} {split} {n}.",
+                    "choice1": "bada gu",
+                    "choice2": f"gu {'da ' * (n % 3)}ba",
+                    "question": ("cause", "effect")[n % 2],
+                    "label": n % 2 if n % 5 else 1 - n % 2,
+                    "idx": n,
+                    "changed": False,
+                }
+                for n in range(60)
+            ]
+            for split in ("validation", "test")
+        }
+        write(tmp_path, code, rows, {})
+    return tmp_path
+
+
+def test_xcopa_is_answered_by_its_own_choices(xcopa):
+    task = cl.load_task("xcopa", data=xcopa)
+    assert task.choices == ("choice1", "choice2")
+    assert pools(task) == pools(task.to("qu"))
+    assert len(task["validation"]) == 12
+    hf = tiny("qwen2", torch.float32)
+    hf.resize_token_embeddings(len(toy_tokenizer()))
+    model = cl.load(hf, toy_tokenizer())
+    data = task.encode(model, task["test"][:4])
+    assert isinstance(data.readout, SequenceReadout)
+    shown = toy_tokenizer().decode(data.batch([1]).input_ids[0])
+    assert "id test 1 so" in shown
+    scores = model.hf_label_logits(data.batch(range(4)))
+    assert scores.shape == (4, 2)
+    # By hand: log-probabilities of the tokens of one answer, behind its prompt.
+    prompt = "id test 1 so"
+    first = toy_tokenizer()(prompt)["input_ids"]
+    whole = toy_tokenizer()(f"{prompt} bada gu")["input_ids"]
+    with torch.no_grad():
+        logs = model.hf(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(float(logs[k - 1, whole[k]]) for k in range(len(first), len(whole)))
+    assert float(scores[1, 0]) == pytest.approx(expected, rel=1e-4)
+    found = cl.predict(model, [dict(e.fields) for e in task["test"][:4]], task, quiet=True)
+    assert set(found["label"]) <= {"choice1", "choice2"}
+
+
+def test_choices_are_refused_where_they_make_no_sense(xcopa):
+    with pytest.raises(cl.InputError, match="name a choice for each"):
+        cl.load_task("xcopa", data=xcopa, choices=("choice1",))
+    task = cl.load_task("xcopa", data=xcopa, readout="token")
+    hf = tiny("qwen2", torch.float32)
+    hf.resize_token_embeddings(len(toy_tokenizer()))
+    model = cl.load(hf, toy_tokenizer())
+    with pytest.raises(cl.InputError, match="read by readout='sequence'"):
+        task.encode(model, task["test"][:1])
