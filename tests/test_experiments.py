@@ -194,6 +194,38 @@ def test_p_is_the_share_of_draws_beyond_zero_doubled():
         bootstrap_difference([values], 0.95, 0)
 
 
+def test_sentences_of_parallel_languages_are_drawn_together():
+    rng = np.random.default_rng(0)
+    values = rng.choice([-1.0, 0.0, 1.0], 120)
+    names = [f"s{n}" for n in range(120)]
+    order = rng.permutation(120)
+    moved, moved_names = values[order], [names[n] for n in order]
+    alone = bootstrap_difference([values], 0.95, 4000, [names])
+    # The same differences in two languages, in whatever order: one language's worth of evidence.
+    both = bootstrap_difference([values, moved], 0.95, 4000, [names, moved_names])
+    assert both == pytest.approx(alone)
+    apart = bootstrap_difference([values, moved], 0.95, 4000, [names, [f"t{n}" for n in names]])
+    unknown = bootstrap_difference([values, moved], 0.95, 4000)
+    width = {k: v[2] - v[1] for k, v in (("both", both), ("apart", apart), ("unknown", unknown))}
+    assert width["apart"] == pytest.approx(width["unknown"], rel=0.1)
+    assert width["both"] / width["apart"] == pytest.approx(np.sqrt(2), rel=0.1)
+
+
+def test_drawing_together_agrees_with_drawing_ids_by_hand():
+    rng = np.random.default_rng(1)
+    ids = [[str(n) for n in range(30)], [str(n) for n in range(10, 50)]]
+    values = [rng.normal(0.2, 1, 30), rng.normal(0.1, 1, 40)]
+    _, low, high, _ = bootstrap_difference(values, 0.9, 20_000, ids)
+    tables = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+    blocks = [list(map(str, r)) for r in (range(10), range(10, 30), range(30, 50))]
+    means = []
+    for _ in range(20_000):
+        drawn = [rng.choice(block, len(block)) for block in blocks]
+        chosen = [n for block in drawn for n in block]
+        means.append(np.mean([np.mean([t[n] for n in chosen if n in t]) for t in tables]))
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), abs=0.01)
+
+
 def test_equal_strategies_differ_by_exactly_nothing_and_opposite_ones_by_one():
     right = [draw(30, 0.7, s) for s in range(3)]
     cells = [made("x", name, s, right[s]) for name in ("circuit", "same") for s in range(3)]

@@ -49,6 +49,7 @@ class TransferResult:
         history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.
         target_right: which examples of the target's test split are answered right afterwards.
+        target_ids: their ids; empty in results from before 0.2.
         drift: norm of the change of every head's weights, ``layer head``.
         shift: how the source circuit moved, if it was searched anew.
         decision: what ``strategy="auto"`` chose, and why.
@@ -76,6 +77,7 @@ class TransferResult:
     shift: CircuitShift | None
     decision: Decision | None
     provenance: Provenance
+    target_ids: tuple[str, ...] = field(default=(), repr=False)
     prompt: Prompt | None = field(default=None, repr=False)
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
@@ -132,6 +134,7 @@ class TransferResult:
             "history": list(self.history),
             "seconds": self.seconds,
             "target_right": [int(right) for right in self.target_right],
+            "target_ids": list(self.target_ids),
             "drift": [list(row) for row in self.drift],
             "shift": self.shift.to_dict() if self.shift else None,
             "decision": self.decision.to_dict() if self.decision else None,
@@ -265,6 +268,7 @@ class TransferResult:
             drift=tuple(map(tuple, content["drift"])),
             shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
             decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
+            target_ids=tuple(content.get("target_ids", ())),
             prompt=prompt,
             provenance=provenance,
             model=adapted,

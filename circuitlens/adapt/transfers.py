@@ -251,6 +251,7 @@ def transfer(
         history=log.history,
         seconds=seconds,
         target_right=target_right,
+        target_ids=tuple(e.id for e in task["test"]),
         drift=tuple(tuple(row) for row in weight_drift(model, adapted).tolist()),
         shift=shift,
         decision=decision,

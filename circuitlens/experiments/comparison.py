@@ -16,6 +16,7 @@ from circuitlens.experiments.paired import (
     PairedDifference,
     bootstrap_difference,
     differences,
+    shared_ids,
 )
 from circuitlens.utils.storage import read_json, replacing, write_json
 
@@ -168,18 +169,20 @@ class Comparison:
                 )
         chosen = self.languages if language is None else (language,)
         values, counts = [], []
+        ids: list[list[str] | None] = []
         for name in chosen:
             first, second = self._right(a, name), self._right(b, name)
             if seeds := [seed for seed in first if seed in second]:
                 rows = (np.array([side[s] for s in seeds], dtype=bool) for side in (first, second))
                 values.append(differences(*rows))
                 counts.append(len(seeds))
+                ids.append(self._ids(name))
         if not values:
             raise InputError(
                 f"{a} and {b} have no seed in common in {language or 'any language'}: compare them "
                 "with the same seeds."
             )
-        difference, low, high, p = bootstrap_difference(values, level, draws)
+        difference, low, high, p = bootstrap_difference(values, level, draws, ids)
         return PairedDifference(
             a=a,
             b=b,
@@ -192,6 +195,7 @@ class Comparison:
             n_examples=sum(map(len, values)),
             n_seeds=min(counts),
             n_languages=len(values),
+            n_shared=shared_ids(ids),
         )
 
     def regret(self, strategy: str = "auto") -> pd.DataFrame:
@@ -226,6 +230,11 @@ class Comparison:
                 best, own, name, n = max(found, key=lambda row: row[0])
                 rows.append((language, strategy, name, own, best, best - own, n))
         return pd.DataFrame(rows, columns=list(_REGRET))
+
+    def _ids(self, language: str) -> list[str] | None:
+        """Ids of a language's test examples, if all cells have the same."""
+        found = [c.get("target_ids") for c in self.cells if c["target_language"] == language]
+        return found[0] if found and all(ids == found[0] for ids in found) else None
 
     def _right(self, strategy: str, language: str) -> dict[int, list[int]]:
         """Which test examples are answered right, by seed."""

@@ -3,11 +3,15 @@
 1. An example's difference is how often strategy a was right on it minus how often b was, over the
    seeds that both have.
 2. Examples are drawn with replacement, the same ones for both strategies and for all seeds.
-3. Of several languages, each has its own draws, and the mean over languages is what is drawn.
+3. Of several languages the mean over languages is what is drawn. In parallel corpora a sentence
+   stands in several of them under one id, and is drawn in all of these together: sentences that
+   are hard for everyone are no more independent than they were chosen to be. Examples are drawn
+   within blocks that stand in the same languages, so that every language keeps its size.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +21,7 @@ from jaxtyping import Bool, Float
 from circuitlens.errors import InputError
 from circuitlens.utils.bootstrap import percentiles, resampled_means
 
-__all__ = ["PairedDifference", "bootstrap_difference", "differences"]
+__all__ = ["PairedDifference", "bootstrap_difference", "differences", "shared_ids"]
 
 # Draws that are 0 but for rounding have to count as 0.
 _DIGITS = 12
@@ -41,6 +45,8 @@ class PairedDifference:
         n_examples: test examples, of all languages together.
         n_seeds: seeds that both strategies have; of several languages the smallest number.
         n_languages: languages that the mean is taken over.
+        n_shared: ids that stand in more than one of them, which are drawn together. Results from
+            before version 0.2 hold no ids, and are drawn language by language.
     """
 
     a: str
@@ -54,6 +60,7 @@ class PairedDifference:
     n_examples: int
     n_seeds: int
     n_languages: int
+    n_shared: int = 0
 
 
 def differences(
@@ -65,7 +72,10 @@ def differences(
 
 
 def bootstrap_difference(
-    languages: Sequence[Float[np.ndarray, "_"]], level: float, draws: int
+    languages: Sequence[Float[np.ndarray, "_"]],
+    level: float,
+    draws: int,
+    ids: Sequence[Sequence[str] | None] | None = None,
 ) -> tuple[float, float, float, float]:
     """Mean over languages of the mean over examples, with its interval.
 
@@ -73,6 +83,9 @@ def bootstrap_difference(
         languages: of every language, a difference per example.
         level: of the interval.
         draws: how many.
+        ids: of every language, the ids of the examples, where they are known. Equal ids are drawn
+            together; where these mean nothing, as those that begin again in every language, the
+            interval is one of examples that go together by chance, and no less right.
 
     Returns:
         The difference, the lower and upper bound of the interval, and the two-sided p.
@@ -83,10 +96,44 @@ def bootstrap_difference(
     if draws < 1:
         raise InputError(f"draws must be positive, but is {draws}.")
     difference = float(np.mean([values.mean() for values in languages]))
-    # Parallel corpora have as many examples in every language: without seeds of their own all
-    # languages would be drawn alike.
-    drawn = [resampled_means(v[None], seed, draws)[:, 0] for seed, v in enumerate(languages)]
-    means = np.asarray(drawn).mean(0).round(_DIGITS)
+    sums = np.zeros((len(languages), draws))
+    for seed, block in enumerate(_blocks(languages, ids)):
+        # Rows are languages, columns the examples of the block in the same order.
+        rows = np.stack([languages[n][places] for n, places in block.items()])
+        drawn = resampled_means(rows, seed, draws).T * rows.shape[1]
+        sums[list(block)] += drawn
+    sizes = np.array([len(values) for values in languages])
+    means = (sums / sizes[:, None]).mean(0).round(_DIGITS)
     low, high = percentiles(means.reshape(-1, 1), level)[:, 0]
     other_side = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return difference, float(low), float(high), min(1.0, 2 * other_side)
+
+
+def shared_ids(ids: Sequence[Sequence[str] | None]) -> int:
+    """Number of ids that stand in more than one language."""
+    counts = Counter(name for names in ids if names is not None for name in set(names))
+    return sum(count > 1 for count in counts.values())
+
+
+def _blocks(
+    languages: Sequence[Float[np.ndarray, "_"]], ids: Sequence[Sequence[str] | None] | None
+) -> list[dict[int, list[int]]]:
+    """Places of the examples that stand in the same languages, by language, in one order."""
+    found: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    known = [None] * len(languages) if ids is None else ids
+    where = [{name: k for k, name in enumerate(names)} if names else None for names in known]
+    for n, values in enumerate(languages):
+        places = where[n]
+        if places is None or len(places) != len(values):
+            # Without ids, or with one that comes twice, nothing is known of the others.
+            found[(n,)] = {n: list(range(len(values)))}
+            continue
+        for name in places:
+            having = tuple(m for m, other in enumerate(where) if other and name in other)
+            if having[0] == n:
+                block = found.setdefault(having, {m: [] for m in having})
+                for m in having:
+                    other = where[m]
+                    assert other is not None
+                    block[m].append(other[name])
+    return list(found.values())
