@@ -20,7 +20,7 @@ __all__ = ["predict"]
 
 def predict(
     model: HookedModel,
-    texts: str | Sequence[str] | Iterable[Mapping[str, str]] | pd.DataFrame,
+    texts: str | Sequence[str] | Iterable[Mapping[str, Any]] | pd.DataFrame,
     prompt: Task | Prompt | None = None,
     *,
     batch_size: int = 64,

@@ -2,6 +2,7 @@
 
     python -m figures.compare nusax ../shared
     python -m figures.compare toy
+    python -m figures.compare minilm ../shared path/to/all-MiniLM-L6-v2
 
 Computes the cells that are neither in figures/NAME/ nor in runs/ yet, so an interrupted run goes
 on, and writes the tables, and the scores and faithfulness of the circuit, to figures/NAME/.
@@ -20,6 +21,7 @@ import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.tasks import toy
+from circuitlens.utils.storage import write_json
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -27,11 +29,13 @@ SEEDS = (0, 1, 2)
 NUSAX = ("javanese", "sundanese", "minangkabau", "acehnese", "toba_batak", "buginese")
 # Hardly anything but training everything gets far in "far".
 TOY = ("near", "far")
+MINILM = ("eng_Latn", "spa_Latn", "ind_Latn", "jav_Latn")
 
 
 def nusax(shared: Path, languages: tuple[str, ...]) -> cl.Comparison:
     """Sentiment: from Indonesian to local languages, 8 of 32 heads."""
-    task = cl.load_task("nusax", "indonesian", data=shared / "data" / "nusax")
+    # The checkpoint learned its prompts behind <s>, which its tokenizer does not add.
+    task = cl.load_task("nusax", "indonesian", data=shared / "data" / "nusax", bos=True)
     model = cl.load(shared / "models" / "nusa-tiny-ind")
     return _compare("nusax", model, task, languages or NUSAX, (3e-4, 1e-3, 3e-3), 10, 3)
 
@@ -41,6 +45,64 @@ def toy_languages(languages: tuple[str, ...]) -> cl.Comparison:
     task = cl.load_task("toy")
     model = cl.finetune(toy.toy_model(), task, **toy.TOY_FINETUNE)
     return _compare("toy", model, task, languages or TOY, (1e-3, 3e-3, 1e-2), 20, 20)
+
+
+def minilm(shared: Path, checkpoint: str, languages: tuple[str, ...]) -> None:
+    """Topics: an English sentence encoder with a new classification head, 18 of 72 heads.
+
+    Writes what the others write, and the scorers compared with exact ablation. One seed, five
+    strategies, two rates, four epochs: what two slow cores do in an hour.
+    """
+    there, out = HERE.parent / "runs" / "minilm", HERE / "minilm"
+    out.mkdir(exist_ok=True)
+    task = cl.load_task("sib200", data=shared / "data" / "sib200")
+    if not (there / "proxy" / "config.json").is_file():
+        model = cl.load(checkpoint, labels=task)
+        tuned = cl.finetune(model, task, learning_rate=2e-4, epochs=8, quiet=True)
+        tuned.save(there / "proxy")
+    model = cl.load(there / "proxy")
+    seen = {code: task if code == task.language else task.to(code) for code in MINILM}
+    zero_shot = {code: cl.evaluate(model, t, "test", quiet=True) for code, t in seen.items()}
+    write_json(
+        out / "before.json",
+        "figures.before/1",
+        {code: found.to_dict() for code, found in zero_shot.items()},
+    )
+    baseline = cl.label_balanced_mean(model, task, quiet=True)
+    scores = cl.relevance(model, task, baseline, quiet=True)
+    circuit = scores.top(0.25)
+    scores.save(out / "scores.safetensors")
+    circuit.save(out / "circuit.json")
+    fresh = task.held_out[:150]
+    curve = cl.faithfulness(model, task, scores, baseline, examples=fresh, n_random=10, quiet=True)
+    curve.save(out / "faithfulness.safetensors")
+    print(curve.to_frame().to_string(float_format="{:.3f}".format), flush=True)
+    found = cl.compare(
+        model,
+        circuit,
+        task,
+        languages or MINILM[1:4],
+        strategies=("circuit", "full", "lora", "near-zero", "random"),
+        seeds=SEEDS[:1],
+        scores=scores,
+        out=there / "compare",
+        learning_rates=(2e-4, 1e-3),
+        epochs=4,
+        quiet=True,
+    )
+    found.save(out)
+    found.pairs().to_csv(out / "pairs.csv", index=False)
+    print(found.summary().to_string(float_format="{:.3f}".format), flush=True)
+    cl.compare_scorers(
+        model,
+        task,
+        baseline,
+        methods=["cdt-linear", "cdt", "midpoint", "attribution", "integrated-gradients"],
+        max_examples=60,
+        examples=fresh[:60],
+        n_random=3,
+        quiet=True,
+    ).table.to_csv(out / "scorers.csv", index=False)
 
 
 def _compare(
@@ -96,6 +158,9 @@ def main(name: str, *rest: str) -> None:
     """Compute and write one of the comparisons."""
     # Side by side with other work one thread is faster than two, and sums are the same everywhere.
     torch.set_num_threads(1)
+    if name == "minilm":
+        minilm(Path(rest[0]), rest[1], rest[2:])
+        return
     if name == "nusax":
         found = nusax(Path(rest[0] if rest else "../shared"), rest[1:])
     else:

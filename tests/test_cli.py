@@ -327,7 +327,7 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             "--out",
             tmp_path / "used",
         ],
-        r"There is no task 'poetry'; known are americasnli": [
+        r"There is no task 'poetry'; known are afrisenti, americasnli": [
             *model,
             "--task",
             "poetry",

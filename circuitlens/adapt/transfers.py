@@ -356,7 +356,7 @@ def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, t
     encoded = task.encode(model, task["test"])
     logits = label_scores(model, encoded, quiet=quiet)
     gold = torch.tensor(encoded.gold)
-    return summarise(logits, gold), tuple((logits.argmax(1) == gold).tolist())
+    return summarise(logits, gold, tuple(task.labels)), tuple((logits.argmax(1) == gold).tolist())
 
 
 def _stages(

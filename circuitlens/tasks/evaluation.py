@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.stats import binomtest
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 
-from circuitlens.errors import MODEL, TASK, NotFiniteError, check_types
+from circuitlens.errors import MODEL, TASK, InputError, NotFiniteError, check_types
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks.encoding import Encoded
 from circuitlens.tasks.examples import Example
@@ -37,6 +39,9 @@ class Evaluation:
         calibration_error: expected calibration error of the label probabilities (softmax over
             the labels' scores): mean distance between confidence and accuracy over 15 bins of equal
             width (Guo et al. 2017, arXiv 1706.04599). 0 is calibrated.
+        labels: the labels, in order.
+        counts: how often each label (column) was answered for examples of each label (row); empty
+            in results from before version 0.2.
     """
 
     n: int
@@ -44,6 +49,67 @@ class Evaluation:
     macro_f1: float
     margin: float
     calibration_error: float
+    labels: Sequence[str] = ()
+    counts: Sequence[Sequence[int]] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        # As they are written: a JSON file makes lists of them.
+        object.__setattr__(self, "labels", list(self.labels))
+        object.__setattr__(self, "counts", [list(row) for row in self.counts])
+
+    def confusion(self) -> pd.DataFrame:
+        """How often each label (column) was answered for examples of each label (row).
+
+        Raises:
+            InputError: if it is unknown, as in results from before version 0.2.
+        """
+        if not self.counts:
+            raise InputError(
+                "This evaluation is from an older version and does not know which label was "
+                "answered how often: evaluate again, cl.evaluate(model, task, …)."
+            )
+        names = self.labels or [str(n) for n in range(len(self.counts))]
+        return pd.DataFrame(
+            self.counts,
+            index=pd.Index(names, name="right label"),
+            columns=pd.Index(names, name="answer"),
+        )
+
+    def per_class(self) -> pd.DataFrame:
+        """Precision, recall and F1 of every label, and the number of its examples.
+
+        A label that is never answered has the precision 0, as in scikit-learn.
+
+        Raises:
+            InputError: as :meth:`confusion`.
+        """
+        table = self.confusion()
+        counts = table.to_numpy()
+        right, answered, support = np.diag(counts), counts.sum(0), counts.sum(1)
+        precision = right / np.maximum(answered, 1)
+        recall = right / np.maximum(support, 1)
+        both = np.maximum(precision + recall, np.finfo(float).tiny)
+        return pd.DataFrame(
+            {
+                "precision": precision,
+                "recall": recall,
+                "f1": 2 * precision * recall / both,
+                "examples": support,
+            },
+            index=pd.Index(table.index, name="label"),
+        )
+
+    def _repr_html_(self) -> str:
+        head = (
+            f"<p><b>Evaluation</b> of {self.n} examples: accuracy {self.accuracy:.1%}, macro-F1 "
+            f"{self.macro_f1:.3f}, margin {self.margin:.2f} logits, calibration error "
+            f"{self.calibration_error:.3f}</p>"
+        )
+        if not self.counts:
+            return head
+        shown = self.per_class().to_html(float_format="{:.3f}".format)
+        table = self.confusion().to_html()
+        return f"{head}{shown}<p>Answers (columns) by right label (rows):</p>{table}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -102,11 +168,13 @@ def evaluate(
     )
     encoded = task.encode(model, examples)
     logits = label_scores(model, encoded, batch_size=batch_size, quiet=quiet)
-    return summarise(logits, torch.tensor(encoded.gold))
+    return summarise(logits, torch.tensor(encoded.gold), tuple(task.labels))
 
 
-def summarise(logits: Float[Tensor, "example label"], gold: Tensor) -> Evaluation:
-    """Turn label logits and right labels into an :class:`Evaluation`."""
+def summarise(
+    logits: Float[Tensor, "example label"], gold: Tensor, labels: Sequence[str] = ()
+) -> Evaluation:
+    """Turn label logits and right labels into an :class:`Evaluation`; ``labels`` are names."""
     predicted = logits.argmax(1)
     right = logits.gather(1, gold[:, None])[:, 0]
     margin = right - (logits.sum(1) - right) / (logits.shape[1] - 1)
@@ -123,6 +191,10 @@ def summarise(logits: Float[Tensor, "example label"], gold: Tensor) -> Evaluatio
         macro_f1=float(macro),
         margin=float(margin.double().mean()),
         calibration_error=_calibration_error(logits, gold),
+        labels=labels,
+        counts=confusion_matrix(
+            gold.numpy(), predicted.numpy(), labels=list(range(logits.shape[1]))
+        ).tolist(),
     )
 
 

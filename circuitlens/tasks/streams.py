@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from circuitlens.errors import InputError
 from circuitlens.utils.storage import replacing
@@ -90,7 +90,7 @@ class Table:
         self._columns: Sequence[str] | None = None
         self._replacing = replacing(path)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Table:
         temporary = self._replacing.__enter__()
         self._file = temporary.open("w", encoding="utf-8", newline="")
         return self

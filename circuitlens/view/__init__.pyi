@@ -1,5 +1,6 @@
 import circuitlens.explorer
 
+from .classes import confusion_matrix
 from .curves import faithfulness_curve, minimality_bars
 from .gallery import figures_of, write_figures
 from .graph import circuit_graph
@@ -18,6 +19,7 @@ __all__ = [
     "attention_pattern",
     "attention_patterns",
     "circuit_graph",
+    "confusion_matrix",
     "explore",
     "export",
     "export_all",
