@@ -85,13 +85,29 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
         mlp_only_layers=[1],
     ),
     "bert": lambda: hf.BertConfig(**_SMALL),
+    # Embeddings of another size than the layers.
+    "electra": lambda: hf.ElectraConfig(**_SMALL, embedding_size=16),
+    "distilbert": lambda: hf.DistilBertConfig(
+        vocab_size=97, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64
+    ),
+    # A window of two tokens on each side in all layers but the first.
+    "modernbert": lambda: hf.ModernBertConfig(
+        **_SMALL,
+        local_attention=4,
+        global_attn_every_n_layers=3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
     "roberta": lambda: hf.RobertaConfig(**_SMALL),
     "xlm_roberta": lambda: hf.XLMRobertaConfig(**_SMALL),
 }
 ALL = list(CONFIGS)
-MASKED = {"bert", "roberta", "xlm_roberta"}
+MASKED = {"bert", "electra", "distilbert", "modernbert", "roberta", "xlm_roberta"}
 # Hugging Face takes their softmax in float32, which makes NaN of float64 masks in the padding.
-FLOAT32_ONLY = {"opt", "gemma2", "bloom"}
+FLOAT32_ONLY = {"opt", "gemma2", "bloom", "modernbert"}
 
 
 def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as hf
 from helpers import CLASSIFIERS, classifier, node_means
 from transformers import AutoModelForSequenceClassification
 
@@ -152,3 +153,21 @@ def test_saved_and_loaded_it_is_the_same(name, tmp_path):
     with torch.no_grad():
         found = cl.load(again).hf_logits(batch)
         torch.testing.assert_close(found, model.hf_logits(batch))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (hf.AlbertConfig, "all its layers share one set of weights"),
+        (hf.DebertaV2Config, "terms of content and of relative positions"),
+    ],
+)
+def test_types_that_cannot_be_hooked_are_refused_by_name(config, reason, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    made = config(vocab_size=97, num_hidden_layers=2, **sizes)
+    model = AutoModelForSequenceClassification.from_config(made)
+    with pytest.raises(cl.UnsupportedModelError, match=f"{made.model_type} are not.*{reason}"):
+        cl.load(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(cl.UnsupportedModelError, match=reason):
+        cl.load(tmp_path)

@@ -77,6 +77,9 @@ def test_norm_scales_can_be_held(name):
     model = loaded(name)
     batch = batch_of(model, 7, 5)
     scales = [n for n in model.bridge.hook_dict if n.endswith(".hook_scale")]
+    if name == "modernbert":
+        # In place of the first layer's norm stands nothing.
+        scales.remove("blocks.0.ln1.hook_scale")
     assert len(scales) >= 4
     seen = values(model, batch, *scales)
     for hook in scales:
@@ -160,9 +163,10 @@ def test_routing_can_be_held(name):
 def test_positions_are_those_that_masked_models_count_themselves(name):
     model = loaded(name)
     batch = batch_of(model, 8)
+    tolerance = 1e-9 if model.dtype == torch.float64 else 1e-5
     with torch.no_grad():
         own = model.hf(input_ids=batch.input_ids).logits[:, -2]
-    torch.testing.assert_close(model.hf_logits(batch), own, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.hf_logits(batch), own, rtol=tolerance, atol=tolerance)
 
 
 def test_masked_models_see_both_ways_and_causal_ones_do_not():

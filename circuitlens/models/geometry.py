@@ -34,9 +34,13 @@ Projection = Literal["q", "k", "v", "o"]
 # Norms of queries and keys belong to attention patterns, not to the residual stream.
 _QK_NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm"}
 # Names of projections within attention modules; those with a dot are BERT's.
-_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("self.query", "self.key", "self.value"))
-_JOINT = ("c_attn", "qkv_proj", "query_key_value")
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "output.dense")
+_SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("self.query", "self.key", "self.value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
+_JOINT = ("c_attn", "qkv_proj", "Wqkv", "query_key_value")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "output.dense", "out_lin", "Wo")
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ class HookedModel(Views):
             "attention_mask": batch.attention_mask,
         }
         # Models without learned or rotary positions (BLOOM's ALiBi) derive them from the mask.
-        if "position_ids" in self.accepted:
+        if "position_ids" in self.accepted or self.family.passes_positions:
             arguments["position_ids"] = batch.position_ids + self.family.first_position
         return arguments
 

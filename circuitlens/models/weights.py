@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from circuitlens.errors import InputError, UnsupportedModelError, first_line
-from circuitlens.models.families import tested_types
+from circuitlens.models.families import refuse_type, tested_types
 from circuitlens.models.geometry import made_by
 from circuitlens.models.readouts import readout_for
 from circuitlens.utils.progress import hushed_transformers
@@ -59,6 +59,7 @@ def plain_model(model: object) -> PreTrainedModel:
                 remedy = f"the one inside it, cl.load(model.{name}, …)"
         raise InputError(f"cl.load got a {kind}, which is no Hugging Face model: give {remedy}.")
     _refuse_foreign_parts(model)
+    refuse_type(model.config)
     return model
 
 
@@ -116,6 +117,7 @@ def load_weights(
             f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
             "network, or download it elsewhere and give the local folder."
         ) from error
+    refuse_type(config)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     has_head = saved_as.endswith(_CLASSIFIER)
     auto = readout_for(config, classifier=has_head or bool(labels)).auto_class()

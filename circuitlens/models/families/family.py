@@ -36,9 +36,11 @@ class Family:
     Attributes:
         causal: whether tokens see only what stands before them; else it is a masked language
             model, which answers in the place of its mask token.
+        passes_positions: position ids reach the body, though the head does not name them.
     """
 
     causal = True
+    passes_positions = False
     # Where the classification head looks, what its last map is, and what hooks are round its
     # activation, if it has one.
     pooled: Literal["first", "last", "mean"] = "last"

@@ -5,17 +5,45 @@ The self-check finds them as well, but not in 16 bits, where they pass for round
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from circuitlens.errors import UnsupportedModelError
 
-__all__ = ["refuse_misread"]
+__all__ = ["refuse_misread", "refuse_type"]
 
+_POSITIONS = (
+    "its attention scores are sums of terms of content and of relative positions, made of the same "
+    "projections, which TransformerLens has no hooks for"
+)
 # What TransformerLens, or the engine (of causality), assumes whatever the configuration says.
 _ASSUMED: dict[str, dict[str, object]] = {
     "gpt2": {"scale_attn_weights": True, "add_cross_attention": False},
     "gemma3_text": {"attn_logit_softcapping": None, "use_bidirectional_attention": False},
 }
+
+
+# Types that cannot be hooked head by head, and why.
+_REFUSED = {
+    "albert": (
+        "all its layers share one set of weights, so that no head can be trained, and no circuit "
+        "kept, in one layer only"
+    ),
+    "deberta": _POSITIONS,
+    "deberta-v2": _POSITIONS,
+}
+
+
+def refuse_type(config: PretrainedConfig) -> None:
+    """Refuse a type of model of which it is known that its heads cannot be hooked.
+
+    Raises:
+        UnsupportedModelError: naming it and the reason.
+    """
+    if reason := _REFUSED.get(config.model_type):
+        raise UnsupportedModelError(
+            f"Models of the type {config.model_type} are not supported: {reason}. Use a model of "
+            "another type, such as xlm-roberta or modernbert."
+        )
 
 
 def refuse_misread(hf: PreTrainedModel) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedModel
 
 from circuitlens.models.families.bert import BertFamily, RobertaFamily
+from circuitlens.models.families.distilbert import DistilBertFamily
+from circuitlens.models.families.electra import ElectraFamily
 from circuitlens.models.families.falcon import FalconFamily
 from circuitlens.models.families.family import Family
+from circuitlens.models.families.modernbert import ModernBertFamily
 from circuitlens.models.families.moe import MoEFamily
 
 __all__ = ["family_of", "is_encoder", "is_tested", "tested_types"]
@@ -15,6 +18,8 @@ __all__ = ["family_of", "is_encoder", "is_tested", "tested_types"]
 _FAMILIES: dict[str, type[Family]] = {
     "bert": BertFamily,
     "bloom": Family,
+    "distilbert": DistilBertFamily,
+    "electra": ElectraFamily,
     "falcon": FalconFamily,
     "gemma2": Family,
     "gemma3_text": Family,
@@ -23,6 +28,7 @@ _FAMILIES: dict[str, type[Family]] = {
     "llama": Family,
     "mistral": Family,
     "mixtral": MoEFamily,
+    "modernbert": ModernBertFamily,
     "olmo2": Family,
     "opt": Family,
     "phi3": Family,
