@@ -8,17 +8,25 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 import circuitlens as cl
 from benchmarks.timing import ratio
 from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradient
-from circuitlens.models.batch import Batch, task_margin
-from circuitlens.models.readouts import TokenReadout
+from circuitlens.models.batch import Batch, Readout, margin
+from circuitlens.models.readouts import ClassifierReadout, SequenceReadout, TokenReadout
+from circuitlens.tasks import Encoded
 
 
 def qwen(d_vocab: int, d_model: int, d_mlp: int, n_layers: int) -> cl.HookedModel:
@@ -56,7 +64,8 @@ def forward_backward(model: cl.HookedModel, batch: Batch) -> None:
     model.hf.requires_grad_(False)
     inputs = model.hf.get_input_embeddings()(batch.input_ids).requires_grad_(True)
     logits = model.hf(inputs_embeds=inputs, logits_to_keep=1).logits[:, -1]
-    torch.autograd.grad(task_margin(logits, batch).sum(), inputs)
+    margins = margin(batch.readout.of_labels(logits), batch.gold)
+    torch.autograd.grad(margins.sum(), inputs)
     model.hf.requires_grad_(True)
 
 
@@ -121,6 +130,50 @@ def ablation_against_full_forwards() -> dict[str, Any]:
     }
 
 
+def of_readout(readout: Readout, rows: int, length: int) -> Batch:
+    """The same random prompts, laid out as a readout has them."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 4000, (rows, length), generator=generator).tolist()
+    names = tuple(map(str, range(rows)))
+    data = Encoded(names, tuple(map(tuple, tokens)), (0,) * rows, readout, 0, 0, 0, 0)
+    return data.batch(range(rows))
+
+
+def readouts_against_token(what: str) -> Iterator[dict[str, Any]]:
+    """Each readout beside the token readout: scores of all heads, or a training step's loss."""
+    model = small_qwen()
+    config = model.hf.config
+    config.num_labels, config.pad_token_id = 3, 0
+    classifier = cl.load(Qwen2ForSequenceClassification(config))
+    token = of_readout(TokenReadout((1, 2, 3)), 16, 64)
+    others: dict[str, tuple[cl.HookedModel, Readout]] = {
+        "sequence, words of one token": (model, SequenceReadout((((1,),), ((2,),), ((3,),)))),
+        "sequence, words of two tokens": (
+            model,
+            SequenceReadout((((1, 4),), ((2, 5),), ((3, 6),))),
+        ),
+        "classifier": (
+            classifier,
+            ClassifierReadout(("a", "b", "c"), "last", 0, classes=(0, 1, 2)),
+        ),
+    }
+
+    def step(chosen: cl.HookedModel, batch: Batch) -> None:
+        batch.readout.losses(chosen, batch, chosen.hf).sum().backward()
+        chosen.hf.zero_grad()
+
+    run = linear if what == "cdt-linear" else step
+    for name, (chosen, readout) in others.items():
+        batch = of_readout(readout, 16, 64)
+        yield {
+            "benchmark": f"{what}, readout {name}",
+            "rival": "the same by the token readout",
+            "model": "random Qwen2, 8 layers, 8 heads, d 256; 16 × 64 tokens, 3 labels",
+            "target": None,
+            **ratio(partial(run, chosen, batch), partial(run, model, token)),
+        }
+
+
 _MEMORY = """
 import resource, sys, torch
 from benchmarks import relevance as r
@@ -160,6 +213,8 @@ def run() -> Iterator[dict[str, Any]]:
     """Run the benchmarks one by one, on one thread."""
     torch.set_num_threads(1)
     yield linear_against_forward_backward()
+    yield from readouts_against_token("cdt-linear")
+    yield from readouts_against_token("a training step")
     yield memory_against_forward_backward()
     yield ablation_against_full_forwards()
     yield difference_against_forward("decision", 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -12,9 +13,12 @@ import torch
 from helpers import tiny, tiny_classifier
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from typer.testing import CliRunner
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
+from circuitlens.cli import app
+from circuitlens.explorer.probing import Probe
 from circuitlens.models.readouts import ClassifierReadout
 from circuitlens.tasks import toy
 
@@ -48,6 +52,13 @@ def test_a_new_head_is_said_to_be_new_until_it_is_trained(folder, proxy, toy_tas
         model = cl.load(folder, labels=toy_task)
     assert "has no classification head: a new one for negative, neutral, positive" in caplog.text
     assert "new untrained head" in repr(model)
+    # It begins the same every time, whatever was drawn before, and what is drawn next is too.
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    again = cl.load(folder, labels=toy_task)
+    assert torch.equal(again.hf.score.weight, model.hf.score.weight)
+    assert torch.equal(torch.rand(1), drawn)
     assert isinstance(model.readout, ClassifierReadout)
     assert not proxy.new
     assert cl.evaluate(proxy, toy_task, "test", quiet=True).accuracy > 0.85
@@ -222,3 +233,43 @@ def test_a_head_needs_to_know_what_is_padding(toy_task):
     regression.config.problem_type = "multi_label_classification"
     with pytest.raises(cl.InputError, match="multi_label_classification"):
         cl.load(regression, toy.toy_tokenizer())
+
+
+def test_the_explorer_shows_classes_and_words_alike(proxy, toy_task, found, toy_proxy):
+    baseline, _ = found
+    probe = Probe(proxy, toy_task, baseline, n_examples=5)
+    told = probe.attribution("source", 0, cl.Head(1, 2))
+    assert set(told.labels) == set(LABELS)
+    assert {name for name, _ in told.promoted} == set(LABELS)
+    assert probe.attention("source", 0, cl.Head(0, 0)).shape[0] == len(probe.tokens("source", 0))
+    assert probe.effect("source", cl.Head(0, 0)).n == 5
+    # Whole words: what a head adds to each label's log-probability, over all that are read.
+    task = cl.load_task("toy", readout="sequence")
+    means = cl.label_balanced_mean(toy_proxy, task, examples=task["pool_a"][:60], quiet=True)
+    whole = Probe(toy_proxy, task, means, n_examples=3)
+    told = whole.attribution("source", 0, cl.Head(1, 2))
+    assert {name for name, _ in told.suppressed} == set(LABELS)
+    assert all(math.isfinite(value) for value in told.labels.values())
+
+
+def test_a_run_and_a_comparison_with_a_new_head(folder, tmp_path):
+    out = str(tmp_path / "run")
+    options = ["--model", str(folder), "--task", "toy", "--classifier", "--target", "near"]
+    options += ["--strategy", "circuit", "--rate", "3e-3", "--epochs", "1", "--n-random", "1"]
+    options += ["--finetune-rate", "3e-3", "--finetune-epochs", "4", "--max-examples", "60"]
+    found = CliRunner().invoke(app, ["run", *options, "--out", out, "-q"])
+    assert found.exit_code == 0, found.output
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "classifier" in page
+    card = (tmp_path / "run" / "transfers" / "near" / "circuit" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card
+    assert "- label neutral:" in card
+    compared = CliRunner().invoke(
+        app, ["compare", out, "--strategy", "norms", "--strategy", "head", "--seed", "0", "-q"]
+    )
+    assert compared.exit_code == 0, compared.output
+    (tmp_path / "new.csv").write_text("text\nbada gu\n", encoding="utf-8")
+    told = ["predict", out, "--in", str(tmp_path / "new.csv"), "--out", str(tmp_path / "o.csv")]
+    labelled = CliRunner().invoke(app, [*told, "-q"])
+    assert labelled.exit_code == 0, labelled.output
+    assert "label" in (tmp_path / "o.csv").read_text().splitlines()[0]

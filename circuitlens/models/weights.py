@@ -131,7 +131,9 @@ def load_weights(
     if labels:
         _name_classes(name, config, labels, has_head)
     try:
-        with hushed_transformers():
+        # A new head begins the same every time, and leaves the caller's random numbers alone.
+        with hushed_transformers(warnings=False), torch.random.fork_rng():
+            torch.manual_seed(0)
             model, report = auto.from_pretrained(
                 name,
                 config=config,

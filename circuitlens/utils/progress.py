@@ -23,17 +23,25 @@ def interactive() -> bool:
 
 
 @contextmanager
-def hushed_transformers() -> Iterator[None]:
-    """Within the block transformers draws no bars when nobody is watching."""
+def hushed_transformers(*, warnings: bool = True) -> Iterator[None]:
+    """Within the block transformers draws no bars when nobody is watching.
+
+    Args:
+        warnings: let it warn; not where the caller says the same better.
+    """
     from transformers.utils import logging
 
     # Left as they were found: they are those of the whole process.
     hush = logging.is_progress_bar_enabled() and not interactive()
+    level = logging.get_verbosity()
     if hush:
         logging.disable_progress_bar()
+    if not warnings:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if hush:
             logging.enable_progress_bar()
 
