@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test docs figures lint bench clean
+.PHONY: demo test slow docs figures lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/circuitlens demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# What takes long: several processes, kills, a notebook in a browser, whole trainings.
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 # Builds the site, runs every block of the README and of the site, and every notebook.
 docs: $(STAMP)

@@ -133,6 +133,7 @@ def test_every_strategy_adapts_it(proxy, toy_task, found, strategy, tmp_path):
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_process_predicts_the_same_from_the_adapter_alone(proxy, toy_task, found, tmp_path):
     proxy.save(tmp_path / "proxy")
     model = cl.load(tmp_path / "proxy")
@@ -252,6 +253,7 @@ def test_the_explorer_shows_classes_and_words_alike(proxy, toy_task, found, toy_
     assert all(math.isfinite(value) for value in told.labels.values())
 
 
+@pytest.mark.slow
 def test_a_run_and_a_comparison_with_a_new_head(folder, tmp_path):
     out = str(tmp_path / "run")
     options = ["--model", str(folder), "--task", "toy", "--classifier", "--target", "near"]

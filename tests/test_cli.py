@@ -92,6 +92,7 @@ def test_a_run_writes_everything(finished):
     assert not [n for n in names if n.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_where_the_heads_hurt(proxy_folder, tmp_path, monkeypatch):
     original = run_folder.faithfulness
 
@@ -212,6 +213,7 @@ def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
     assert (out / "scores.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_only(proxy_folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "circuitlens.cli", *map(str, base(proxy_folder, out))]

@@ -11,6 +11,7 @@ import circuitlens as cl
 from circuitlens.models.hooks import recording, then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["cdt", "ablation"])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_every_hook_of_a_block_is_decomposed_rightly_or_refused_in_one_sentence(name, rules):

@@ -541,6 +541,7 @@ cl.compare(*small(), ["near"], **GRID, **FAST, out=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_a_killed_grid_goes_on_to_the_same_numbers(parts, whole, tmp_path, monkeypatch):
     out = tmp_path / "grid"
@@ -578,6 +579,7 @@ def spawned(n: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))
 
 
+@pytest.mark.slow
 def test_cells_run_by_other_processes_are_the_same_to_the_bit(parts, tmp_path):
     options = {"strategies": ["circuit", "random"], "seeds": [1], **FAST, "epochs": 2}
     here = cl.compare(*parts, ["near"], **options, out=tmp_path / "here")

@@ -224,6 +224,7 @@ def printed(page: object, number: int) -> tuple[list[str], str]:
     return heads.split(), selection
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_edits_and_exports(tmp_path):
     notebook(tmp_path / "explore.ipynb", SETUP, PRINT, BUSY, PRINT + DARK)
     with (

@@ -80,6 +80,7 @@ def test_finetuning_trains_what_was_frozen_too_and_freezes_it_again():
     assert not any(p.requires_grad for p in model.hf.parameters())
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_left_out(toy_proxy, toy_task, toy_scores, caplog):
     near, circuit = toy_task.to("near"), toy_scores.top(4)
     options = {"strategy": "full", "epochs": 2, "quiet": True}

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import circuitlens as cl
 from circuitlens.tasks import toy
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"learning_rates": [1e-3, 3e-3], "epochs": 3, "seed": 1}
 
 COMMON = f"""

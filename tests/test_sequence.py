@@ -177,6 +177,7 @@ def test_the_linear_scorer_is_the_slope_of_the_frozen_network(name):
         )
 
 
+@pytest.mark.slow
 def test_training_and_transfer_take_whole_words(toy_task, toy_proxy):
     words = {"negative": " badi", "neutral": " bagu", "positive": [" gaga", " dada"]}
     task = replace(toy_task, labels=words)

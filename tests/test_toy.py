@@ -164,6 +164,7 @@ def test_a_seed_gives_the_same_languages_again_and_another_gives_others():
     assert sum(one[concept] == other[concept] for concept in one) < 5
 
 
+@pytest.mark.slow
 def test_the_toy_task_does_not_depend_on_the_process():
     # Sets of strings are ordered by a hash that changes with PYTHONHASHSEED.
     script = "import circuitlens as cl; print(cl.load_task('toy', 'far').fingerprint())"

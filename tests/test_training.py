@@ -376,6 +376,7 @@ def test_replay_and_stages_mix_source_examples_in(toy_proxy, toy_task, toy_score
         cl.transfer(toy_proxy, toy_scores.top(2), alone, replay=0.5)
 
 
+@pytest.mark.slow
 def test_auto_decides_inside_the_training_data_and_says_why(
     tmp_path, toy_proxy, toy_task, toy_scores, monkeypatch
 ):

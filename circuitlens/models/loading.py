@@ -38,7 +38,7 @@ class HasLabels(Protocol):
 
 
 def load_model(
-    model: str | Path | PreTrainedModel | HookedModel,
+    model: object,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | str = "auto",
