@@ -23,6 +23,7 @@ from circuitlens.cli_options import parsed, run_options, settings_of, takes
 from circuitlens.cli_tables import pairs_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
+from circuitlens.settings_files import RECIPES, expanded
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
@@ -102,6 +103,13 @@ def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
 @takes(run_options())
 def run(
     out: Annotated[Path, typer.Option(help="Folder for all results; must be new or unfinished.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Settings file (YAML): every option is a key. Options take its place."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"Settings of a published protocol: {', '.join(RECIPES)}.")
+    ] = None,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -115,6 +123,9 @@ def run(
     An interrupted run resumes when the same command is given again.
     """
     _begin(quiet)
+    # main() has put their settings in their place.
+    assert config is None
+    assert recipe is None
     settings = settings_of(values)
     settings.check_names()
     from circuitlens.run_folder import RunFolder
@@ -376,7 +387,7 @@ def main() -> None:
     """Run the command line; expected errors are one sentence and no traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(args=expanded(sys.argv[1:]))
     except CircuitLensError as error:
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(2)

@@ -38,9 +38,10 @@ from circuitlens.opening import load
 from circuitlens.run_settings import RunSettings, check_run
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
+from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
 from circuitlens.utils.provenance import library_versions
-from circuitlens.utils.storage import RUN_SCHEMA, read_json, safe_name, write_json
+from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing, safe_name, write_json
 from circuitlens.view import write_report
 
 __all__ = ["RunFolder"]
@@ -71,6 +72,8 @@ class RunFolder:
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
             run.check()
             run.write_record()
+            with replacing(path / "run.yaml") as temporary:
+                temporary.write_text(settings_file(settings), encoding="utf-8")
             return run
         if not (path / "run.json").is_file():
             raise InputError(
