@@ -11,6 +11,7 @@ from helpers import tiny
 
 import circuitlens as cl
 from circuitlens.models.readouts import SequenceReadout
+from circuitlens.tasks.sources.data_set import CONVERTED, from_hub
 from circuitlens.tasks.sources.sib200 import Sib200
 from circuitlens.tasks.toy import toy_tokenizer
 
@@ -60,8 +61,8 @@ def test_sib200_is_parallel_and_takes_names_and_codes(shared):
 def test_sib200_knows_all_codes_of_the_hub(monkeypatch):
     asked = []
 
-    def load(repository, code, **options):
-        asked.append((repository, code))
+    def load(repository, name):
+        asked.append((repository, code := name))
         rows = [
             {"index_id": n, "category": ([*TOPICS, "geography"])[n % 7], "text": f"{code} {n}"}
             for n in range(210)
@@ -81,6 +82,20 @@ def test_sib200_knows_all_codes_of_the_hub(monkeypatch):
 
 
 # -- Parquet -------------------------------------------------------------------------------------
+
+
+def test_the_converted_copy_of_a_repository_is_read_by_folder(tmp_path):
+    rows = {"validation": [{"tweet": "a", "label": 1}], "test": [{"tweet": "b", "label": 0}]}
+    for code in ("hau", "orm"):
+        write(tmp_path, code, rows, {"label": ["positive", "negative"]}, nested=True)
+    # The hub's index files lie beside the data.
+    (tmp_path / "orm" / "test" / "index.duckdb").write_bytes(b"index")
+    found = from_hub(str(tmp_path), "orm", revision=CONVERTED)
+    assert {name: part["tweet"][:] for name, part in found.items()} == {
+        "validation": ["a"],
+        "test": ["b"],
+    }
+    assert found["test"].features["label"].names == ["positive", "negative"]
 
 
 def test_afrisenti_and_masakhanews(tmp_path):

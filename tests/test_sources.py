@@ -432,10 +432,14 @@ class Hub:
         self.configurations = configurations
         self.asked: list[tuple[str, str, str | None]] = []
 
-    def load(self, path: str, name: str, **options: Any) -> datasets.DatasetDict:
-        self.asked.append((path, name, options.pop("revision", None)))
+    def load(self, path: str, name: str = "", **options: Any) -> datasets.DatasetDict:
+        revision = options.pop("revision", None)
+        # The converted copy knows no names of configurations, only folders.
+        code = name if revision is None else options.pop("data_dir")
         assert not options
-        return self.configurations[name]
+        assert not name or revision is None
+        self.asked.append((path, code, revision))
+        return self.configurations[code]
 
 
 @pytest.fixture

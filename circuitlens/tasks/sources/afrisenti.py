@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from circuitlens.tasks.sources.data_set import DataSet
-from circuitlens.tasks.sources.hub_parquet import CONVERTED, HubParquet
+from circuitlens.tasks.sources.data_set import CONVERTED, DataSet
+from circuitlens.tasks.sources.hub_parquet import HubParquet
 
 __all__ = ["DATA_SET"]
 

@@ -11,6 +11,7 @@ from circuitlens.errors import InputError
 from circuitlens.tasks.task import Source
 
 __all__ = [
+    "CONVERTED",
     "INFERENCE",
     "SENTIMENT",
     "DataSet",
@@ -83,12 +84,32 @@ def open_folder(path: str | Path, *, holds: str) -> Path:
     return folder
 
 
-def from_hub(repository: str, configuration: str, **options: Any) -> Any:
-    """Load a configuration of a hub data set; a failed download says what to do."""
+# The hub keeps a converted copy of script-based data sets, which `datasets` no longer runs.
+CONVERTED = "refs/convert/parquet"
+
+
+def from_hub(repository: str, configuration: str, *, revision: str | None = None) -> Any:
+    """Load a configuration of a hub data set; a failed download says what to do.
+
+    Args:
+        repository: on the hub.
+        configuration: its name; that of a folder where ``revision`` is given.
+        revision: such as :data:`CONVERTED`.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
     import datasets
 
+    # The converted copy does not say which configurations it has, and `datasets` knows no name of
+    # them: they are folders.
+    place: dict[str, str] = (
+        {"name": configuration}
+        if revision is None
+        else {"data_dir": configuration, "revision": revision}
+    )
     try:
-        return datasets.load_dataset(repository, configuration, **options)
+        return datasets.load_dataset(repository, **place)
     except Exception as error:
         raise InputError(
             f"{repository} ({configuration}) could not be loaded from the hub "

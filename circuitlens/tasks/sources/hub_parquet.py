@@ -11,10 +11,7 @@ from circuitlens.tasks.examples import Example
 from circuitlens.tasks.files import dataset_records, to_examples
 from circuitlens.tasks.sources.data_set import from_hub, parquet_folder, pick
 
-__all__ = ["CONVERTED", "HubParquet", "parts"]
-
-# The hub keeps a converted copy of script-based data sets, which `datasets` no longer runs.
-CONVERTED = "refs/convert/parquet"
+__all__ = ["HubParquet", "parts"]
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -67,8 +64,7 @@ class HubParquet:
         """Read the splits."""
         code = self.names[language]
         if self.folder is None:
-            options = {} if self.revision is None else {"revision": self.revision}
-            found = from_hub(self.repository, code, **options)
+            found = from_hub(self.repository, code, revision=self.revision)
         else:
             found = parquet_folder(self.folder / code, [there for _, there in self.splits_of])
         records = dataset_records(found, self.label)

@@ -11,6 +11,7 @@ from typing import Any
 from circuitlens.tasks.examples import Example
 from circuitlens.tasks.files import dataset_records, read_rows, to_examples
 from circuitlens.tasks.sources.data_set import (
+    CONVERTED,
     SENTIMENT,
     DataSet,
     from_hub,
@@ -76,9 +77,7 @@ class NusaX:
         options: dict[str, Any] = {"fields": ["text"], "label": "label", "id": "id", "group": None}
         if self.folder is None:
             code = next(c for c, name in _NUSAX_CODES.items() if name == language)
-            # The repository is script-based, which `datasets` no longer runs; the hub keeps a
-            # converted copy of every such repository under this revision.
-            hub = from_hub("indonlp/NusaX-senti", code, revision="refs/convert/parquet")
+            hub = from_hub("indonlp/NusaX-senti", code, revision=CONVERTED)
             return {
                 name: to_examples(rows, split=name, where=f"NusaX {language} {name}", **options)
                 for name, rows in dataset_records(hub, "label").items()
