@@ -123,6 +123,39 @@ def test_afrisenti_and_masakhanews(tmp_path):
     assert {e.fields["headline"] for e in task["test"]} == {f"test {n}" for n in range(80)}
 
 
+def test_afrisenti_divides_validation_where_there_is_no_train_split(tmp_path):
+    def tweets(code, sizes):
+        return {
+            split: [{"tweet": f"{code} {split} {n}", "label": n % 3} for n in range(size)]
+            for split, size in sizes.items()
+        }
+
+    senses = {"label": ["positive", "neutral", "negative"]}
+    whole = {"train": 90, "validation": 60, "test": 30}
+    write(tmp_path, "hau", tweets("hau", whole), senses)
+    write(tmp_path, "orm", tweets("orm", {"validation": 60, "test": 30}), senses)
+    write(tmp_path, "tir", tweets("tir", {"validation": 60, "test": 30}), senses)
+    task = cl.load_task("afrisenti", data=tmp_path)
+    assert task.pools.size == 180
+    for language, code in (("oromo", "orm"), ("tir", "tir")):
+        for found in (task.to(language), cl.load_task("afrisenti", language, data=tmp_path)):
+            # Nothing is left out as if it were a translation of the source's validation.
+            assert len(pools(found)) == found.pools.size == 90
+            assert [len(found[p]) for p in ("validation", "test")] == [12, 30]
+            assert all(name.startswith(f"{code}:") for name in pools(found))
+    (tmp_path / "orm" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(cl.InputError, match=r"orm has no validation\*\.parquet file"):
+        task.to("oromo")
+
+
+def test_a_split_that_the_hub_lacks_is_named(monkeypatch):
+    part = datasets.Dataset.from_list([{"id": 1, "sentence1": "a", "sentence2": "b", "label": 1}])
+    hub = datasets.DatasetDict({"validation": part, "test": part})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    with pytest.raises(cl.InputError, match="PAWS-X german has no train split"):
+        cl.load_task("pawsx", "de")
+
+
 def test_pawsx_keeps_pairs_of_one_sentence_together(tmp_path):
     rows = {
         split: [
@@ -186,6 +219,33 @@ def test_xcopa_is_answered_by_its_own_choices(xcopa):
     assert float(scores[1, 0]) == pytest.approx(expected, rel=1e-4)
     found = cl.predict(model, [dict(e.fields) for e in task["test"][:4]], task, quiet=True)
     assert set(found["label"]) <= {"choice1", "choice2"}
+
+
+def test_xcopa_ends_premises_in_every_script_and_needs_labels(tmp_path):
+    rows = {
+        split: [
+            {
+                "premise": f"那人打开水龙头{split}{n}。",
+                "choice1": "a",
+                "choice2": "b",
+                "question": "effect",
+                "label": n // 2 % 2,
+                "idx": n,
+            }
+            for n in range(40)
+        ]
+        for split in ("validation", "test")
+    }
+    write(tmp_path / "good", "zh", rows, {})
+    task = cl.load_task("xcopa", "zh", data=tmp_path / "good")
+    assert {e.fields["premise"] for e in task["test"]} == {
+        f"那人打开水龙头test{n}" for n in range(40)
+    }
+    assert {e.id: e.label for e in task["test"]}["test:2"] == "choice2"
+    rows["test"][3]["label"] = -1
+    write(tmp_path / "bad", "zh", rows, {})
+    with pytest.raises(cl.InputError, match="XCOPA chinese test has no 'answer' in row 4"):
+        cl.load_task("xcopa", "zh", data=tmp_path / "bad")
 
 
 def test_choices_are_refused_where_they_make_no_sense(xcopa):

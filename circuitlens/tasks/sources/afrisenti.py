@@ -28,7 +28,10 @@ _NAMES = {
 
 
 def _open(folder: Path | None) -> HubParquet:
-    """AfriSenti (Muhammad et al., EMNLP 2023, arXiv 2302.08956); no parallel sentences."""
+    """AfriSenti (Muhammad et al., EMNLP 2023, arXiv 2302.08956); no parallel sentences.
+
+    Oromo and Tigrinya have no train split: the validation split is divided.
+    """
     return HubParquet(
         "AfriSenti",
         "shmuhammad/AfriSenti-twitter-sentiment",
@@ -36,6 +39,8 @@ def _open(folder: Path | None) -> HubParquet:
         ("tweet",),
         folder=folder,
         revision=CONVERTED,
+        divide=True,
+        parallel=False,
     )
 
 

@@ -117,8 +117,21 @@ def from_hub(repository: str, configuration: str, *, revision: str | None = None
         ) from error
 
 
-def parquet_folder(folder: Path, names: Sequence[str] = ("train", "validation", "test")) -> Any:
-    """Open the ``<split>*.parquet`` or ``<split>/*.parquet`` files of a folder, as on the hub."""
+def parquet_folder(
+    folder: Path,
+    names: Sequence[str] = ("train", "validation", "test"),
+    optional: Sequence[str] = (),
+) -> Any:
+    """Open the ``<split>*.parquet`` or ``<split>/*.parquet`` files of a folder, as on the hub.
+
+    Args:
+        folder: where they are.
+        names: the splits.
+        optional: those that may be missing.
+
+    Raises:
+        InputError: if the folder or a split is missing.
+    """
     import datasets
 
     open_folder(folder, holds=f"{names[0]}*.parquet and so on")
@@ -130,9 +143,10 @@ def parquet_folder(folder: Path, names: Sequence[str] = ("train", "validation", 
         )
         for name in names
     }
-    if missing := [name for name in names if not files[name]]:
+    if missing := [name for name in names if not files[name] and name not in optional]:
         raise InputError(f"The data folder {folder} has no {missing[0]}*.parquet file.")
-    return datasets.load_dataset("parquet", data_files=files)
+    there = {name: paths for name, paths in files.items() if paths}
+    return datasets.load_dataset("parquet", data_files=there)
 
 
 def needed(name: str, data: Path | None) -> Path:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
 from circuitlens.tasks.files import dataset_records, to_examples
 from circuitlens.tasks.sources.data_set import from_hub, parquet_folder, pick
 
-__all__ = ["HubParquet", "parts"]
+__all__ = ["HubParquet", "Rows"]
 
 Rows = Iterable[Mapping[str, Any]]
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class HubParquet:
         label: column of the label.
         folder: ``<configuration>/<split>*.parquet``, as on the hub; ``None`` asks the hub.
         revision: of the repository.
-        splits_of: name on the hub of every split.
+        divide: whether the validation split is divided where there is no train split.
+        parallel: whether an id means the same in every language.
         prepare: changes the rows of a split, given its name.
         id, group: columns; without an id, rows are numbered within their split.
     """
@@ -40,11 +43,8 @@ class HubParquet:
     label: str = "label"
     folder: Path | None = None
     revision: str | None = None
-    splits_of: tuple[tuple[str, str], ...] = (
-        ("train", "train"),
-        ("validation", "validation"),
-        ("test", "test"),
-    )
+    divide: bool = False
+    parallel: bool = True
     prepare: Callable[[Rows, str], Rows] | None = None
     id: str | None = None
     group: str | None = None
@@ -66,24 +66,36 @@ class HubParquet:
         if self.folder is None:
             found = from_hub(self.repository, code, revision=self.revision)
         else:
-            found = parquet_folder(self.folder / code, [there for _, there in self.splits_of])
+            optional = ("train",) if self.divide else ()
+            found = parquet_folder(self.folder / code, _SPLITS, optional)
         records = dataset_records(found, self.label)
+        absent = [name for name in _SPLITS if name not in records]
+        divided = self.divide and absent == ["train"]
+        if absent and not divided:
+            raise InputError(f"{self.title} {language} has no {absent[0]} split.")
         splits: dict[str, Sequence[Example]] = {}
-        for name, there in self.splits_of:
-            rows: Rows = records[there]
-            splits[name] = to_examples(
-                rows if self.prepare is None else self.prepare(rows, there),
+        for name, rows in ((name, records[name]) for name in _SPLITS if name in records):
+            examples = to_examples(
+                rows if self.prepare is None else self.prepare(rows, name),
                 fields=list(self.fields),
                 label=self.label,
                 id=self.id,
                 group=self.group,
                 split=name,
-                where=f"{self.title} {language} {there}",
+                where=f"{self.title} {language} {name}",
             )
+            splits[name] = examples if self.parallel else [_own(e, code) for e in examples]
+        if divided:
+            splits |= _parts(splits["validation"])
         return splits
 
 
-def parts(examples: Sequence[Example]) -> dict[str, list[Example]]:
+def _own(example: Example, code: str) -> Example:
+    # Equal ids would be taken for translations: kept apart by pools, and paired by intervals.
+    return replace(example, id=f"{code}:{example.id}", group=f"{code}:{example.group}")
+
+
+def _parts(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Divide a development split, where there is no other, into one to train and one to validate.
 
     The second may not depend on the pools' seed: choices are made on it. Every fifth group goes

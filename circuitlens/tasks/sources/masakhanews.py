@@ -42,6 +42,7 @@ def _open(folder: Path | None) -> HubParquet:
         ("headline",),
         folder=folder,
         revision=CONVERTED,
+        parallel=False,
     )
 
 

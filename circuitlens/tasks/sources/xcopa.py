@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from circuitlens.tasks.examples import Example
 from circuitlens.tasks.sources.data_set import DataSet
-from circuitlens.tasks.sources.hub_parquet import HubParquet, Rows, parts
+from circuitlens.tasks.sources.hub_parquet import HubParquet, Rows
 
-__all__ = ["DATA_SET", "Xcopa"]
+__all__ = ["DATA_SET"]
 
 _NAMES = {
     "chinese": "zh",
@@ -32,62 +30,40 @@ _CONNECTIVES = {"cause": "because", "effect": "so"}
 
 
 def _prepare(rows: Rows, split: str) -> Iterator[Mapping[str, Any]]:
+    # A label that is withheld names no choice, which the reader of the rows refuses.
+    answers = dict(enumerate(_CHOICES))
     for row in rows:
         yield {
             **row,
             "id": f"{split}:{row['idx']}",
-            "premise": str(row["premise"]).strip().rstrip("."),
+            "premise": str(row["premise"]).strip().rstrip(".。"),
             "connective": _CONNECTIVES.get(str(row["question"]), str(row["question"])),
-            "answer": _CHOICES[int(row["label"])],
+            "answer": answers.get(int(row["label"]), ""),
         }
 
 
-@dataclass(frozen=True)
-class Xcopa:
+def _open(folder: Path | None) -> HubParquet:
     """XCOPA (Ponti et al., EMNLP 2020, arXiv 2005.00333): every example brings its answers.
 
     There is no train split: the validation split is divided.
-
-    Attributes:
-        folder: ``<configuration>/{validation,test}*.parquet`` as on the hub; ``None`` reads
-            ``cambridgeltl/xcopa`` from there.
     """
-
-    folder: Path | None = None
-
-    @property
-    def _files(self) -> HubParquet:
-        return HubParquet(
-            "XCOPA",
-            "cambridgeltl/xcopa",
-            _NAMES,
-            ("premise", "connective", *_CHOICES),
-            label="answer",
-            folder=self.folder,
-            splits_of=(("validation", "validation"), ("test", "test")),
-            prepare=_prepare,
-            id="id",
-        )
-
-    @property
-    def languages(self) -> Sequence[str]:
-        """Names of the languages."""
-        return self._files.languages
-
-    def resolve(self, language: str) -> str:
-        """Accept names and codes."""
-        return self._files.resolve(language)
-
-    def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
-        """Read both splits, and divide the first."""
-        found = self._files.splits(language)
-        return {**parts(found["validation"]), "test": found["test"]}
+    return HubParquet(
+        "XCOPA",
+        "cambridgeltl/xcopa",
+        _NAMES,
+        ("premise", "connective", *_CHOICES),
+        label="answer",
+        folder=folder,
+        divide=True,
+        prepare=_prepare,
+        id="id",
+    )
 
 
 DATA_SET = DataSet(
     name="xcopa",
     description="XCOPA, causes and effects by choice in 11 languages",
-    open=Xcopa,
+    open=_open,
     language="indonesian",
     prompt={
         "template": "{premise} {connective}",
