@@ -159,7 +159,12 @@ def test_a_split_that_the_hub_lacks_is_named(monkeypatch):
 def test_pawsx_keeps_pairs_of_one_sentence_together(tmp_path):
     rows = {
         split: [
-            {"id": n + 1, "sentence1": f"{split} {n // 2}", "sentence2": f"s{n}", "label": n % 2}
+            {
+                "id": n + 1,
+                "sentence1": f"{split} {n // 2}",
+                "sentence2": f"{split} s{n}",
+                "label": n % 2,
+            }
             for n in range(60)
         ]
         for split in ("train", "validation", "test")
@@ -171,6 +176,66 @@ def test_pawsx_keeps_pairs_of_one_sentence_together(tmp_path):
     assert len(where) == 180
     for n in range(0, 60, 2):
         assert where[f"train:{n + 1}"] == where[f"train:{n + 2}"]
+
+
+def test_pawsx_pairs_that_share_any_sentence_stay_together_in_every_language(tmp_path):
+    def rows(code, render):
+        made = {
+            split: [
+                {
+                    "id": n + 1,
+                    "sentence1": f"{code} {split} {n}",
+                    "sentence2": f"{split} x{n}",
+                    "label": n % 2,
+                }
+                for n in range(40)
+            ]
+            for split in ("validation", "test")
+        }
+        # Chains of three: a and b, b and c, c and d; each pair in another place of the file.
+        ends = [(f"{n}a", f"{n}b") for n in range(50)]
+        ends += [(f"{n}c", f"{n}b") for n in range(50)] + [(f"{n}c", f"{n}d") for n in range(50)]
+        made["train"] = [
+            {"id": n + 1, "sentence1": render(one, n), "sentence2": render(two, n), "label": n % 2}
+            for n, (one, two) in enumerate(ends)
+        ]
+        return made
+
+    write(tmp_path, "en", rows("en", lambda text, n: text), {"label": ["0", "1"]})
+    # Every sentence is translated differently in every pair, and the first pairs are empty.
+    german = rows("de", lambda text, n: f"de {text} {n}")
+    for row in german["train"][:10]:
+        row["sentence1"] = "NS"
+    german["train"][11]["label"] = -1
+    write(tmp_path, "de", german, {"label": ["0", "1"]})
+    task = cl.load_task("pawsx", data=tmp_path)
+    where = pools(task)
+    for n in range(50):
+        assert len({where[f"train:{n + k + 1}"] for k in (0, 50, 100)}) == 1
+    assert 0.3 < len(task["pool_a"]) / 150 < 0.7
+    for found in (task.to("german"), cl.load_task("pawsx", "de", data=tmp_path)):
+        there = pools(found)
+        assert len(there) == len(where) - 11
+        assert all(where[name] == pool for name, pool in there.items())
+    # Without the English pairs a language goes by its own sentences.
+    write(tmp_path / "alone", "de", rows("de", lambda text, n: f"de {text}"), {"label": ["0", "1"]})
+    alone = pools(cl.load_task("pawsx", "de", data=tmp_path / "alone"))
+    assert alone == where
+
+
+def test_pawsx_training_pairs_with_a_sentence_of_test_are_left_out(tmp_path, caplog):
+    rows = {
+        split: [
+            {"id": n + 1, "sentence1": f"{split} {n}", "sentence2": f"{split} s{n}", "label": n % 2}
+            for n in range(60)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    rows["train"][5]["sentence2"] = "test 7"
+    write(tmp_path, "en", rows, {"label": ["0", "1"]})
+    task = cl.load_task("pawsx", data=tmp_path)
+    assert "train:6" not in pools(task)
+    assert "1 training examples were left out: the same text or group" in caplog.text
 
 
 @pytest.fixture
