@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ from helpers import tiny
 
 import circuitlens as cl
 from circuitlens.models.readouts import SequenceReadout
+from circuitlens.tasks.sources import data_sets
 from circuitlens.tasks.sources.data_set import CONVERTED, from_hub
 from circuitlens.tasks.sources.sib200 import Sib200
 from circuitlens.tasks.toy import toy_tokenizer
@@ -98,7 +100,7 @@ def test_the_converted_copy_of_a_repository_is_read_by_folder(tmp_path):
     assert found["test"].features["label"].names == ["positive", "negative"]
 
 
-def test_afrisenti_and_masakhanews(tmp_path):
+def test_afrisenti(tmp_path):
     senses = ["positive", "neutral", "negative"]
     tweets = {
         split: [{"tweet": f"{split} {n}", "label": n % 3} for n in range(size)]
@@ -109,18 +111,57 @@ def test_afrisenti_and_masakhanews(tmp_path):
     assert task.language == "hausa"
     assert {e.label for e in task["test"]} == set(senses)
     assert [len(task[p]) for p in ("validation", "test")] == [30, 30]
-    topics = ["business", "entertainment", "health", "politics"]
-    news = {
+
+
+NEWS = ["business", "entertainment", "health", "politics", "religion", "sports", "technology"]
+
+
+def news(folder: Path, code: str, topics: list[str]) -> None:
+    rows = {
         split: [
-            {"headline": f"{split} {n}", "text": "long", "label": n % 4, "url": "u"}
-            for n in range(80)
+            {"headline": f"{split} {n}", "text": "long", "label": n % len(topics), "url": "u"}
+            for n in range(140)
         ]
         for split in ("train", "validation", "test")
     }
-    write(tmp_path / "m", "yor", news, {"label": topics})
-    words = {topic: f" {topic}" for topic in topics}
-    task = cl.load_task("masakhanews", "Yoruba", data=tmp_path / "m", labels=words)
-    assert {e.fields["headline"] for e in task["test"]} == {f"test {n}" for n in range(80)}
+    write(folder, code, rows, {"label": topics})
+
+
+def test_masakhanews_asks_for_the_topics_that_a_language_has(tmp_path):
+    for code, without in (
+        ("eng", {"religion"}),
+        ("tir", {"religion"}),
+        ("hau", set()),
+        ("yor", {"business", "technology"}),
+    ):
+        news(tmp_path, code, [topic for topic in NEWS if topic not in without])
+    english = cl.load_task("masakhanews", data=tmp_path)
+    assert list(english.labels) == [topic for topic in NEWS if topic != "religion"]
+    assert {e.fields["headline"] for e in english["test"]} == {f"test {n}" for n in range(140)}
+    yoruba = cl.load_task("masakhanews", "Yor", data=tmp_path)
+    assert list(yoruba.labels) == ["entertainment", "health", "politics", "religion", "sports"]
+    assert cl.load_task("masakhanews", "hausa", data=tmp_path).labels.keys() == set(NEWS)
+    # Headlines of two languages are no translations, whatever their numbers.
+    target = english.to("tigrinya")
+    assert target.labels == english.labels
+    assert not set(pools(target)) & set(pools(english))
+    assert target.pools.size == 420
+    with pytest.raises(cl.InputError, match=r"the label 'religion', which is none of"):
+        english.to("hausa")
+
+
+def test_prompts_of_a_language_go_with_its_name_and_stay_when_it_is_left(monkeypatch):
+    known = data_sets()
+    own = {"near": {"template": "{text} near:"}}
+    changed = {**known, "toy": replace(known["toy"], prompts=own)}
+    monkeypatch.setattr("circuitlens.tasks.sources.data_sets", lambda: changed)
+    plain = known["toy"].prompt["template"]
+    task = cl.load_task("toy")
+    assert task.template == task.to("near").template == plain
+    near = cl.load_task("toy", "near")
+    assert near.template == near.to("far").template == "{text} near:"
+    assert near.labels == task.labels
+    assert cl.load_task("toy", "near", template="{text} mine:").template == "{text} mine:"
 
 
 def test_afrisenti_divides_validation_where_there_is_no_train_split(tmp_path):

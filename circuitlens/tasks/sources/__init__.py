@@ -37,7 +37,8 @@ def load_task(
         name: one of :func:`circuitlens.tasks.data_sets`, such as ``nusax``, or the path of a CSV,
             TSV, JSONL or Parquet file (see :meth:`Task.from_file`).
         language: a name or a code; the default is the data set's usual source language.
-        data: local folder of the data set; without it, NusaX and XNLI come from the hub.
+        data: local folder of the data set; without it, all but SmSA, AmericasNLI and toy come from
+            the hub.
         options: ``template``, ``labels``, ``seed``, ``share_a``, ``max_text_tokens``,
             ``tokenizer`` (checks the label words at once); for a file, also its columns, as
             ``label``, ``id`` and ``group``.
@@ -62,9 +63,11 @@ def load_task(
         return Task.from_file(name, language=language or "unnamed", **options)
     check_options(options, OPTIONS, name)
     chosen = known[name]
+    source = chosen.open(None if data is None else Path(data))
+    language = source.resolve(language or chosen.language)
     return Task.from_source(
-        chosen.open(None if data is None else Path(data)),
-        language or chosen.language,
+        source,
+        language,
         name=name,
-        **{**chosen.prompt, **options},
+        **{**chosen.prompt, **chosen.prompts.get(language, {}), **options},
     )

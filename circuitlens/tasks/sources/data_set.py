@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class DataSet:
         open: makes the source from a local folder; ``None`` stands for the hub.
         language: the usual source language.
         prompt: ``template`` and ``labels`` of the task, or what makes them.
+        prompts: what is otherwise where a language is loaded by its name, by the source's name of
+            the language. :meth:`Task.to` keeps the prompt of the language that it starts from.
     """
 
     name: str
@@ -51,6 +53,7 @@ class DataSet:
     open: Callable[[Path | None], Source]
     language: str
     prompt: Mapping[str, Any]
+    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def pick(language: str, known: Mapping[str, str] | Sequence[str], what: str) -> str:
