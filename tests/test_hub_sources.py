@@ -14,7 +14,7 @@ import circuitlens as cl
 from circuitlens.models.readouts import SequenceReadout
 from circuitlens.tasks.sources import data_sets
 from circuitlens.tasks.sources.data_set import CONVERTED, from_hub
-from circuitlens.tasks.sources.sib200 import Sib200
+from circuitlens.tasks.sources.sib200 import _NAMES, Sib200
 from circuitlens.tasks.toy import toy_tokenizer
 
 TOPICS = ["science/technology", "travel", "politics", "sports", "health", "entertainment"]
@@ -60,6 +60,38 @@ def test_sib200_is_parallel_and_takes_names_and_codes(shared):
         task.to("klingon")
 
 
+def test_sib200_knows_every_language_of_the_folder_by_name_and_code(shared):
+    source = Sib200(shared / "data" / "sib200")
+    codes = set(source.languages)
+    assert len(codes) == 26
+    for code in codes:
+        for given in (code, code.lower(), f" {code.upper()} "):
+            assert source.resolve(given) == code
+    # The Arabic scripts of Acehnese and Minangkabau have no name of their own.
+    assert {source.resolve(name) for name in _NAMES} == codes - {"ace_Arab", "min_Arab"}
+    assert {source.resolve(code[:3]) for code in codes} == codes - {"ace_Arab", "min_Arab"}
+
+
+def test_sib200_codes_without_script_mean_one(tmp_path):
+    for code in (
+        "arb_Arab",
+        "arb_Latn",
+        "zho_Hans",
+        "zho_Hant",
+        "kas_Arab",
+        "kas_Deva",
+        "nso_Latn",
+    ):
+        (tmp_path / code).mkdir()
+        (tmp_path / code / "train.tsv").touch()
+    source = Sib200(tmp_path)
+    found = {code: source.resolve(code) for code in ("arb", "zho", "nso", "NSO")}
+    assert found == {"arb": "arb_Arab", "zho": "zho_Hans", "nso": "nso_Latn", "NSO": "nso_Latn"}
+    with pytest.raises(cl.InputError, match="several scripts: say which, kas_Arab or kas_Deva"):
+        source.resolve("kas")
+    assert source.resolve("kas_deva") == "kas_Deva"
+
+
 def test_sib200_knows_all_codes_of_the_hub(monkeypatch):
     asked = []
 
@@ -81,6 +113,8 @@ def test_sib200_knows_all_codes_of_the_hub(monkeypatch):
     assert asked == [("Davlan/sib200", "nso_Latn")]
     assert len(task["test"]) == 70
     assert Sib200().resolve("Swahili") == "swh_Latn"
+    assert Sib200().resolve("NSO_latn") == "nso_Latn"
+    assert Sib200().resolve("arb") == "arb_Arab"
 
 
 # -- Parquet -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
 from circuitlens.tasks.files import dataset_records, read_rows, to_examples
 from circuitlens.tasks.sources.data_set import (
@@ -69,18 +70,34 @@ class Sib200:
         return sorted(path.parent.name for path in folder.glob("*_*/train.tsv"))
 
     def resolve(self, language: str) -> str:
-        """Accept FLORES codes, names, and codes without script (Latin, if there are several)."""
+        """Accept FLORES codes, names, and codes without a script.
+
+        Of several scripts, such a code means the one that has a name here, such as ``min_Latn``
+        for ``min``.
+
+        Raises:
+            InputError: for an unknown language, or a code of several scripts of which none has a
+                name; they are listed.
+        """
         have = self.languages
         if self.folder is not None:
             refuse_foreign(have, self.folder, "SIB-200", _LAYOUT)
-        elif re.fullmatch(r"[a-z]{3}_[A-Z][a-z]{3}", language):
-            return language
-        known: dict[str, str] = {}
-        for code in sorted(have, key=lambda code: code.endswith("_Latn")):
-            known[code.split("_")[0]] = code
-        known |= {name: code for name, code in _NAMES.items() if code in have}
-        known |= {code.lower(): code for code in have}
-        return pick(language, known, "SIB-200")
+        elif re.fullmatch(r"[a-z]{3}_[a-z]{4}", language.strip().lower()):
+            # The hub has more languages than have a name here, and knows their codes as written.
+            code, script = language.strip().lower().split("_")
+            return f"{code}_{script.title()}"
+        bare: dict[str, list[str]] = {}
+        for code in have:
+            bare.setdefault(code.split("_")[0], []).append(code)
+        named = {name: code for name, code in _NAMES.items() if code in have}
+        usual = {code.split("_")[0]: code for code in named.values()}
+        asked = language.strip().lower()
+        if len(scripts := bare.get(asked, [])) > 1 and asked not in usual:
+            raise InputError(
+                f"SIB-200 has {asked} in several scripts: say which, {' or '.join(scripts)}."
+            )
+        known = {short: codes[0] for short, codes in bare.items()} | usual | named
+        return pick(language, known | {code.lower(): code for code in have}, "SIB-200")
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
         """Read the three splits; an id is the same sentence in every language."""
