@@ -17,7 +17,7 @@ import pytest
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.tasks import toy
-from circuitlens.tasks.sources import toy_languages
+from circuitlens.tasks.sources import data_sets, toy_languages
 
 pytestmark = pytest.mark.docs
 
@@ -162,11 +162,12 @@ def test_every_public_name_is_in_the_reference():
         assert any(thing is other for other in (*objects, *within)), name
 
 
-def test_every_scorer_strategy_and_figure_is_explained():
+def test_every_scorer_strategy_figure_and_data_set_is_explained():
     for names, page in (
         (cl.METHODS, "method.md"),
         ([*STRATEGIES, "auto"], "howto/strategies.md"),
         (cl.view.__all__, "howto/figures.md"),
+        (data_sets(), "howto/own-data.md"),
     ):
         for name in names:
             assert re.search(rf"`(cl\.view\.)?{re.escape(name)}`", PAGES[page]), f"{name}: {page}"
