@@ -40,7 +40,7 @@ from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
-from circuitlens.utils.provenance import library_versions
+from circuitlens.utils.provenance import library_versions, machine
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing, safe_name, write_json
 from circuitlens.view import write_report
 
@@ -338,6 +338,7 @@ class RunFolder:
             "finished": self.finished,
             "settings": asdict(self.settings),
             "versions": library_versions(),
+            "machine": machine(),
         }
         if (self.path / "circuit.json").is_file():
             record["model_fingerprint"] = self.baseline.provenance.model_fingerprint

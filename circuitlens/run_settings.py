@@ -111,7 +111,8 @@ class RunSettings:
         kv_policy: which key/value heads are trained under grouped-query attention.
         retain: further language in which accuracy is measured before and after the transfer.
         rediscover: search the source circuit again in the adapted model.
-        seed: everything random follows from it.
+        seed: everything random follows from it; the same numbers take the same number of threads,
+            device and library versions too, which every result records.
 
     Raises:
         InputError: for what no run could work with.

@@ -310,3 +310,36 @@ def test_a_saved_toy_model_loads_with_the_same_logits(tmp_path):
         assert torch.equal(again.hf_logits(same), expected)
         torch.testing.assert_close(again.logits(same), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 1e-3
+
+
+REPRODUCED = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+import circuitlens as cl
+from circuitlens.tasks import toy
+task = cl.load_task("toy")
+options = {**toy.TOY_FINETUNE, "epochs": 2, "quiet": True}
+try:
+    model = cl.finetune(toy.toy_model(n_layers=1), task, **options)
+except cl.CompetenceError as error:
+    model = error.model
+baseline = cl.label_balanced_mean(model, task, allow_chance=True, quiet=True)
+scores = cl.relevance(model, task, baseline, max_examples=30, quiet=True)
+print(model.fingerprint(), scores.provenance.machine["threads"], scores.mean.flatten().tolist())
+"""
+
+
+@pytest.mark.slow
+def test_the_recorded_setting_reproduces_the_bits():
+    def run(threads: int) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", REPRODUCED, str(threads)]
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=300, env=environment
+        )
+        return done.stdout.strip().splitlines()[-1]
+
+    for threads in (1, 2):
+        first, second = run(threads), run(threads)
+        assert first == second
+        assert first.split()[1] == str(threads)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-__all__ = ["Provenance", "library_versions"]
+__all__ = ["Provenance", "library_versions", "machine"]
 
 _LIBRARIES = ("circuitlens", "torch", "transformers", "transformer-lens", "peft", "numpy")
 
@@ -15,6 +15,24 @@ _LIBRARIES = ("circuitlens", "torch", "transformers", "transformer-lens", "peft"
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that numbers can depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
+
+
+def machine() -> dict[str, str]:
+    """What else the last digits of numbers depend on: threads, instructions, accelerator.
+
+    Sums are made in another order with other numbers of threads, and a training turns the last
+    digit into another circuit.
+    """
+    import torch
+
+    found = {"threads": str(torch.get_num_threads())}
+    found["cpu"] = torch.backends.cpu.get_cpu_capability()
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        found["accelerator"] = str(kind)
+        if kind is not None and kind.type == "cuda":
+            found["accelerator"] = torch.cuda.get_device_name()
+    return found
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Provenance:
         seed: the seed everything random was derived from.
         settings: the arguments of the call.
         versions: library versions.
+        machine: threads, instructions and accelerator of the process; empty in older results.
     """
 
     model: str
@@ -38,6 +57,7 @@ class Provenance:
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)
+    machine: dict[str, str] = field(default_factory=machine)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -46,4 +66,4 @@ class Provenance:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Provenance:
         """Rebuild what :meth:`to_dict` returned."""
-        return cls(**content)
+        return cls(**{"machine": {}, **content})
