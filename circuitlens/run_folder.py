@@ -42,6 +42,7 @@ from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
 from circuitlens.utils.provenance import library_versions, machine
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing, safe_name, write_json
+from circuitlens.utils.threads import settle_threads
 from circuitlens.view import write_report
 
 __all__ = ["RunFolder"]
@@ -128,14 +129,18 @@ class RunFolder:
 
     @cached_property
     def _start(self) -> HookedModel:
-        return self.settings.open_model(self.task)
+        model = self.settings.open_model(self.task)
+        settle_threads(model.hf)
+        return model
 
     @cached_property
     def model(self) -> HookedModel:
         """The competent model: the proxy of the folder, trained if need be."""
         proxy = self.path / "proxy"
         if proxy.is_dir():
-            return load(proxy, device=self.settings.device)
+            trained = load(proxy, device=self.settings.device)
+            settle_threads(trained.hf)
+            return trained
         mode = self.settings.competence
         if mode == "never":
             return self._start

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 import circuitlens as cl
 from circuitlens.tasks.toy import TOY_PROMPT, Lexicon, ToyLanguages, toy_model, toy_tokenizer
+from circuitlens.utils import threads
+from circuitlens.utils.threads import settle_threads
 
 LANGUAGES = ("source", "near", "far")
 SPLITS = ("train", "validation", "test")
@@ -339,7 +341,23 @@ def test_the_recorded_setting_reproduces_the_bits():
         )
         return done.stdout.strip().splitlines()[-1]
 
-    for threads in (1, 2):
-        first, second = run(threads), run(threads)
+    for n in (1, 2):
+        first, second = run(n), run(n)
         assert first == second
-        assert first.split()[1] == str(threads)
+        assert first.split()[1] == str(n)
+
+
+def test_commands_give_small_models_one_thread(monkeypatch):
+    model = toy_model(n_layers=1).hf
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    settle_threads(model)
+    assert not chosen
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    settle_threads(model)
+    assert chosen == [1]
+    monkeypatch.setattr(threads, "SMALL", 10)
+    settle_threads(model)
+    assert chosen == [1]
