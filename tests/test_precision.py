@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import made_up, tiny
 import circuitlens as cl
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.precision import in_float32
+from circuitlens.adapt.strategies import Choice, strategy_of
 from circuitlens.adapt.training import train
 from circuitlens.tasks import toy
 
@@ -67,6 +69,38 @@ def test_16_bit_models_take_every_step_of_the_line(dtype, toy_proxy, toy_task, t
         )
         assert result.model.dtype == dtype
         assert result.target_after.accuracy > 0.4
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_what_sixteen_bits_round_away_is_counted(dtype):
+    model = cl.load(tiny("qwen2", dtype))
+    g = model.geometry
+    choice = Choice(cl.Circuit((cl.Head(0, 1), cl.Head(2, 0)), g.n_layers, g.n_heads))
+    how = strategy_of("circuit")
+    trainable = how.make(model, choice, how.choose(choice))
+    assert trainable.rounded_away() == (0, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable.parameters.values():
+            sizes = torch.tensor([1e-7, 0.0, 0.5])
+            kind = torch.randint(3, parameter.shape, generator=generator)
+            parameter.copy_(sizes[kind])
+    lost, moved = trainable.rounded_away()
+    assert moved == sum(int((p != 0).sum()) for p in trainable.parameters.values())
+    merged = dict(trainable.merged().hf.named_parameters())
+    changed = sum(int((merged[n] != p).sum()) for n, p in model.hf.named_parameters())
+    assert changed == moved - lost
+    assert (lost > 0.2 * moved) == (dtype != torch.float32)
+
+
+def test_what_sixteen_bits_round_away_is_said(toy_proxy, toy_task, toy_scores, caplog):
+    options = {"learning_rates": [3e-3], "epochs": 2, "quiet": True}
+    model = toy_proxy.clone()
+    model.hf.to(torch.bfloat16)
+    with caplog.at_level("WARNING", logger="circuitlens"):
+        result = cl.transfer(model, toy_scores.top(4), toy_task.to("near"), **options)
+    assert result.learning_rate > 0
+    assert re.search(r"\d+ of \d+ trained entries are rounded away .* torch.bfloat16", caplog.text)
 
 
 def test_finetuning_trains_what_was_frozen_too_and_freezes_it_again():

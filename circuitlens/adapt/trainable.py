@@ -208,6 +208,17 @@ class Trainable:
                 tensors[f"{name}:where"] = mask
         write_tensors(folder / _ENTRIES, _SCHEMA, tensors, {})
 
+    def rounded_away(self) -> tuple[int, int]:
+        """Trained entries of head slices that merging into 16 bits loses, and all of them."""
+        from circuitlens.adapt.headslice.layer import HeadSliceLayer
+
+        lost = trained = 0
+        for module in self.model.hf.modules():
+            if isinstance(module, HeadSliceLayer):
+                some, each = module.rounded_away("default")
+                lost, trained = lost + some, trained + each
+        return lost, trained
+
     def merged(self) -> HookedModel:
         """Return the plain model that this has become; the adapter is gone afterwards."""
         if self.adapter is None:

@@ -206,6 +206,16 @@ def transfer(
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     trainable.model.prompt = task.prompt
     trainable.write(Path(scratch.name))
+    lost, moved = trainable.rounded_away()
+    if lost:
+        logger.warning(
+            "%s: %d of %d trained entries are rounded away when they are merged into %s, so the "
+            "adapted model is not quite what validation saw: load the model in float32.",
+            label,
+            lost,
+            moved,
+            model.dtype,
+        )
     adapted = trainable.merged()
 
     target_after, target_right = _measure(adapted, task, quiet)
