@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,13 +35,31 @@ def toy_task():
 
 
 @pytest.fixture(scope="session")
-def toy_proxy(toy_task):
+def toy_proxy(toy_task, tmp_path_factory, worker_id):
     """A small model that does the toy task well, though not perfectly."""
     import circuitlens as cl
     from circuitlens.tasks import toy
 
-    options = {**toy.TOY_FINETUNE, "epochs": 12}
-    return cl.finetune(toy.toy_model(n_layers=2), toy_task, **options)
+    def train() -> cl.HookedModel:
+        options = {**toy.TOY_FINETUNE, "epochs": 12}
+        return cl.finetune(toy.toy_model(n_layers=2), toy_task, **options)
+
+    if worker_id == "master":
+        return train()
+    # Tests run side by side in several processes, of which one trains it.
+    path = tmp_path_factory.getbasetemp().parent / "toy_proxy.safetensors"
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            trained = train()
+            save_file({n: p.detach() for n, p in trained.hf.named_parameters()}, path)
+            return trained
+    model = toy.toy_model(n_layers=2)
+    weights = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.hf.named_parameters():
+            parameter.copy_(weights[name])
+    model.origin, model.prompt = "fine-tuned", toy_task.prompt
+    return model
 
 
 @pytest.fixture(scope="session")
