@@ -63,6 +63,7 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch, toy_proxy):
     from circuitlens.cli import app
 
     toy_proxy.save(tmp_path / "my-model")
+    (tmp_path / "new.csv").write_text("text\nbada gu\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     stands_for = {"nusax": "toy", "indonesian": "source", "javanese": "near", "sundanese": "far"}
     little = {
@@ -84,9 +85,10 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch, toy_proxy):
         assert found.exit_code == 0, (line, found.output, found.exception)
         done.append(words[0])
     # What is shown later must not be lost by what comes after it.
-    assert done == ["run", "discover", "faithfulness", "transfer", "compare", "report"]
+    assert done == ["run", "discover", "faithfulness", "transfer", "compare", "report", "predict"]
     assert (tmp_path / "runs/ind-jav/transfers/far/circuit/result.json").is_file()
     assert (tmp_path / "runs/ind-jav/compare/comparison.json").is_file()
+    assert "label" in (tmp_path / "labelled.csv").read_text()
 
 
 @pytest.mark.docs
