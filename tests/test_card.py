@@ -96,6 +96,7 @@ def hub(monkeypatch, tmp_path, toy_proxy):
     return "someone/toy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["circuit", "head"])
 def test_a_model_of_the_hub_is_the_base_until_it_is_trained(
     tmp_path, hub, toy_task, toy_scores, strategy

@@ -100,6 +100,7 @@ def test_everything_that_is_measured_works(proxy, toy_task, found):
     assert len(cl.discover(proxy, toy_task, baseline, max_examples=20, quiet=True)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "gradual"])
 def test_every_strategy_adapts_it(proxy, toy_task, found, strategy, tmp_path):
     _, scores = found

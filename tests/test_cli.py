@@ -188,6 +188,7 @@ def test_a_run_is_finished_when_all_it_was_asked_for_is_there(cli, finished, tmp
     assert is_finished()
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_on_and_other_settings_are_refused(
     cli, proxy_folder, tmp_path, monkeypatch
 ):
@@ -399,6 +400,7 @@ def test_wrong_options_are_explained_without_traceback(cli):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.slow
 def test_the_whole_line_on_files_of_ones_own(cli, proxy_folder, tmp_path, toy_task):
     for language in ("source", "near"):
         task = toy_task if language == "source" else toy_task.to(language)

@@ -126,6 +126,75 @@ def test_the_commands_name_options_that_exist():
     assert found >= 5
 
 
+# What a page's commands are about here, and what makes them take seconds.
+STANDS_FOR = {
+    "nusax": "toy",
+    "indonesian": "source",
+    "javanese": "near",
+    "sundanese": "near",
+    "minangkabau": "far",
+    "runs/ind-jav": "runs/mine",
+}
+LITTLE = {
+    "run": "--max-examples 20 --n-random 1 --epochs 1 --rate 1e-3 --strategy norms "
+    "--competence never --allow-chance",
+    "compare": "--strategy norms",
+    "figures": "--format svg",
+}
+# Not run: the demo takes minutes, and there is no GPU.
+SKIPPED = {"getting-started.md": "the demo", "howto/gpu.md": "a GPU"}
+WITH_COMMANDS = [
+    page
+    for page in PAGES
+    if page not in SKIPPED and re.search(r"^circuitlens ", "".join(blocks(page, "sh")), re.M)
+]
+
+
+def test_pages_have_commands_to_run():
+    assert len(WITH_COMMANDS) >= 4
+    assert set(SKIPPED) <= set(PAGES)
+
+
+@pytest.mark.usefixtures("_pictures")
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_run_in_their_order(page, tmp_path, monkeypatch, toy_proxy):
+    from typer.testing import CliRunner
+
+    from circuitlens.cli import app
+
+    toy_proxy.save(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    if page == "howto/own-data.md":
+        # The page's own files.
+        exec(blocks(page, "python")[0], {"__name__": "__main__"})
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    commands = [w[1:] for w in words if w and w[0] == "circuitlens"]
+    if commands[0][0] != "run":
+        # A page that begins with the folder of a run.
+        commands.insert(
+            0,
+            [
+                "run",
+                "--model",
+                "my-model",
+                "--task",
+                "toy",
+                "--target",
+                "near",
+                "--out",
+                "runs/mine",
+            ],
+        )
+    for command in commands:
+        if "--data" in command:
+            place = command.index("--data")
+            del command[place : place + 2]
+        asked = [STANDS_FOR.get(word, word) for word in command]
+        found = CliRunner().invoke(app, [*asked, "-q", *LITTLE.get(asked[0], "").split()])
+        assert found.exit_code == 0, (command, found.output, found.exception)
+
+
 def test_extras_that_are_named_exist():
     project = (ROOT / "pyproject.toml").read_text()
     for extras in re.findall(r"'\.\[([\w,]+)\]'", "".join(PAGES.values())):

@@ -58,6 +58,7 @@ def test_what_does_not_change_keeps_its_bits_and_views_stay_views(dtype):
     assert torch.equal(rows[3], (bits[3].float() + 1).to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_16_bit_models_take_every_step_of_the_line(dtype, toy_proxy, toy_task, toy_scores):
     model = toy_proxy.clone()
@@ -93,6 +94,7 @@ def test_what_sixteen_bits_round_away_is_counted(dtype):
     assert (lost > 0.2 * moved) == (dtype != torch.float32)
 
 
+@pytest.mark.slow
 def test_what_sixteen_bits_round_away_is_said(toy_proxy, toy_task, toy_scores, caplog):
     options = {"learning_rates": [3e-3], "epochs": 2, "quiet": True}
     model = toy_proxy.clone()

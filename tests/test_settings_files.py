@@ -142,6 +142,7 @@ def test_every_option_has_a_key():
         assert flags_of({flag.removeprefix("--"): None}, "here") == []
 
 
+@pytest.mark.slow
 def test_a_run_holds_the_file_that_repeats_it(tmp_path, monkeypatch, toy_proxy):
     toy_proxy.save(tmp_path / "proxy")
     options = ["--model", str(tmp_path / "proxy"), "--task", "toy", "--max-examples", "20"]

@@ -182,6 +182,7 @@ def test_finetuning_that_ends_near_chance_is_refused_with_the_model(toy_task):
     assert model.fingerprint() == before
 
 
+@pytest.mark.slow
 def test_the_rate_is_chosen_on_validation_and_never_on_test(toy_proxy, toy_task, toy_scores):
     target = toy_task.to("near")
     options = {"learning_rates": [1e-6, 3e-3], "epochs": 2}
@@ -212,6 +213,7 @@ def test_no_training_is_a_candidate_of_every_transfer(toy_proxy, toy_task, toy_s
     assert result.validation[0.0] == start.accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "stages"), [(1, [1]), (3, [1, 1, 1]), (10, [2, 2, 3, 3])])
 def test_gradual_trains_as_many_epochs_as_the_options_say(
     toy_proxy, toy_task, toy_scores, monkeypatch, epochs, stages
@@ -346,6 +348,7 @@ def test_lora_has_about_as_many_entries_as_the_circuit(toy_proxy, toy_scores):
     assert ranks == {8}
 
 
+@pytest.mark.slow
 def test_replay_and_stages_mix_source_examples_in(toy_proxy, toy_task, toy_scores, monkeypatch):
     seen: list[list[str]] = []
     # `circuitlens.adapt.transfers` is the function; its module has the same name.
@@ -432,6 +435,7 @@ def test_of_candidates_alike_the_smallest_wins(toy_scores):
     assert len(_pick(plans, right, choice).circuit) == 4
 
 
+@pytest.mark.slow
 def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_task, toy_scores):
     far = toy_task.to("far")
     result = cl.transfer(
@@ -456,6 +460,7 @@ def test_retention_of_other_languages_and_of_the_circuit_itself(toy_proxy, toy_t
     assert -1 <= shift.rank_correlation <= 1
 
 
+@pytest.mark.slow
 def test_the_circuit_is_searched_anew_as_it_was_found(toy_proxy):
     few = toy.ToyLanguages(n_train=600, n_validation=60, n_test=60)
     task = cl.Task.from_source(few, "source", name="toy", **toy.TOY_PROMPT)
