@@ -16,18 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.models.batch import (
     Answers,
@@ -39,16 +33,16 @@ from circuitlens.models.batch import (
     Words,
     at_least_float32,
 )
-from circuitlens.models.families import ActivationSite
 from circuitlens.models.hooks import Hook
 from circuitlens.models.readouts.columns import last_columns
+from circuitlens.models.readouts.vocabulary import VocabularyReadout, ends_of, rows_of_head
 from circuitlens.models.tokens import PromptText, begin
 
 __all__ = ["SequenceReadout"]
 
 
 @dataclass(frozen=True)
-class SequenceReadout(Readout):
+class SequenceReadout(VocabularyReadout):
     """Log-probabilities of whole answers.
 
     Attributes:
@@ -70,6 +64,11 @@ class SequenceReadout(Readout):
         """Number of labels."""
         return len(self.words) or self.n_choices
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether the model answers in the place of its mask."""
+        return self.mask is not None
+
     # -- prompts -------------------------------------------------------------------------------
 
     def for_labels(
@@ -88,8 +87,7 @@ class SequenceReadout(Readout):
         """As that of the token readout, but without a mask, of which each row has its own."""
         if self.mask is None:
             return Frame(begin(tokenizer, bos), (), ())
-        ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-        before, behind = (() if end is None else (int(end),) for end in ends)
+        before, behind = ends_of(tokenizer)
         return Frame(before, (), behind)
 
     def plan(self, answers: Answers) -> Plan:
@@ -119,7 +117,7 @@ class SequenceReadout(Readout):
         """Scores of the labels, from the hooked view."""
         width = self._width(batch)
         with last_columns(model, model.bridge.unembed, width, batch.n_suffix) as arguments:
-            return self._scores(model.run(batch, hooks, **arguments), batch)
+            return self._scores(model.run(batch, hooks, **arguments), batch, width)
 
     def hf_logits(
         self, model: Views, batch: Batch, module: nn.Module | None = None
@@ -133,7 +131,7 @@ class SequenceReadout(Readout):
         """Scores of the labels, from the Hugging Face view."""
         width, head = self._width(batch), model.hf.get_output_embeddings()
         with last_columns(model, head, width, batch.n_suffix) as arguments:
-            return self._scores(model.run_hf(batch, module, **arguments).logits, batch)
+            return self._scores(model.run_hf(batch, module, **arguments).logits, batch, width)
 
     def of_labels(self, logits: Float[Tensor, "*batch label"]) -> Float[Tensor, "*batch label"]:
         """The scores themselves."""
@@ -144,9 +142,9 @@ class SequenceReadout(Readout):
         assert batch.reading is not None
         return -int(batch.reading[..., 1].min())
 
-    def _scores(self, logits: Tensor, batch: Batch) -> Float[Tensor, "batch label"]:
+    def _scores(self, logits: Tensor, batch: Batch, width: int) -> Float[Tensor, "batch label"]:
+        """Scores from the logits of the last ``width`` columns before the suffix."""
         assert batch.reading is not None
-        width = self._width(batch)
         row, column, kept = _places(batch)
         column = column - (batch.input_ids.shape[1] - batch.n_suffix - width)
         at = at_least_float32(logits[row, column.clamp(min=0)])
@@ -174,34 +172,14 @@ class SequenceReadout(Readout):
 
     def head_masks(self, hf: PreTrainedModel) -> dict[str, Bool[Tensor, "..."]]:
         """The unembedding's rows of all tokens of the words; of free answers, all rows."""
-        weight = hf.get_output_embeddings().weight
-        name = next(n for n, p in hf.named_parameters() if p is weight)
-        mask = torch.zeros_like(weight, dtype=torch.bool)
         tokens = {token for label in self.words for word in label for token in word}
-        mask[sorted(tokens) if tokens else slice(None)] = True
-        return {name: mask}
+        return rows_of_head(hf, tokens or None)
 
     # -- the head ------------------------------------------------------------------------------
-
-    def input_hook(self) -> str:
-        """The input of the unembedding."""
-        return "unembed.hook_in"
-
-    def activations(self, model: Views) -> tuple[ActivationSite, ...]:
-        """Those of a masked language model's head."""
-        return model.family.lm_head_activations
 
     def uncapped(self, model: Views) -> tuple[str, Callable[[Tensor], Tensor]] | None:
         """None: a cap on logits, like their normaliser, goes by its gradient here."""
         return None
-
-    def auto_class(self) -> Any:
-        """A causal language model, or an encoder with its masked-language-model head."""
-        return AutoModelForCausalLM if self.mask is None else AutoModelForMaskedLM
-
-    def peft_task_type(self) -> str | None:
-        """Causal language models; PEFT has no name for masked ones."""
-        return "CAUSAL_LM" if self.mask is None else None
 
 
 @lru_cache(maxsize=65536)

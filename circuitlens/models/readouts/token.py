@@ -20,19 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, check_choice
 from circuitlens.models.batch import Batch, Frame, Readout, Views, Words, at_least_float32
-from circuitlens.models.families import ActivationSite
 from circuitlens.models.hooks import Hook
 from circuitlens.models.readouts.columns import last_columns
 from circuitlens.models.readouts.sequence import SequenceReadout
+from circuitlens.models.readouts.vocabulary import VocabularyReadout, ends_of, rows_of_head
 from circuitlens.models.readouts.words import first_difference, refuse_beginnings, tokens_of_words
 from circuitlens.models.tokens import PromptText, begin
 
@@ -42,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TokenReadout(Readout):
+class TokenReadout(VocabularyReadout):
     """Logits of one token per label at the decision position.
 
     Attributes:
@@ -62,6 +57,11 @@ class TokenReadout(Readout):
     def n_labels(self) -> int:
         """Number of labels."""
         return len(self.tokens)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the model answers in the place of its mask."""
+        return self.masked
 
     # -- prompts -------------------------------------------------------------------------------
 
@@ -124,11 +124,8 @@ class TokenReadout(Readout):
         """
         if not self.masked:
             return Frame(begin(tokenizer, bos), self.shared, ())
-        return Frame(
-            _some(tokenizer.cls_token_id),
-            (*self.shared, _mask(tokenizer)),
-            _some(tokenizer.sep_token_id),
-        )
+        before, behind = ends_of(tokenizer)
+        return Frame(before, (*self.shared, _mask(tokenizer)), behind)
 
     def where(self, batch: Batch) -> Bool[Tensor, "batch pos"]:
         """The decision position."""
@@ -197,21 +194,9 @@ class TokenReadout(Readout):
 
     def head_masks(self, hf: PreTrainedModel) -> dict[str, Bool[Tensor, "..."]]:
         """The unembedding's rows of the label tokens; where it is tied, the embedding's too."""
-        weight = hf.get_output_embeddings().weight
-        name = next(n for n, p in hf.named_parameters() if p is weight)
-        mask = torch.zeros_like(weight, dtype=torch.bool)
-        mask[list(self.tokens)] = True
-        return {name: mask}
+        return rows_of_head(hf, self.tokens)
 
     # -- the head ------------------------------------------------------------------------------
-
-    def input_hook(self) -> str:
-        """The input of the unembedding."""
-        return "unembed.hook_in"
-
-    def activations(self, model: Views) -> tuple[ActivationSite, ...]:
-        """Those of a masked language model's head."""
-        return model.family.lm_head_activations
 
     def uncapped(self, model: Views) -> tuple[str, Callable[[Tensor], Tensor]] | None:
         """Logits before the soft-cap that Gemma 2 puts on them."""
@@ -219,14 +204,6 @@ class TokenReadout(Readout):
             return None
         # The unembedding sees nothing but the decision position.
         return "unembed.hook_out", lambda logits: at_least_float32(logits[:, -1])
-
-    def auto_class(self) -> Any:
-        """A causal language model, or an encoder with its masked-language-model head."""
-        return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
-
-    def peft_task_type(self) -> str | None:
-        """Causal language models; PEFT has no name for masked ones."""
-        return None if self.masked else "CAUSAL_LM"
 
 
 @lru_cache(maxsize=256)
@@ -244,10 +221,6 @@ def _report(
         for label, word in zip(labels, words, strict=True)
     ]
     logger.info("First tokens that differ stand for the labels (%s).", ", ".join(names))
-
-
-def _some(token: int | None) -> tuple[int, ...]:
-    return () if token is None else (int(token),)
 
 
 def _mask(tokenizer: PreTrainedTokenizerBase) -> int:
