@@ -222,3 +222,5 @@ def test_a_split_letter_is_numbered_and_half_of_one_shown_as_bytes():
     assert readable([b"a" + letter[:1], letter[1:2], letter[2:] + b"b"]) == ["aአ₁", "አ₂", "አ₃b"]
     assert readable([letter[:2]]) == ["<E1 8A>"]
     assert readable(["é".encode(), b" x"]) == ["é", " x"]
+    # What only looks like bytes stays as it is.
+    assert readable([b"<a><b>", letter[:1] + b"><" + letter[:2]]) == ["<a><b>", "<E1>><<E1 8A>"]

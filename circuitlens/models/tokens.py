@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
-from circuitlens.utils.pieces import of_bytes, readable
+from circuitlens.utils.pieces import bytes_of, readable
 
 __all__ = ["Around", "PromptText", "around", "begin", "text_ids", "token_texts"]
 
@@ -79,9 +79,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(list(ids))]
     special = set(tokenizer.all_special_tokens)
     if _is_byte_level(tokenizer):
-        # A special token is written as it is, and not in bytes.
-        parts = [p.encode() if p in special else (of_bytes([p, "Ġ"]) or [b""])[0] for p in pieces]
-        return [t or f"<{p}>" for t, p in zip(readable(parts), pieces, strict=True)]
+        # Special tokens, and others that were added, are written as they are, and not in bytes.
+        known = [None if piece in special else bytes_of(piece) for piece in pieces]
+        return readable(
+            [p.encode() if b is None else b for p, b in zip(pieces, known, strict=True)]
+        )
     found = []
     for piece, token in zip(pieces, ids, strict=True):
         text = str(tokenizer.decode([token]))

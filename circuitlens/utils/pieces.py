@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-__all__ = ["of_bytes", "readable"]
+__all__ = ["bytes_of", "of_bytes", "readable"]
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -23,14 +23,21 @@ def _byte_of() -> dict[str, int]:
     return signs | {chr(256 + n): b for n, b in enumerate(others)}
 
 
+def bytes_of(piece: str) -> bytes | None:
+    """Bytes of a piece of a byte-level vocabulary; ``None`` if it has other signs."""
+    signs = _byte_of()
+    if not all(sign in signs for sign in piece):
+        return None
+    return bytes(signs[sign] for sign in piece)
+
+
 def of_bytes(pieces: Sequence[str]) -> list[bytes] | None:
     """Bytes of the pieces of a byte-level vocabulary; ``None`` if they are of another kind."""
-    signs = _byte_of()
     if not any("Ġ" in p or "Ċ" in p for p in pieces) or any("▁" in p for p in pieces):
         return None
-    if not all(sign in signs for piece in pieces for sign in piece):
-        return None
-    return [bytes(signs[sign] for sign in piece) for piece in pieces]
+    found = [bytes_of(piece) for piece in pieces]
+    known = [part for part in found if part is not None]
+    return known if len(known) == len(found) else None
 
 
 def readable(pieces: Sequence[bytes]) -> list[str]:
@@ -42,20 +49,31 @@ def readable(pieces: Sequence[bytes]) -> list[str]:
     whole = b"".join(pieces)
     owner = [number for number, piece in enumerate(pieces) for _ in piece]
     found = [""] * len(pieces)
+    # Bytes that are no character, until their run ends.
+    stray = [b""] * len(pieces)
+
+    def add(number: int, text: str) -> None:
+        if stray[number]:
+            found[number] += f"<{stray[number].hex(' ').upper()}>"
+            stray[number] = b""
+        found[number] += text
+
     start = 0
     while start < len(whole):
         length = _length(whole[start:])
         part = whole[start : start + max(length, 1)]
         owners = list(dict.fromkeys(owner[start : start + len(part)]))
         if not length:
-            found[owners[0]] += f"<{part.hex().upper()}>"
+            stray[owners[0]] += part
         elif len(owners) == 1:
-            found[owners[0]] += part.decode()
+            add(owners[0], part.decode())
         else:
             for number, one in enumerate(owners, start=1):
-                found[one] += part.decode() + str(number).translate(_SUBSCRIPTS)
+                add(one, part.decode() + str(number).translate(_SUBSCRIPTS))
         start += len(part)
-    return [text.replace("><", " ") if text.startswith("<") else text for text in found]
+    for number in range(len(pieces)):
+        add(number, "")
+    return found
 
 
 def _length(rest: bytes) -> int:
