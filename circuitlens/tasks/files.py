@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ __all__ = [
     "RecordSource",
     "Rows",
     "dataset_records",
+    "delimited_rows",
+    "not_utf8",
     "read_rows",
     "to_examples",
 ]
@@ -55,7 +57,7 @@ def read_rows(
     suffix = path.suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            return _read_delimited(path, "," if suffix == ".csv" else "\t", quoting, columns)
+            return list(delimited_rows(path, quoting=quoting, columns=columns))
         if suffix in (".jsonl", ".ndjson"):
             frame = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
         elif suffix == ".parquet":
@@ -66,19 +68,22 @@ def read_rows(
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
+        raise not_utf8(path) from error
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"The data file {path} could not be read ({error}).") from error
     return cast(list[dict[str, Any]], frame.to_dict("records"))
 
 
-def _not_utf8(path: Path) -> InputError:
+def not_utf8(path: Path) -> InputError:
+    """The error that names a file in another encoding."""
     return InputError(f"The data file {path} is not in UTF-8: save it as UTF-8.")
 
 
-def _read_delimited(
-    path: Path, separator: str, quoting: bool, columns: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def delimited_rows(
+    path: Path, *, quoting: bool = True, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV or TSV file; arguments and errors as of :func:`read_rows`."""
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
     # The csv module and not pandas, which takes surplus cells for an index and shifts the rest.
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(
@@ -91,9 +96,8 @@ def _read_delimited(
             raise InputError(f"The data file {path} is empty.")
         # UTF-16 without a mark at its beginning decodes as UTF-8, with zeros between the letters.
         if any("\0" in name for name in reader.fieldnames):
-            raise _not_utf8(path)
+            raise not_utf8(path)
         _refuse_doubled(reader.fieldnames, str(path))
-        rows: list[dict[str, Any]] = []
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
@@ -101,8 +105,7 @@ def _read_delimited(
                     f"{reader.line_num} than its header: put quotes round texts that hold "
                     f"{separator!r}."
                 )
-            rows.append(dict(row))
-    return rows
+            yield dict(row)
 
 
 def _refuse_doubled(columns: Iterable[Any], where: str) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from circuitlens.errors import InputError
+from circuitlens.tasks.files import delimited_rows, not_utf8
 from circuitlens.utils.storage import replacing
 
 __all__ = ["Table", "chunks", "stream_rows"]
@@ -40,22 +41,15 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
         return
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix in _LINES:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _parsed(line, f"line {number} of {path}")
-                return
-            reader = csv.DictReader(file, delimiter=_DELIMITERS[suffix])
-            for row in reader:
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{path} has more or fewer cells in line {reader.line_num} than its "
-                        "header: put quotes round texts that hold the separator."
-                    )
-                yield row
+        if suffix in _DELIMITERS:
+            yield from delimited_rows(path)
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parsed(line, f"line {number} of {path}")
     except UnicodeDecodeError as error:
-        raise InputError(f"The data file {path} is not in UTF-8: save it as UTF-8.") from error
+        raise not_utf8(path) from error
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
