@@ -131,7 +131,7 @@ class Trainable:
         _whole_modules_in_float32(adapter)
         # For classifiers PEFT trains the head besides, whatever the strategy.
         head = {f"{name}." for name in getattr(adapter, "modules_to_save", None) or ()}
-        wanted = {f"{name}." for name in own or ()}
+        wanted = {f"{name}." for name in own}
         for name, parameter in adapter.named_parameters():
             if any(f".{part}" in name for part in head - wanted):
                 parameter.requires_grad_(False)

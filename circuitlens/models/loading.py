@@ -63,8 +63,7 @@ def load_model(
         hf, new = load_weights(str(model), kind, revision, names, **options)
         elsewhere = "hub" if revision is None else f"revision {revision}"
         origin = "folder" if Path(model).exists() else elsewhere
-        shared = {key: options[key] for key in ("token", "cache_dir") if key in options}
-        tokenizer = tokenizer or load_tokenizer(str(model), revision, **shared)
+        tokenizer = tokenizer or load_tokenizer(str(model), revision, **options)
         hooked = HookedModel(hf, tokenizer, str(model), origin)
         hooked.new = new
         hooked.prompt = Prompt.found(Path(model))

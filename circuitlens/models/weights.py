@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,9 +109,8 @@ def load_weights(
             f"The model folder {name} {what}: give a folder written by save_pretrained, "
             "or a hub name such as Qwen/Qwen2.5-0.5B."
         )
-    shared = {key: options[key] for key in ("token", "cache_dir") if key in options}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, **shared)
+        config = AutoConfig.from_pretrained(name, revision=revision, **_access(options))
     except (OSError, ValueError) as error:
         raise InputError(
             f"The model {name} could not be loaded ({first_line(error)}); check the name and the "
@@ -149,6 +148,11 @@ def load_weights(
     missing = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
     # A folder that holds an adapter as well comes with it inside.
     return plain_model(model), _check_missing(name, model, saved_as, missing, has_head, labels)
+
+
+def _access(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that say how files are reached, whatever is in them."""
+    return {key: options[key] for key in ("token", "cache_dir") if key in options}
 
 
 def _name_classes(
@@ -216,7 +220,7 @@ def load_tokenizer(name: str, revision: str | None, **options: Any) -> PreTraine
     """
     cause: Exception | None = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **_access(options))
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         tokenizer, cause = None, error
     # A folder without tokenizer files does not fail: it yields a tokenizer that knows nothing.

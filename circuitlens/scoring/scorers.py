@@ -99,11 +99,12 @@ class Scorer:
 
     def suits(self, model: HookedModel, readout: Readout) -> bool:
         """Whether a comparison of scorers on this model and readout should have it."""
-        if self.readouts and readout.name not in self.readouts:
-            return False
-        known = self.only in (None, type(model.hf).__name__)
+        known = self.only in (None, type(model.hf).__name__) and self._reads(readout)
         quick = self.most_heads is None or len(model.geometry) <= self.most_heads
         return known and quick and not self.control
+
+    def _reads(self, readout: Readout) -> bool:
+        return not self.readouts or readout.name in self.readouts
 
     def check_readout(self, readout: Readout) -> None:
         """Refuse answers that this scorer does not know how to read.
@@ -111,7 +112,7 @@ class Scorer:
         Raises:
             InputError: naming the readout.
         """
-        if self.readouts and readout.name not in self.readouts:
+        if not self._reads(readout):
             raise InputError(
                 f"{self.name} knows how {', '.join(self.readouts)} readouts are made of the heads' "
                 f"outputs, but not the {readout.name!r} readout of this task and model: choose "

@@ -8,7 +8,7 @@ from circuitlens.errors import InputError
 from circuitlens.models.batch import Words
 from circuitlens.models.tokens import PromptText
 
-__all__ = ["first_difference", "listed", "refuse_beginnings", "tokens_of_words", "word_tokens"]
+__all__ = ["first_difference", "listed", "refuse_beginnings", "tokens_of_words"]
 
 
 def listed(words: Words) -> tuple[str, ...]:
@@ -16,8 +16,8 @@ def listed(words: Words) -> tuple[str, ...]:
     return (words,) if isinstance(words, str) else tuple(words)
 
 
-def word_tokens(prompt: PromptText, word: str, label: str) -> tuple[int, ...]:
-    """Tokens of a word as it follows a prompt.
+def _word_tokens(prompt: PromptText, before: list[int], word: str, label: str) -> tuple[int, ...]:
+    """Tokens of a word as it follows a prompt, whose own tokens are ``before``.
 
     Words are tried behind the prompt and not alone, because tokenizers of the SentencePiece kind
     split the two cases differently.
@@ -25,7 +25,7 @@ def word_tokens(prompt: PromptText, word: str, label: str) -> tuple[int, ...]:
     Raises:
         InputError: if the word changes the tokens of the prompt, has none, or is unknown.
     """
-    before, after = prompt.ids(), prompt.ids(word)
+    after = prompt.ids(word)
     what = f"The word {word!r} of the label {label!r}"
     if after[: len(before)] != before:
         if str(prompt)[-1:].isspace():
@@ -53,14 +53,16 @@ def tokens_of_words(
     """Tokens of all words of every label.
 
     Raises:
-        InputError: as :func:`word_tokens`; if two words have the same tokens.
+        InputError: if a word changes the tokens of the prompt, has none, or is unknown; if two
+            words have the same tokens.
     """
     found: dict[str, tuple[tuple[int, ...], ...]] = {}
     seen: dict[tuple[int, ...], str] = {}
+    before = prompt.ids()
     for label, given in words.items():
         tokens = []
         for word in listed(given):
-            one = word_tokens(prompt, word, label)
+            one = _word_tokens(prompt, before, word, label)
             if one in seen:
                 raise InputError(
                     f"The labels {seen[one]!r} and {label!r} have the same tokens for {word!r}: "
