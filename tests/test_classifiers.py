@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from helpers import CLASSIFIERS, classifier, node_means
+from helpers import CLASSIFIERS, CONFIGS, classifier, node_means
 from transformers import AutoModelForSequenceClassification
 
 import circuitlens as cl
@@ -171,3 +171,19 @@ def test_types_that_cannot_be_hooked_are_refused_by_name(config, reason, tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(cl.UnsupportedModelError, match=reason):
         cl.load(tmp_path)
+
+
+@torch.no_grad()
+def test_a_head_that_pools_all_tokens_is_read_at_all_of_them():
+    config = CONFIGS["modernbert"]()
+    config.classifier_pooling, config.num_labels = "mean", 3
+    torch.manual_seed(0)
+    model = cl.load(AutoModelForSequenceClassification.from_config(config))
+    batch = batch_of(model, 9, 5, 7)
+    assert model.family.pooled == "mean"
+    assert batch.readout.where(batch).equal(batch.attention_mask.bool())
+    for found in (model.label_logits(batch), model.hf_label_logits(batch)):
+        for row in range(3):
+            ids = batch.input_ids[row : row + 1, batch.attention_mask[row].bool()]
+            own = model.hf(input_ids=ids).logits[0, [1, 0, 2]]
+            torch.testing.assert_close(found[row], own, rtol=1e-4, atol=1e-5)
