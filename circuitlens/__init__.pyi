@@ -1,5 +1,5 @@
 from . import tasks, view
-from .adapt import TransferResult, finetune, transfer
+from .adapt import Merged, TransferResult, finetune, merge, transfer
 from .baseline import MeanBaseline, label_balanced_mean
 from .cdt import RULES, RuleSet, decompose
 from .circuit import Circuit
@@ -49,6 +49,7 @@ __all__ = [
     "HookedModel",
     "InputError",
     "MeanBaseline",
+    "Merged",
     "Minimality",
     "NotFiniteError",
     "Prompt",
@@ -69,6 +70,7 @@ __all__ = [
     "label_balanced_mean",
     "load",
     "load_task",
+    "merge",
     "minimality",
     "predict",
     "relevance",

@@ -37,9 +37,10 @@ def load(
 
     A checkpoint of a classifier comes with its head; other encoders such as BERT come with their
     masked-language-model head. A folder that holds an adapter, or a saved
-    :class:`circuitlens.TransferResult`, comes merged into the model that it belongs to. On a few
-    random tokens the hooked view is compared with Hugging Face's, which takes three small forward
-    passes. No weight is ever random without being asked for.
+    :class:`circuitlens.TransferResult`, comes in the model that it belongs to, merged unless that
+    one is in 16 bits (:func:`circuitlens.merge`). On a few random tokens the hooked view is
+    compared with Hugging Face's, which takes three small forward passes. No weight is ever random
+    without being asked for.
 
     Args:
         model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
@@ -103,12 +104,15 @@ def _adapted(
     if adapter.get("revision"):
         given["revision"] = adapter["revision"]
     logger.info("%s holds trained tensors (%s) for %s.", folder, trained.kind, name)
+    if given["dtype"] == "auto" and trained.dtype:
+        # The checkpoint's own may be another one, on which the tensors would not fit.
+        given["dtype"] = trained.dtype
     base = load_model(name, tokenizer, **given)
     if result is not None:
         model = TransferResult.load(folder, base).model
         assert model is not None
     else:
-        model = restore(base, folder, trained)
+        model = restore(base, folder, trained).adapted()
     asked = (adapter.get("auto_mapping") or {}).get(PROMPT)
     if asked and model.prompt is None:
         model.prompt = Prompt.from_dict(asked)

@@ -160,8 +160,32 @@ def test_weights_that_overflow_are_not_the_fault_of_hooks():
     cl.load(model)
 
 
-def test_experts_chosen_by_rounding_in_16_bits_are_not_the_fault_of_hooks(monkeypatch):
-    monkeypatch.setattr(HookedModel, "hf_logits", lambda self, batch: 2 * self.logits(batch))
-    cl.load(tiny("mixtral", torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_chosen_by_rounding_do_not_hide_a_fault(monkeypatch, dtype):
+    cl.load(tiny("mixtral", dtype))
+    monkeypatch.setattr(HookedModel, "hf_logits", lambda self, batch: 1.2 * self.logits(batch))
     with pytest.raises(cl.UnsupportedModelError, match="of Hugging Face"):
-        cl.load(tiny("mixtral", torch.float32))
+        cl.load(tiny("mixtral", dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_check_passes_in_16_bits_and_leaves_the_attention_as_it_was(name, dtype):
+    model = tiny(name, dtype)
+    own = model.config._attn_implementation
+    cl.load(model)
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_scale_of_attention_is_found_in_16_bits_too(monkeypatch, dtype):
+    # As if nobody had thought of this option.
+    monkeypatch.setattr(selfcheck, "refuse_misread", lambda hf: None)
+    model = configured("gpt2", dtype, scale_attn_weights=False)
+    with torch.no_grad():
+        # Random attention is so even that its scale does not matter.
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(30)
+            block.attn.c_proj.weight.mul_(30)
+    with pytest.raises(cl.UnsupportedModelError, match="of Hugging Face"):
+        cl.load(model)

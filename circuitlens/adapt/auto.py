@@ -203,7 +203,7 @@ def _held_out(
         quiet=True,
     )
     held = data.take(fold)
-    predicted = label_scores(trainable.merged(), held).argmax(1)
+    predicted = label_scores(trainable.adapted(), held).argmax(1)
     return np.asarray(predicted == torch.tensor(held.gold)), log.seconds
 
 

@@ -227,8 +227,8 @@ def _code(result: Described) -> str:
         readout = result.model.readout
         if _is_on_hub(result):
             # The checkpoint's own type may be another one.
-            dtype = str(result.model.dtype).removeprefix("torch.")
-            base = f'"{result.provenance.model}", dtype="{dtype}"'
+            dtype = result.trained.dtype if result.trained else ""
+            base = f'"{result.provenance.model}"' + (f', dtype="{dtype}"' if dtype else "")
     template = _ADAPTER_CODE if result.is_adapter else _ENTRIES_CODE
     return template.format(
         auto=readout.auto_class().__name__,

@@ -33,6 +33,9 @@ def finetune(
 ) -> HookedModel:
     """Fine-tune all weights on pool A of a task and return the competent model.
 
+    A model in 16 bits comes back in float32, as validation saw it: many a step is smaller than the
+    last of 16 bits. :func:`circuitlens.merge` rounds it, and says what that changes.
+
     Args:
         model: left as it is, unless ``inplace``.
         task: trains on pool A; the epoch with the best validation accuracy is kept.

@@ -55,7 +55,7 @@ class TransferResult:
         decision: what ``strategy="auto"`` chose, and why.
         prompt: what the model was trained to answer; ``None`` in results from before 0.2.
         provenance: of the model before the transfer.
-        model: the adapted model, adapters merged; ``None`` if only the numbers were loaded.
+        model: the adapted model, as validation saw it; ``None`` if only the numbers were loaded.
         folder: where the trained tensors are, on disk.
         trained: what they are; told by the folder if not given.
     """
@@ -249,7 +249,7 @@ class TransferResult:
                     f"{folder} was trained from other weights than those of {model.name}: load "
                     "it with the model that the transfer began from."
                 )
-            adapted = restore(model, folder, trained)
+            adapted = restore(model, folder, trained).adapted()
             adapted.prompt = prompt
         return cls(
             strategy=content["strategy"],

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuitlens.baseline import label_balanced_mean
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
+from circuitlens.models.geometry import WeightSlice
 from circuitlens.models.hooked import HookedModel
+from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.tasks import Task
@@ -121,28 +124,40 @@ def weight_drift(before: HookedModel, after: HookedModel) -> Float[Tensor, "laye
     Under grouped-query attention the key/value slices count for every query head that shares them.
 
     Args:
-        before, after: the same model with other weights.
+        before, after: the same model with other weights; an adapter beside them counts.
 
     Raises:
         InputError: if their heads differ.
     """
-    g = before.geometry
-    if len(g) != len(after.geometry) or g.n_layers != after.geometry.n_layers:
+    g, other = before.geometry, after.geometry
+    if (g.n_layers, g.n_heads) != (other.n_layers, other.n_heads):
         raise InputError(
             f"{before.name} and {after.name} have different heads, so their weights cannot be "
             "compared."
         )
-    old, new = (dict(model.hf.named_parameters()) for model in (before, after))
-    drift = torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64)
+    squares = torch.zeros(g.n_layers, g.n_heads, dtype=torch.float64)
+    pieces: dict[str, list[tuple[Head, WeightSlice]]] = {}
     for head in g:
-        squares = [
-            (piece.of(new[piece.parameter]).double() - piece.of(old[piece.parameter]).double())
-            .square()
-            .sum()
-            for piece in g.slices(head)
-        ]
-        drift[head.layer, head.index] = torch.stack(squares).sum().sqrt().cpu()
-    return drift.float()
+        for piece in g.slices(head):
+            pieces.setdefault(piece.parameter, []).append((head, piece))
+    for name, found in pieces.items():
+        # One parameter at a time: a merged one is a copy.
+        moved = _acting(after.hf, name).double() - _acting(before.hf, name).double()
+        for head, piece in found:
+            squares[head.layer, head.index] += piece.of(moved).square().sum().cpu()
+    return squares.sqrt().float()
+
+
+def _acting(hf: nn.Module, name: str) -> Tensor:
+    """A parameter as it acts, an adapter's part of it included and not rounded."""
+    path, _, parameter = name.rpartition(".")
+    module = hf.get_submodule(path)
+    if hasattr(module, "base_layer"):
+        adapted: Any = deepcopy(module)
+        stored = adapted.base_layer.weight.dtype
+        adapted.to(torch.promote_types(stored, torch.float32)).merge()
+        module = adapted.base_layer
+    return cast(Tensor, getattr(module, parameter))
 
 
 def circuit_shift(

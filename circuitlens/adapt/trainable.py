@@ -1,7 +1,11 @@
 """What a strategy trains: an adapter on a copy of the model, or entries of its own weights.
 
-Both offer the same: a copied model that a trainer can run, the trained tensors, and a way to turn
-them into a plain model again.
+Both offer the same: a copied model that a trainer can run, the trained tensors, and the model that
+they make.
+
+What is trained is float32, also where the model is in 16 bits, which would round small steps away.
+An adapter's tensors are float32 beside weights in 16 bits, and stay beside them: merging would
+round them. A copy whose own entries are trained becomes float32 as a whole.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from circuitlens.adapt.precision import in_16_bits, widen
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
@@ -47,10 +52,12 @@ class Trained:
             ``"lora"``).
         origin: :attr:`HookedModel.origin` of the weights that they belong to; empty where it was
             not recorded.
+        dtype: type of those weights, such as ``"bfloat16"``; empty where it was not recorded.
     """
 
     kind: str
     origin: str = ""
+    dtype: str = ""
 
     @property
     def is_adapter(self) -> bool:
@@ -100,17 +107,24 @@ class Trainable:
     Attributes:
         model: the copy; the adapter, if there is one, sits inside its Hugging Face view.
         masks: trained entries by parameter name, if there is no adapter.
-        adapter: a PEFT model around the copy's Hugging Face view.
+        base: type of the weights that the tensors belong to, such as ``"bfloat16"``.
     """
 
     model: HookedModel
     masks: Masks | None = None
-    adapter: Any = None
+    base: str = ""
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter inside the copy, if there is one."""
+        return self.model.adapter
 
     @classmethod
     def of_entries(cls, model: HookedModel, masks: Masks) -> Trainable:
         """Train entries of the weights by gradient masking."""
-        return cls(model.clone(), masks=masks)
+        copy = model.clone()
+        widen(copy.hf)
+        return cls(copy, masks=masks, base=_type_of(model))
 
     @classmethod
     def of_adapter(cls, model: HookedModel, config: Any, seed: int) -> Trainable:
@@ -135,7 +149,8 @@ class Trainable:
         for name, parameter in adapter.named_parameters():
             if any(f".{part}" in name for part in head - wanted):
                 parameter.requires_grad_(False)
-        return cls(copy, adapter=adapter)
+        copy.adapter = adapter
+        return cls(copy, base=_type_of(model))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -182,7 +197,9 @@ class Trainable:
         else:
             self._write_entries(folder)
             kind = "entries"
-        write_json(folder / _NOTE, _NOTE_SCHEMA, Trained(kind, self.model.origin).to_dict())
+        write_json(
+            folder / _NOTE, _NOTE_SCHEMA, Trained(kind, self.model.origin, self.base).to_dict()
+        )
 
     def _add_prompt(self, path: Path) -> None:
         """Say in the adapter's configuration what it was trained to answer.
@@ -208,19 +225,18 @@ class Trainable:
                 tensors[f"{name}:where"] = mask
         write_tensors(folder / _ENTRIES, _SCHEMA, tensors, {})
 
-    def rounded_away(self) -> tuple[int, int]:
-        """Trained entries of head slices that merging into 16 bits loses, and all of them."""
-        from circuitlens.adapt.headslice.layer import HeadSliceLayer
+    def adapted(self) -> HookedModel:
+        """Return the model that validation saw: plain if no bit is lost by that.
 
-        lost = trained = 0
-        for module in self.model.hf.modules():
-            if isinstance(module, HeadSliceLayer):
-                some, each = module.rounded_away("default")
-                lost, trained = lost + some, trained + each
-        return lost, trained
+        An adapter to weights in 16 bits stays beside them, where hooks do not reach.
+        """
+        if self.adapter is not None and not in_16_bits(self.model.hf):
+            return self.merged()
+        self.model.origin = "adapted"
+        return self.model
 
     def merged(self) -> HookedModel:
-        """Return the plain model that this has become; the adapter is gone afterwards."""
+        """Return a plain model of the type that the weights have; the adapter is gone then."""
         if self.adapter is None:
             self.model.origin = "adapted"
             return self.model
@@ -242,21 +258,39 @@ class Trainable:
         return found
 
 
-def _whole_modules_in_float32(adapter: Any) -> None:
-    """Train what PEFT copies whole (``modules_to_save``) in float32, whatever the model's type.
+def _whole_modules_in_float32(adapter: Any) -> bool:
+    """Have what PEFT copies whole (``modules_to_save``) in float32; say if any was in 16 bits.
 
-    PEFT does so with adapter layers only, and in 16 bits small steps are lost.
+    PEFT does so with adapter layers only.
     """
     from peft.utils import ModulesToSaveWrapper
 
+    found = False
     for wrapper in adapter.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         for module in wrapper.modules_to_save.values():
-            if all(p.dtype not in (torch.bfloat16, torch.float16) for p in module.parameters()):
+            if not in_16_bits(module):
                 continue
+            found = True
             module.float()
-            wrapper.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                # Their kernels take one type.
+                wrapper.register_forward_pre_hook(_in_float32)
+            wrapper.register_forward_hook(_in_the_type_of_the_rest)
+    return found
+
+
+def _in_float32(wrapper: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in inputs)
+
+
+def _in_the_type_of_the_rest(wrapper: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output.to(next(wrapper.original_module.parameters()).dtype)
+
+
+def _type_of(model: HookedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _checkpoint(model: HookedModel) -> str:
@@ -268,7 +302,7 @@ def _checkpoint(model: HookedModel) -> str:
 
 
 @torch.no_grad()
-def restore(model: HookedModel, folder: Path, trained: Trained) -> HookedModel:
+def restore(model: HookedModel, folder: Path, trained: Trained) -> Trainable:
     """Apply what :meth:`Trainable.write` wrote to a copy of ``model``.
 
     Raises:
@@ -278,13 +312,20 @@ def restore(model: HookedModel, folder: Path, trained: Trained) -> HookedModel:
     copy = model.clone()
     if trained.is_adapter:
         from peft import PeftModel
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
 
         import circuitlens.adapt.headslice  # noqa: F401  (makes its method known to PEFT)
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
             adapter = PeftModel.from_pretrained(cast(Any, copy.hf), str(folder))
-        return Trainable(copy, adapter=adapter).merged()
+        if _whole_modules_in_float32(adapter):
+            # Its tensors were rounded on their way into modules in 16 bits.
+            weights = load_peft_weights(str(folder), device=str(model.device))
+            set_peft_model_state_dict(adapter, weights)
+        copy.adapter = adapter
+        return Trainable(copy)
+    widen(copy.hf)
     tensors, _ = read_tensors(folder / _ENTRIES, _SCHEMA)
     parameters = dict(copy.hf.named_parameters())
     for key, values in tensors.items():
@@ -294,4 +335,4 @@ def restore(model: HookedModel, folder: Path, trained: Trained) -> HookedModel:
         elif not kind:
             where = tensors[f"{name}:where"].to(model.device)
             parameters[name][where] = values.to(parameters[name])
-    return Trainable(copy).merged()
+    return Trainable(copy)

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from circuitlens.adapt.checkpoints import Checkpoints
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
-from circuitlens.adapt.precision import in_float32
+from circuitlens.adapt.precision import widen
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import KeepBest, LabelTrainer
 from circuitlens.errors import InputError, NotFiniteError
@@ -48,6 +48,8 @@ def train(
 ) -> TrainingLog:
     """Train a model in place and leave it with the weights of its best epoch.
 
+    Weights in 16 bits become float32 and stay so, for steps smaller than their last bit count too.
+
     Several processes (``accelerate launch``) share the examples of every step, and all end with
     the same weights.
 
@@ -68,6 +70,8 @@ def train(
     """
     _refuse_sharding()
     masks = None if trainable is None else trainable.masks
+    if trainable is None:
+        widen(model.hf)
     with (
         _own_randomness(),
         _what_trains(model, trainable),
@@ -148,7 +152,7 @@ def train(
 
 @contextmanager
 def _what_trains(model: HookedModel, trainable: Trainable | None) -> Iterator[None]:
-    """Freeze the rest; weights of the model's own are trained in float32."""
+    """Freeze the rest."""
     if trainable is None:
         which = gradients(model.hf, wanted=True)
     elif trainable.masks is not None:
@@ -156,7 +160,7 @@ def _what_trains(model: HookedModel, trainable: Trainable | None) -> Iterator[No
     else:
         yield  # PEFT has frozen the model, and adapters are float32 whatever it is.
         return
-    with in_float32(model.hf), which:
+    with which:
         yield
 
 

@@ -18,6 +18,7 @@ from typing import Unpack, get_args
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.merging import plain_copy
 from circuitlens.adapt.options import (
     TRANSFER,
     TrainingKeywords,
@@ -106,7 +107,8 @@ def transfer(
         kv_policy: under grouped-query attention, train the key/value head that a chosen query
             head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
             none (``"frozen"``).
-        rediscover: search the source circuit anew in the adapted model.
+        rediscover: search the source circuit again in the adapted model (in 16 bits, in a merged
+            copy of it).
         learning_rates: tried in turn; the best on the target's validation split is kept. The
             default is that of ``training``, or 3e-4, 1e-3 and 3e-3, which suit models of a few
             million parameters; large ones want 1e-5 to 3e-4.
@@ -118,6 +120,12 @@ def transfer(
         quiet: no progress bar.
         options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
             of ``training``: ``epochs``, ``batch_size``, ``seed`` (for everything random) and so on.
+
+    Returns:
+        Numbers, trained tensors, and ``result.model``, which is the model that validation saw. If
+        ``model`` is in 16 bits, the trained tensors are float32 all the same: an adapter stays
+        beside the weights (:func:`circuitlens.merge` merges it and says what that changes), and
+        strategies that train the weights themselves make the whole copy float32.
 
     Raises:
         InputError: for an unknown strategy, missing scores, or a circuit or scores of another
@@ -206,17 +214,8 @@ def transfer(
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     trainable.model.prompt = task.prompt
     trainable.write(Path(scratch.name))
-    lost, moved = trainable.rounded_away()
-    if lost:
-        logger.warning(
-            "%s: %d of %d trained entries are rounded away when they are merged into %s, so the "
-            "adapted model is not quite what validation saw: load the model in float32.",
-            label,
-            lost,
-            moved,
-            model.dtype,
-        )
-    adapted = trainable.merged()
+    drift = weight_drift(model, trainable.model)
+    adapted = trainable.adapted()
 
     target_after, target_right = _measure(adapted, task, quiet)
     after = evaluate_all(adapted, others, quiet=quiet)
@@ -226,7 +225,8 @@ def transfer(
     shift = None
     if rediscover and source is not None and scores is not None:
         try:
-            shift = circuit_shift(adapted, source, circuit, scores, quiet=quiet)
+            plain = plain_copy(adapted) if adapted.adapter is not None else adapted
+            shift = circuit_shift(plain, source, circuit, scores, quiet=quiet)
         except InputError as error:
             # The adapted model may have forgotten a label; what was trained is worth keeping.
             logger.warning("%s: the circuit could not be searched anew: %s", label, error)
@@ -262,7 +262,7 @@ def transfer(
         seconds=seconds,
         target_right=target_right,
         target_ids=tuple(e.id for e in task["test"]),
-        drift=tuple(tuple(row) for row in weight_drift(model, adapted).tolist()),
+        drift=tuple(map(tuple, drift.tolist())),
         shift=shift,
         decision=decision,
         prompt=task.prompt,

@@ -35,7 +35,7 @@ from circuitlens.models.hooks import Hook, recording
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import readout_of
 from circuitlens.models.tokens import token_texts
-from circuitlens.utils.progress import hushed_transformers
+from circuitlens.models.writing import write_weights
 
 __all__ = ["HookedModel"]
 
@@ -43,12 +43,12 @@ Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
 
 class HookedModel(Views):
-    """A language model with a Hugging Face view and a hooked view of the same weights.
-
-    Make one with :func:`circuitlens.load`.
+    """A language model with two views of the same weights, made by :func:`circuitlens.load`.
 
     Attributes:
         hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
+        adapter: a PEFT model around ``hf``, if a transfer on weights in 16 bits keeps what it
+            trained beside them. Hooks and files need :func:`circuitlens.merge`.
         name: name or folder it was loaded from.
         origin: where the weights come from, ``"hub"`` (as ``name`` stands there), ``"folder"``,
             ``"memory"`` or a revision; or what changed them since, ``"fine-tuned"`` or
@@ -72,18 +72,20 @@ class HookedModel(Views):
         self.origin = origin
         self.name = name or str(hf.config.name_or_path) or type(hf).__name__
         self._tokenizer = tokenizer
+        self.adapter: Any = None
         self._view: tuple[Any, HeadGeometry, Wiring] | None = None
+        self._geometry: HeadGeometry | None = None
         self._fingerprints = Fingerprints()
         self.new: tuple[str, ...] = ()
         self.prompt: Prompt | None = None
 
     def __repr__(self) -> str:
         # Not through the property: a model that was rewired can still be named.
-        g = self.geometry if self._view is None else self._view[1]
+        g = self._geometry or self.geometry
         return (
             f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
             f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device}"
-            f"{', new untrained head' if self.new else ''})"
+            f"{', new untrained head' * bool(self.new)}{', with an adapter' * bool(self.adapter)})"
         )
 
     @property
@@ -95,8 +97,7 @@ class HookedModel(Views):
         """
         if self._tokenizer is None:
             raise InputError(
-                f"The model {self.name} has no tokenizer, and text must be encoded here: "
-                "pass one, cl.load(model, tokenizer=…)."
+                f"{self.name} has no tokenizer, which text needs: cl.load(model, tokenizer=…)."
             )
         return self._tokenizer
 
@@ -116,8 +117,14 @@ class HookedModel(Views):
         return cast(torch.dtype, self.hf.dtype)
 
     def _hooked_view(self) -> tuple[Any, HeadGeometry, Wiring]:
+        if self.adapter is not None:
+            raise InputError(
+                f"{self!r} keeps an adapter beside its weights, where hooks do not reach: merge it "
+                "first, cl.merge(model, task).model."
+            )
         if self._view is None or not self._view[2].holds(self.hf):
             self._view = (*boot(self.family, self._tokenizer), Wiring(self.hf))
+            self._geometry = self._view[1]
         return self._view
 
     @property
@@ -143,6 +150,8 @@ class HookedModel(Views):
         Raises:
             InputError, UnsupportedModelError: as :attr:`bridge`.
         """
+        if self._view is None and self._geometry is not None:
+            return self._geometry
         return self._hooked_view()[1]
 
     @cached_property
@@ -416,27 +425,25 @@ class HookedModel(Views):
 
     def clone(self) -> HookedModel:
         """Return an independent copy with weights of its own."""
-        twin = HookedModel(
-            copy.deepcopy(self.hf), self._tokenizer, self.name, self.origin, self.labels
-        )
-        twin.new, twin.prompt = self.new, self.prompt
+        hf, adapter = copy.deepcopy((self.hf, self.adapter))
+        twin = HookedModel(hf, self._tokenizer, self.name, self.origin, self.labels)
+        twin.new, twin.prompt, twin.adapter = self.new, self.prompt, adapter
         twin._fingerprints = self._fingerprints.carried(self.hf, twin.hf)
+        twin._geometry = self._geometry
         return twin
 
     def save(self, folder: str | Path) -> None:
-        """Write weights, configuration and tokenizer the Hugging Face way."""
-        if self.labels:
-            # The file keeps the names; the model in memory stays as its owner has it.
-            names = dict(enumerate(self.labels))
-            own = self.hf.config.id2label, self.hf.config.label2id
-            self.hf.config.id2label = names
-            self.hf.config.label2id = {name: n for n, name in names.items()}
-        try:
-            with hushed_transformers():
-                self.hf.save_pretrained(folder)
-        finally:
-            if self.labels:
-                self.hf.config.id2label, self.hf.config.label2id = own
+        """Write weights, configuration and tokenizer the Hugging Face way.
+
+        Raises:
+            InputError: if the model keeps an adapter beside its weights.
+        """
+        if self.adapter is not None:
+            raise InputError(
+                f"{self!r} keeps an adapter beside its weights: save the transfer, result.save(…), "
+                "or merge the adapter first, cl.merge(model, task).model.save(…)."
+            )
+        write_weights(self.hf, Path(folder), self.labels)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.prompt is not None:

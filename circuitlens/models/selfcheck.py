@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,9 @@ def _fault_of_tested(model: HookedModel) -> str | None:
 def _fault_of_logits(
     model: HookedModel, batch: Batch, logits: Tensor, *, tested: bool
 ) -> str | None:
-    tolerance = _tolerance(model) if tested else _half_of_the_digits(model.dtype)
-    native = model.hf_logits(batch)
+    tolerance = _tolerance(model.dtype)
+    with _eager(model) if model.dtype in _SIXTEEN_BITS else nullcontext():
+        native = model.hf_logits(batch)
     kept = batch.attention_mask[1].bool()
     alone = model.logits(model.unlabelled(batch.input_ids[1:, kept]))
     for found, expected, fault in (
@@ -87,18 +89,31 @@ def _fault_of_logits(
     return None
 
 
-def _tolerance(model: HookedModel) -> float:
-    """How much logits of a tested type may differ.
+@contextmanager
+def _eager(model: HookedModel) -> Iterator[None]:
+    """Have Hugging Face compute attention as the hooked view does, step by step.
 
-    Kernels of attention that round differently lead to logits that differ by some per cent in 16
-    bits, and where they send a token to another expert, by anything. A check must not refuse what
-    is right, and :mod:`circuitlens.models.families.misread` knows what is wrong in 16 bits too.
+    Kernels round differently. In 16 bits that moves logits by some per cent, and where it sends a
+    token to another expert, by anything: a tolerance for that could not fail. Step by step, most
+    architectures give the same bits in both views, whatever their depth.
     """
-    if model.dtype not in _SIXTEEN_BITS:
-        return _half_of_the_digits(model.dtype)
-    hooks = model.bridge.hook_dict
-    routed = any(model.family.routing(layer, hooks) for layer in range(model.geometry.n_layers))
-    return math.inf if routed else 0.25
+    own = model.hf.config._attn_implementation
+    try:
+        model.hf.set_attn_implementation("eager")
+        yield
+    finally:
+        model.hf.set_attn_implementation(own)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How much values may differ, as a share of the largest.
+
+    In 16 bits: 16 units of rounding. Random models of 48 layers, where views do not agree to the
+    bit, differ by up to 5.
+    """
+    if dtype in _SIXTEEN_BITS:
+        return 16 * torch.finfo(dtype).eps
+    return _half_of_the_digits(dtype)
 
 
 @torch.no_grad()
@@ -116,7 +131,7 @@ def _fault(model: HookedModel) -> str | None:
     if fault := _fault_of_logits(model, batch, logits, tested=False):
         return fault
     tokens = batch.attention_mask.bool()
-    tolerance = _half_of_the_digits(model.dtype)
+    tolerance = _tolerance(model.dtype)
     for layer, (pattern, v, z) in enumerate(names):
         read = read_values(seen[pattern], seen[v], seen[z].shape[-1])
         if not _close(read[tokens], seen[z][tokens], tolerance):

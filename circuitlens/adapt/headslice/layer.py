@@ -5,7 +5,7 @@ projections act in activation space, so that neither a full weight nor its gradi
 
     rows of q, k, v    y = W x + b;  y[rows] += L x + l
     columns of o       y = W x + b + L x[columns]
-    norms              the norm's own code, run with weight + l
+    norms              the norm's own code, run with weight + l, in float32 at least
 
 Gradients of leaves are those of the entries they stand for, so training leaves is training slices.
 """
@@ -145,20 +145,6 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return value
 
     @torch.no_grad()
-    def rounded_away(self, adapter: str) -> tuple[int, int]:
-        """How many trained entries of an adapter merging would leave as they are, of how many.
-
-        In 16 bits a step below half a unit in the last place of an entry is lost.
-        """
-        lost = trained = 0
-        for region in self._regions(adapter) if adapter in self.headslice_weight else ():
-            parameter = getattr(self.base_layer, region.parameter)
-            moved = region.leaf != 0
-            trained += int(moved.sum())
-            lost += int((moved & (region.sum(parameter) == region.entries(parameter))).sum())
-        return lost, trained
-
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add leaves to the base's parameters in place; the sum is made in float32 at least.
 
@@ -271,7 +257,8 @@ class HeadSliceColumns(_Projection):
 class HeadSliceNorm(HeadSliceLayer):
     """A norm, and leaves for its weight and bias.
 
-    The sum is rounded to the base's type before it acts, so merging changes no bit of the output.
+    The sum acts in the leaf's type: weights near 1 have 8 bits in bfloat16, and a training step
+    is smaller than the last of them.
     """
 
     def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -287,9 +274,21 @@ class HeadSliceNorm(HeadSliceLayer):
         # The family's own forward, whatever it makes of the weight (Gemma: 1 + weight).
         acting = {"weight": self.weight, "bias": self.bias}
         tensors = {name: value for name, value in acting.items() if value is not None}
-        return cast(
-            Tensor, torch.func.functional_call(self.base_layer, tensors, (x, *args), kwargs)
-        )
+        stored = cast(Any, self.base_layer).weight.dtype
+        wide = self.weight.dtype
+        # PyTorch's own kernels take one type; in others, the weight comes after the rounding.
+        fused = isinstance(self.base_layer, nn.LayerNorm | nn.RMSNorm)
+        given = x.to(wide) if fused and wide != stored else x
+        y = torch.func.functional_call(self.base_layer, tensors, (given, *args), kwargs)
+        return cast(Tensor, y if wide == stored else y.to(x.dtype))
+
+    def _acting(self, parameter: str) -> Tensor | None:
+        value = cast("Tensor | None", getattr(self.base_layer, parameter, None))
+        for adapter in self._acting_adapters():
+            for region in self._regions(adapter):
+                if region.parameter == parameter and value is not None:
+                    value = value + region.leaf
+        return value
 
 
 _LAYERS: dict[str, type[HeadSliceLayer]] = {
