@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +83,37 @@ def test_what_validation_saw_is_what_one_gets(
         PeftModel.from_pretrained(base.hf, tmp_path / "result")
         assert torch.equal(real(base, data), seen[best])
     assert result.model.clone().fingerprint() == result.model.fingerprint()
+
+
+_OTHER_PROCESS = """
+import sys
+import torch
+import circuitlens as cl
+from circuitlens.tasks.evaluation import label_scores
+torch.set_num_threads(1)
+model = cl.load(sys.argv[1])
+task = cl.load_task("toy").to("near")
+torch.save(label_scores(model, task.encode(model, "validation")), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_process_gives_the_logits_that_validation_saw(
+    strategy, toy_proxy, toy_task, toy_scores, tmp_path
+):
+    toy_proxy.save(tmp_path / "base")
+    model = cl.load(tmp_path / "base", dtype="bfloat16")
+    task = toy_task.to("near")
+    options = {"learning_rates": [1e-2], "epochs": 6, "quiet": True}
+    result = cl.transfer(
+        model, toy_scores.top(4), task, strategy=strategy, scores=toy_scores, **options
+    )
+    result.save(tmp_path / "result")
+    mine = label_scores(result.model, task.encode(model, "validation"))
+    command = [sys.executable, "-c", _OTHER_PROCESS, tmp_path / "result", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), mine)
 
 
 @pytest.mark.parametrize("strategy", ["circuit", "lora", "full"])
