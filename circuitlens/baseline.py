@@ -43,6 +43,7 @@ from circuitlens.nodes import MLP, Head, Node
 from circuitlens.tasks import Example, Task
 from circuitlens.tasks.evaluation import near_chance
 from circuitlens.tasks.examples import POOLS
+from circuitlens.utils.processes import gathered, mine, n_processes, summed
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, write_tensors
@@ -288,14 +289,15 @@ def label_balanced_mean(
     width = max(map(len, encoded.tokens)) if pooling == "position" else 0
     sums = _Sums(model, len(labels), width)
     correct: list[int] = []
-    batches = encoded.batches(batch_size, model.device)
-    for index, batch in progress(
-        batches, "Mean of every head", quiet=quiet, total=encoded.n_batches(batch_size)
-    ):
+    batches = mine(encoded.batches(batch_size, model.device), model.device)
+    total = -(-encoded.n_batches(batch_size) // n_processes(model.device))
+    for index, batch in progress(batches, "Mean of every head", quiet=quiet, total=total):
         labels_found, outputs = _node_outputs(model, batch)
         right = labels_found.argmax(1) == batch.gold
         sums.add(outputs, batch, batch.once(batch.mask(positions)), right)
         correct += index[right.cpu()].tolist()
+    correct = gathered(correct, model.device)
+    sums.share(model.device)
     chance, majority = near_chance(len(correct), encoded.gold)
     accuracy = len(correct) / len(encoded)
     if chance and not allow_chance:
@@ -434,6 +436,11 @@ class _Sums:
             self.pooled[:, layer].index_add_(0, gold, mean)
             if self.at.shape[1]:
                 self.at[:, first:, layer].index_add_(0, gold, values)
+
+    def share(self, device: torch.device) -> None:
+        """Add up what processes that work together have counted."""
+        for name in ("pooled", "examples", "at", "reach"):
+            setattr(self, name, summed(getattr(self, name), device))
 
     def means(
         self,

@@ -63,7 +63,11 @@ class _Format(StrEnum):
 
 def _begin(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("circuitlens").setLevel(logging.WARNING if quiet else logging.INFO)
+    level = logging.WARNING if quiet else logging.INFO
+    if os.environ.get("RANK", "0") != "0":
+        # Of the processes of accelerate launch, one speaks.
+        level, _out.quiet = logging.ERROR, True
+    logging.getLogger("circuitlens").setLevel(level)
     # What torch and transformers warn about here is none of the user's making.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|transformers")
 

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+import torch
 
 from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
 from circuitlens.adapt.result import saved_transfers
@@ -40,6 +42,7 @@ from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
+from circuitlens.utils.processes import agreed, is_main, together
 from circuitlens.utils.provenance import library_versions, machine
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing, safe_name, write_json
 from circuitlens.utils.threads import settle_threads
@@ -48,6 +51,8 @@ from circuitlens.view import write_report
 __all__ = ["RunFolder"]
 
 logger = logging.getLogger(__name__)
+
+Kept = TypeVar("Kept", MeanBaseline, HeadScores, Circuit, FaithfulnessCurve)
 
 
 class RunFolder:
@@ -69,12 +74,14 @@ class RunFolder:
         """
         path = Path(path)
         run = cls(path, settings, quiet=quiet)
-        if not path.exists() or not any(path.iterdir()):
+        if run._agreed(not path.exists() or not any(path.iterdir())):
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
             run.check()
             run.write_record()
-            with replacing(path / "run.yaml") as temporary:
-                temporary.write_text(settings_file(settings), encoding="utf-8")
+            run._write(
+                path / "run.yaml",
+                lambda file: file.write_text(settings_file(settings), encoding="utf-8"),
+            )
             return run
         if not (path / "run.json").is_file():
             raise InputError(
@@ -120,6 +127,44 @@ class RunFolder:
         # Encoding one example checks the tokenizer and the label words.
         self.task.encode(self._start, self.task["validation"][:1])
 
+    # -- several processes -----------------------------------------------------------------
+    #
+    # Under accelerate launch all of them run this, one decides what is there already, and writes.
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.settings.device or "cpu")
+
+    def _agreed(self, value: bool) -> bool:
+        return agreed(value, self._device)
+
+    def _there(self, path: Path) -> bool:
+        """Whether a result was there before this stage."""
+        return self._agreed(path.exists())
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a file that is whole once it is there."""
+        if is_main(self._device):
+            with replacing(path) as temporary:
+                write(temporary)
+        together(self._device)
+
+    def _remove(self, *folders: Path) -> None:
+        if is_main(self._device):
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        together(self._device)
+
+    def _kept(self, path: Path, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
+        """A result from its file, or made now and written there."""
+        if self._there(path):
+            return kind.load(path)
+        found = make()
+        if is_main(self._device):
+            found.save(path)
+        together(self._device)
+        return found
+
     # -- stages ----------------------------------------------------------------------------
 
     @cached_property
@@ -137,7 +182,7 @@ class RunFolder:
     def model(self) -> HookedModel:
         """The competent model: the proxy of the folder, trained if need be."""
         proxy = self.path / "proxy"
-        if proxy.is_dir():
+        if self._there(proxy):
             trained = load(proxy, device=self.settings.device)
             settle_threads(trained.hf)
             return trained
@@ -158,41 +203,37 @@ class RunFolder:
         )
         temporary = self.path / ".proxy"
         try:
-            trained.save(temporary)
-            temporary.rename(proxy)
-            shutil.rmtree(self.path / ".finetune", ignore_errors=True)
+            if is_main(self._device):
+                trained.save(temporary)
+                temporary.rename(proxy)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._remove(temporary)
+        self._remove(self.path / ".finetune")
         # From the folder, so that an interrupted run and a whole one go on with the same model.
         return load(proxy, device=self.settings.device)
 
     @cached_property
     def baseline(self) -> MeanBaseline:
         """Means of the heads."""
-        path = self.path / "baseline.safetensors"
-        if path.is_file():
-            return MeanBaseline.load(path)
-        baseline = label_balanced_mean(
-            self.model,
-            self.task,
-            positions=cast(Positions, self.settings.positions),
-            pooling=cast(Pooling, self.settings.pooling),
-            allow_chance=self.settings.allow_chance,
-            **self.settings.batch_size,
-            quiet=self.quiet,
+        return self._kept(
+            self.path / "baseline.safetensors",
+            MeanBaseline,
+            lambda: label_balanced_mean(
+                self.model,
+                self.task,
+                positions=cast(Positions, self.settings.positions),
+                pooling=cast(Pooling, self.settings.pooling),
+                allow_chance=self.settings.allow_chance,
+                **self.settings.batch_size,
+                quiet=self.quiet,
+            ),
         )
-        baseline.save(path)
-        return baseline
 
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
         path = self.path / "scores.safetensors"
-        if path.is_file():
-            return HeadScores.load(path)
-        scores = self._score(self.settings)
-        scores.save(path)
-        return scores
+        return self._kept(path, HeadScores, lambda: self._score(self.settings))
 
     def _score(self, settings: RunSettings) -> HeadScores:
         return relevance(self.model, self.task, self.baseline, **settings.scoring, quiet=self.quiet)
@@ -201,35 +242,30 @@ class RunFolder:
     def circuit(self) -> Circuit:
         """The circuit."""
         path = self.path / "circuit.json"
-        if path.is_file():
-            return Circuit.load(path)
-        circuit = self.scores.top(self.settings.size)
-        circuit.save(path)
-        return circuit
+        return self._kept(path, Circuit, lambda: self.scores.top(self.settings.size))
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
-        path = self.path / "faithfulness.safetensors"
-        if path.is_file():
-            return FaithfulnessCurve.load(path)
-        curve = faithfulness(
-            self.model,
-            self.task,
-            self.scores,
-            self.baseline,
-            sizes=[
-                *default_sizes(len(self.model.geometry)),
-                len(self.circuit),
-                *self.settings.sizes,
-            ],
-            n_random=self.settings.n_random,
-            seed=self.settings.seed,
-            **self.settings.batch_size,
-            quiet=self.quiet,
+        return self._kept(
+            self.path / "faithfulness.safetensors",
+            FaithfulnessCurve,
+            lambda: faithfulness(
+                self.model,
+                self.task,
+                self.scores,
+                self.baseline,
+                sizes=[
+                    *default_sizes(len(self.model.geometry)),
+                    len(self.circuit),
+                    *self.settings.sizes,
+                ],
+                n_random=self.settings.n_random,
+                seed=self.settings.seed,
+                **self.settings.batch_size,
+                quiet=self.quiet,
+            ),
         )
-        curve.save(path)
-        return curve
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
         return self.path / "transfers" / safe_name(target) / safe_name(strategy)
@@ -238,7 +274,7 @@ class RunFolder:
         """Adapt the model to a target language, or load the finished transfer."""
         task = self.task.to(target)
         path = self._transfer_path(task.language, strategy)
-        if (path / "result.json").is_file():
+        if self._there(path / "result.json"):
             return self._checked(TransferResult.load(path))
         result = transfer(
             self.model,
@@ -251,8 +287,9 @@ class RunFolder:
             checkpoints=path / ".training",
             quiet=self.quiet,
         )
-        result.save(path)
-        shutil.rmtree(path / ".training", ignore_errors=True)
+        if is_main(self._device):
+            result.save(path)
+        self._remove(path / ".training")
         # The weights are in the folder; keeping an adapted model for each strategy would fill
         # the memory.
         return replace(result, model=None, folder=path, _scratch=None)
@@ -293,10 +330,13 @@ class RunFolder:
         """
         scores = self._score(settings)
         circuit = scores.top(settings.size)
-        self._discard_discovery()
+        if is_main(self._device):
+            self._discard_discovery()
+            scores.save(self.path / "scores.safetensors")
+            circuit.save(self.path / "circuit.json")
+        for name in ("scores", "circuit", "curve"):
+            self.__dict__.pop(name, None)
         self.settings = settings
-        scores.save(self.path / "scores.safetensors")
-        circuit.save(self.path / "circuit.json")
         self.write_record()
 
     def _discard_discovery(self) -> None:
@@ -305,8 +345,6 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for name in ("transfers", "compare"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("scores", "circuit", "curve"):
-            self.__dict__.pop(name, None)
 
     # -- output ----------------------------------------------------------------------------
 
@@ -322,16 +360,20 @@ class RunFolder:
 
     def report(self) -> Path:
         """Write the report of what is there."""
-        has_curve = (self.path / "faithfulness.safetensors").is_file()
-        compared = (self.path / "compare" / "comparison.json").is_file()
-        task = self.task
+        page, task = self.path / "report.html", self.task
+        has_curve = self._there(self.path / "faithfulness.safetensors")
+        compared = self._there(self.path / "compare" / "comparison.json")
+        # All of it may be a stage that processes share.
+        scores, circuit, curve = self.scores, self.circuit, self.curve if has_curve else None
+        if not is_main(self._device):
+            return page
         return write_report(
-            self.path / "report.html",
+            page,
             title=f"{task.name}: a circuit for {task.language}",
             settings=self.settings.to_flat(),
-            scores=self.scores,
-            circuit=self.circuit,
-            curve=self.curve if has_curve else None,
+            scores=scores,
+            circuit=circuit,
+            curve=curve,
             results=self.transfers(),
             comparison=Comparison.load(self.path / "compare") if compared else None,
             competence=self.competence_sentence(),
@@ -345,7 +387,7 @@ class RunFolder:
             "versions": library_versions(),
             "machine": machine(),
         }
-        if (self.path / "circuit.json").is_file():
+        if self._there(self.path / "circuit.json"):
             record["model_fingerprint"] = self.baseline.provenance.model_fingerprint
             record["data_fingerprint"] = self.baseline.provenance.data_fingerprint
             record["baseline"] = {
@@ -354,15 +396,17 @@ class RunFolder:
             }
             record["scores"] = self.scores.to_frame().to_dict("records")
             record["circuit"] = self.circuit.to_dict()
-        if (self.path / "faithfulness.safetensors").is_file():
+        if self._there(self.path / "faithfulness.safetensors"):
             table = self.curve.to_frame()
             record["faithfulness"] = (
                 table.astype(object).where(table.notna(), None).to_dict("records")
             )
             record["faithfulness_caveat"] = self.curve.caveat
-        if (self.path / "transfers").is_dir():
+        if self._there(self.path / "transfers"):
             record["transfers"] = [result.to_dict() for result in self.transfers()]
-        write_json(self.path / "run.json", RUN_SCHEMA, record)
+        if is_main(self._device):
+            write_json(self.path / "run.json", RUN_SCHEMA, record)
+        together(self._device)
 
     def run_all(self) -> Sequence[TransferResult]:
         """Do, or finish, the whole line and write record and report."""

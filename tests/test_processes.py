@@ -1,4 +1,4 @@
-"""A transfer that is killed and repeated, and one that several processes share."""
+"""A transfer that is killed and repeated, and work that several processes share."""
 
 from __future__ import annotations
 
@@ -76,6 +76,59 @@ for strategy in ("circuit", "head"):
 """
 )
 
+DISCOVERY = """
+task = cl.load_task("toy")
+model = cl.load(where)
+examples = task["pool_a"][:150]  # batches of 32 that two processes cannot share evenly
+
+def found(**options):
+    baseline = cl.label_balanced_mean(
+        model, task, examples=examples, allow_chance=True, quiet=True, **options
+    )
+    scores = {
+        (method, by_position): cl.relevance(
+            model, task, baseline, method=method, mlps=True, by_position=by_position,
+            max_examples=50, quiet=True,
+        )
+        for method, by_position in (("cdt-linear", True), ("ablation", False), ("dla", False))
+    }
+    curve = cl.faithfulness(
+        model, task, scores["cdt-linear", True], baseline, n_random=5,
+        examples=task["validation"][:70], quiet=True,
+    )
+    compared = cl.compare_scorers(
+        model, task, baseline, methods=["cdt-linear", "random"], n_random=2, max_examples=40,
+        examples=task["validation"][:40], quiet=True,
+    )
+    table = compared.table.drop(columns=["seconds", "peak_mib"])
+    return {
+        "ids": baseline.example_ids,
+        "n": baseline.n_per_label,
+        "baseline": [baseline.mean, baseline.mlp_mean],
+        "scores": [t for s in scores.values() for t in (s.per_example, s.mlps, s.by_position)],
+        "curve": [torch.tensor(curve.to_frame().select_dtypes("number").to_numpy())],
+        "scorers": [torch.tensor(table.select_dtypes("number").to_numpy())],
+        "caveat": curve.caveat,
+    }
+"""
+
+DISCOVERED = (
+    COMMON
+    + """
+where = f"{out}/model"
+"""
+    + DISCOVERY
+    + """
+seen, real = [], model.label_logits
+model.label_logits = lambda batch, hooks=None: seen.append(len(batch)) or real(batch, hooks)
+result = found()
+from accelerate import PartialState
+assert PartialState().num_processes == 2
+result["rows"] = sum(seen)
+torch.save(result, f"{out}/rank-{os.environ['RANK']}.pt")
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def begin():
@@ -112,8 +165,8 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def launched(source: str, tmp_path) -> None:
-    """Run a script in two processes under Accelerate."""
+def launched(source: str, tmp_path) -> str:
+    """Run a script in two processes under Accelerate; return what they said."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(source))
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
@@ -128,6 +181,59 @@ def launched(source: str, tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_share_discovery(toy_proxy, tmp_path):
+    toy_proxy.save(tmp_path / "model")
+    launched(DISCOVERED, tmp_path)
+    alone: dict = {"torch": torch, "cl": cl, "where": tmp_path / "model"}
+    exec(DISCOVERY, alone)
+    expected = alone["found"]()
+    for rank in (0, 1):
+        result = torch.load(tmp_path / f"rank-{rank}.pt")
+        for name in ("ids", "n", "caveat"):
+            assert result[name] == expected[name]
+        for name in ("baseline", "scores", "curve", "scorers"):
+            for one, other in zip(result[name], expected[name], strict=True):
+                if other is not None:
+                    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+    # Each did about half of it.
+    rows = [torch.load(tmp_path / f"rank-{rank}.pt")["rows"] for rank in (0, 1)]
+    assert 0.3 < rows[0] / sum(rows) < 0.7
+
+
+def test_two_processes_share_a_run(tmp_path):
+    options = (
+        "run --model {model} --task toy --target near --strategy circuit --strategy norms --size 3 "
+        "--n-random 2 --epochs 1 --finetune-epochs 2 --rate 1e-3 --seed 1 --out {out}"
+    )
+    toy.toy_model(n_layers=1).save(tmp_path / "model")
+    script = """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    from circuitlens.cli import main
+    sys.argv = ["circuitlens", *ARGUMENTS]
+    main()
+    """
+    for n, out in enumerate(("alone", "shared")):
+        arguments = options.format(model=tmp_path / "model", out=tmp_path / out).split()
+        source = textwrap.dedent(script).replace("ARGUMENTS", repr(arguments))
+        if n:
+            said = launched(source, tmp_path)
+        else:
+            subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+    assert said.count("Report: ") == 1
+    records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("alone", "shared")]
+    assert records[1]["finished"]
+    assert records[0]["circuit"]["heads"] == records[1]["circuit"]["heads"]
+    for one, other in zip(records[0]["transfers"], records[1]["transfers"], strict=True):
+        assert one["strategy"] == other["strategy"]
+        assert one["target_after"]["accuracy"] == pytest.approx(
+            other["target_after"]["accuracy"], abs=0.01
+        )
+    assert not list((tmp_path / "shared").rglob("*.tmp*"))
 
 
 def test_two_processes_make_one_comparison(begin, tmp_path):

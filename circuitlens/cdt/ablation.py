@@ -22,6 +22,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import Hook, recording
 from circuitlens.nodes import Head
 from circuitlens.tasks import Encoded
+from circuitlens.utils.processes import mine, summed
 from circuitlens.utils.progress import progress
 from circuitlens.utils.row_budget import RowBudget
 
@@ -155,15 +156,20 @@ def circuit_label_logits(
     distinct, inverse = keeps.to(torch.uint8).unique(dim=0, return_inverse=True)
     pieces = distinct.bool().split(_TICK)
     shape = (len(distinct), len(encoded), encoded.readout.n_labels)
-    found = torch.empty(shape, dtype=torch.float64)
+    # Zeros, to which processes that work together add what they find.
+    found = torch.zeros(shape, dtype=torch.float64)
+    n_jobs = encoded.n_batches(batch_size) * len(pieces)
+    own = set(mine(range(n_jobs), model.device))
 
     def jobs() -> Iterator[tuple[Tensor, Batch, PrefixCache, int]]:
-        for index, batch in encoded.batches(batch_size, model.device):
-            prefix = PrefixCache.capture(model, batch, rows=budget)
-            for number in range(len(pieces)):
-                yield index, batch, prefix, number
+        for place, (index, batch) in enumerate(encoded.batches(batch_size, model.device)):
+            numbers = [n for n in range(len(pieces)) if place * len(pieces) + n in own]
+            if numbers:
+                prefix = PrefixCache.capture(model, batch, rows=budget)
+                for number in numbers:
+                    yield index, batch, prefix, number
 
-    total = encoded.n_batches(batch_size) * len(pieces)
+    total = len(own)
     for index, batch, prefix, number in progress(jobs(), label, quiet=quiet, total=total):
         logits = ablated_label_logits(
             model,
@@ -176,7 +182,7 @@ def circuit_label_logits(
         )
         start = number * _TICK
         found[start : start + len(logits), index] = logits.cpu().double()
-    return found[inverse]
+    return summed(found, model.device)[inverse]
 
 
 def head_mask(heads: Iterable[Head], n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:

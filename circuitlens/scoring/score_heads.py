@@ -22,6 +22,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import Request, Scorer, scorer
 from circuitlens.tasks import Encoded, Example, Task
+from circuitlens.utils.processes import mine, n_processes, summed
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.row_budget import RowBudget
@@ -205,16 +206,17 @@ def _batched(
     score, g, n = by.batch, model.geometry, len(encoded)
     means = baseline.means(model.device)
     width = max(map(len, encoded.tokens))
-    heads = torch.empty(n, g.n_layers, g.n_heads)
-    mlps = torch.empty(n, g.n_layers) if request.mlps else None
+    # Zeros, to which processes that work together add what they find.
+    heads = torch.zeros(n, g.n_layers, g.n_heads)
+    mlps = torch.zeros(n, g.n_layers) if request.mlps else None
     at = torch.zeros(n, width, g.n_layers, g.n_heads) if request.by_position else None
     budget = RowBudget(batch_size)
 
     def keep(values: Tensor) -> Tensor:
         return values.detach().float().cpu()
 
-    batches = encoded.batches(batch_size, model.device)
-    total = encoded.n_batches(batch_size)
+    batches = mine(encoded.batches(batch_size, model.device), model.device)
+    total = -(-encoded.n_batches(batch_size) // n_processes(model.device))
     for index, batch in progress(batches, f"Relevance ({by.name})", quiet=quiet, total=total):
 
         def run(chunk: range, index: Tensor = index, batch: Batch = batch) -> None:
@@ -227,4 +229,8 @@ def _batched(
                 at[chosen, width - found.by_position.shape[1] :] = keep(found.by_position)
 
         budget.chunked(len(index), run, rows_per_item=batch.n_rows)
-    return Relevances(heads, mlps, at)
+
+    def whole(part: Tensor | None) -> Tensor | None:
+        return None if part is None else summed(part, model.device)
+
+    return Relevances(summed(heads, model.device), whole(mlps), whole(at))

@@ -1,0 +1,437 @@
+"""What every verb costs at the shape of a real model, in units of plain Hugging Face passes.
+
+The weights are random and the prompts are random syllables, with two label words between which the
+model is undecided, so that every verb runs as it does for people. Every part is a process of its
+own, for peak memory never falls. Times are of the verb and of its rival, in turns.
+
+    python -m benchmarks.scale                             # Qwen2.5-0.5B's shape, float32
+    python -m benchmarks.scale --shape qwen2.5-1.5b --examples 10
+    python -m benchmarks.scale --device cuda --dtype bfloat16 --shape qwen2.5-7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import circuitlens as cl
+from benchmarks.relevance import forward_backward
+from circuitlens.adapt.strategies import Choice, strategy_of
+from circuitlens.adapt.trainer import LabelTrainer
+from circuitlens.models.batch import Batch
+from circuitlens.tasks.toy import toy_tokenizer
+from circuitlens.utils.peak_memory import PeakMemory
+
+SHAPES = {
+    "tiny": {"layers": 4, "heads": 8, "kv": 2, "d": 256, "mlp": 700, "vocabulary": 4000},
+    "qwen2.5-0.5b": {
+        "layers": 24, "heads": 14, "kv": 2, "d": 896, "mlp": 4864, "vocabulary": 151_936
+    },
+    "qwen2.5-1.5b": {
+        "layers": 28, "heads": 12, "kv": 2, "d": 1536, "mlp": 8960, "vocabulary": 151_936
+    },
+    "qwen2.5-7b": {
+        "layers": 28, "heads": 28, "kv": 4, "d": 3584, "mlp": 18_944, "vocabulary": 152_064
+    },
+}  # fmt: skip
+BATCH = 10
+
+
+def checkpoint(shape: str, dtype: str, folder: Path) -> None:
+    """Write a random model and a tokenizer of syllables."""
+    sizes, tokenizer = SHAPES[shape], toy_tokenizer()
+    config = Qwen2Config(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["d"],
+        intermediate_size=sizes["mlp"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv"],
+        tie_word_embeddings=sizes["d"] < 2000,
+        dtype=dtype,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    tokenizer.save_pretrained(folder)
+
+
+def task_of(model: cl.HookedModel, examples: int, tokens: int) -> cl.Task:
+    """Random prompts, labelled by what the model says of two words that it is undecided between."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.tokenizer.get_vocab()
+    words = [w[1:] for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha()]
+    # <s> and "->" come besides.
+    drawn = torch.randint(len(words), (3 * examples, tokens - 2), generator=generator)
+    texts = [" ".join(words[i] for i in row) for row in drawn.tolist()]
+
+    def make(answers: tuple[str, str], labels: dict[str, str]) -> cl.Task:
+        rows = [{"text": text, "label": labels[text]} for text in texts]
+        names = ("train", "validation", "test")
+        splits = {name: rows[n * examples : (n + 1) * examples] for n, name in enumerate(names)}
+        return cl.Task.from_records(
+            splits,
+            template="{text} ->",
+            labels={"a": f" {answers[0]}", "b": f" {answers[1]}"},
+            max_text_tokens=tokens,
+            share_a=0.5,
+        )
+
+    any_labels = {text: "ab"[n % 2] for n, text in enumerate(texts)}
+    task = make((words[0], words[1]), any_labels)
+    pools = [task[pool] for pool in ("pool_a", "pool_b", "validation", "test")]
+    asked = [example for pool in pools for example in pool]
+    logits = torch.empty(len(asked), len(words))
+    ids = torch.tensor([vocabulary[f"Ġ{word}"] for word in words])
+    with torch.no_grad():
+        for index, batch in task.encode(model, asked).batches(BATCH, model.device):
+            logits[index] = model.hf_logits(batch).float().cpu()[:, ids]
+    # Each pool should have both labels, as evenly as may be.
+    ends = torch.tensor([len(pool) for pool in pools]).cumsum(0).tolist()
+    best = (1.0, 0, 1)
+    for one in range(len(words)):
+        says = (logits[:, one, None] > logits).float()
+        parts = [says[a:b].mean(0) for a, b in zip([0, *ends], ends, strict=False)]
+        uneven = torch.stack([(part - 0.5).abs() for part in parts]).amax(0)
+        other = int(uneven.argmin())
+        best = min(best, (float(uneven[other]), one, other))
+    _, one, other = best
+    found = {
+        example.fields["text"]: "a" if row[one] > row[other] else "b"
+        for example, row in zip(asked, logits, strict=True)
+    }
+    return make((words[one], words[other]), found)
+
+
+def median_ratio(
+    ours: Callable[[], Any], rival: Callable[[], Any], repeats: int
+) -> dict[str, float]:
+    """Seconds of both, in turns, and the median ratio with its least and most."""
+    pairs = []
+    for _ in range(repeats):
+        pair = []
+        for function in (ours, rival):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pair.append(time.perf_counter() - start)
+        pairs.append(pair)
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "ratio": round(ratios[len(ratios) // 2], 3),
+        "ratio_min": round(ratios[0], 3),
+        "ratio_max": round(ratios[-1], 3),
+        "ours_s": round(min(a for a, _ in pairs), 3),
+        "rival_s": round(min(b for _, b in pairs), 3),
+    }
+
+
+class Part:
+    """A loaded model with its task, and what the parts of the benchmark do with them."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+        self.device = torch.device(args.device)
+        self.n_weights = 0
+
+    def load(self) -> Iterator[dict[str, Any]]:
+        """Loading with the check of hooks, beside from_pretrained."""
+
+        def rival() -> None:
+            hf: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype="auto")
+            hf.to(self.device)
+
+        def ours() -> None:
+            cl.load(self.folder, device=self.device)
+
+        rival()
+        yield {
+            "what": "cl.load, with the check of hooks",
+            "rival": "from_pretrained",
+            **median_ratio(ours, rival, self.args.repeats),
+        }
+
+    def baseline(self) -> Iterator[dict[str, Any]]:
+        """The baseline beside forward passes over the same batches."""
+        model, task = self._opened(self.args.examples, self.args.tokens)
+        batches = self._batches(model, task, "pool_a")
+
+        def ours() -> None:
+            cl.label_balanced_mean(model, task, batch_size=BATCH, quiet=True)
+
+        def rival() -> None:
+            for batch in batches:
+                self._forward(model, batch)
+
+        self._forward(model, batches[0])
+        yield {
+            "what": "label_balanced_mean",
+            "rival": "HF forward passes over the same batches",
+            "target": 1.1,
+            **median_ratio(ours, rival, self.args.repeats),
+        }
+
+    def linear(self) -> Iterator[dict[str, Any]]:
+        """Relevance of all heads and MLPs beside forward and backward passes."""
+        model, task = self._opened(self.args.examples, self.args.tokens)
+        baseline = cl.label_balanced_mean(model, task, quiet=True, batch_size=BATCH)
+        batches = self._batches(model, task, "pool_a")
+
+        def ours() -> None:
+            cl.relevance(
+                model, task, baseline, mlps=True, max_examples=10**6, batch_size=BATCH, quiet=True
+            )
+
+        def rival() -> None:
+            for batch in batches:
+                forward_backward(model, batch)
+
+        with PeakMemory(self.device) as of_rival:
+            forward_backward(model, batches[0])
+        with PeakMemory(self.device) as of_ours:
+            ours()
+        yield {
+            "what": f"cdt-linear, {len(model.geometry)} heads and all MLPs",
+            "rival": "HF forward + backward to the inputs, same batches",
+            "target": 1.25,
+            **median_ratio(ours, rival, self.args.repeats),
+            "memory": round(of_ours.mib / of_rival.mib, 3),
+            "memory_target": 1.3,
+            "ours_mib": round(of_ours.mib),
+            "rival_mib": round(of_rival.mib),
+        }
+
+    def exact(self) -> Iterator[dict[str, Any]]:
+        """Methods that cost a run a head, and faithfulness, on few and short prompts."""
+        model, task = self._opened(self.args.few, self.args.few_tokens)
+        baseline = cl.label_balanced_mean(model, task, quiet=True, batch_size=BATCH)
+        batches = self._batches(model, task, "pool_a")
+
+        def rival() -> None:
+            for batch in batches:
+                forward_backward(model, batch)
+
+        rival()
+        scores = cl.relevance(model, task, baseline, quiet=True)
+
+        def score(method: str) -> Callable[[], Any]:
+            return lambda: cl.relevance(
+                model, task, baseline, method=method, batch_size=BATCH, quiet=True
+            )
+
+        def curve() -> None:
+            shares = [round(len(model.geometry) * n / 10) for n in range(1, 11)]
+            cl.faithfulness(model, task, scores, baseline, sizes=shares, n_random=30, quiet=True)
+
+        size = f"{self.args.few} × {self.args.few_tokens} tokens"
+        for what, ours in (
+            ("cdt, all heads", score("cdt")),
+            ("ablation, all heads", score("ablation")),
+            ("faithfulness, 10 sizes × 2 × 30 random circuits", curve),
+        ):
+            yield {
+                "what": f"{what}, {size}",
+                "rival": "one HF forward + backward of the same batch",
+                "target": None,
+                **median_ratio(ours, rival, 1),
+            }
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """A training step of every strategy beside a forward and a backward pass."""
+        model, task = self._opened(8, self.args.few_tokens)
+        (batch,) = self._batches(model, task, "validation")
+        g = model.geometry
+        choice = Choice(_some_heads(model))
+        for name in ("circuit", "lora-r8", "full"):
+            how = strategy_of(name)
+            trainable = how.make(model, choice, how.choose(choice))
+            optimizer = torch.optim.AdamW(trainable.parameters.values(), lr=1e-5)
+            own = trainable.model
+            for parameter in () if trainable.masks is None else own.hf.parameters():
+                parameter.requires_grad_(True)
+
+            def ours(own: Any = own, optimizer: Any = optimizer) -> None:
+                batch.readout.losses(own, batch, own.hf).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            ours()
+            yield {
+                "what": f"training step, {name}",
+                "rival": "HF forward + backward to the inputs, same batch",
+                "target": None,
+                **median_ratio(ours, lambda: forward_backward(model, batch), self.args.repeats),
+                "entries": trainable.n_entries,
+                "entries_share": round(trainable.n_entries / self.n_weights, 6),
+                "layers": g.n_layers,
+            }
+            del trainable, optimizer, own, ours
+
+    def transfer(self) -> Iterator[dict[str, Any]]:
+        """A whole transfer with three rates beside its training steps, its peak and its file."""
+        model, task = self._opened(self.args.few * 8, self.args.few_tokens)
+        circuit = _some_heads(model)
+        options = {"learning_rates": [1e-5, 3e-5, 1e-4], "epochs": 3, "batch_size": BATCH}
+        small = replace(
+            task,
+            pools=replace(task.pools, validation=task["validation"][:4], test=task["test"][:4]),
+        )
+        model.fingerprint()
+        # The longest of the batches that it trains on.
+        batch = max(self._batches(model, small, "pool_b"), key=lambda b: b.input_ids.numel())
+        with PeakMemory(self.device) as activations:
+            forward_backward(model, batch)
+        if self.device.type == "cpu":
+            # Memory that was freed and not given back would be used again unseen.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with _timed_steps() as spent, PeakMemory(self.device) as memory:
+            start = time.perf_counter()
+            result = cl.transfer(model, circuit, small, quiet=True, **options)  # type: ignore[arg-type]
+            seconds = time.perf_counter() - start
+        size = next(model.hf.parameters()).element_size() * self.n_weights
+        beyond = (memory.mib - activations.mib) * 2**20
+        yield {
+            "what": "transfer, circuit, three rates",
+            "rival": "the sum of its training steps",
+            "target": 1.15,
+            "ratio": round(seconds / spent[0], 3),
+            "ours_s": round(seconds, 3),
+            "rival_s": round(spent[0], 3),
+            "n_examples": len(small["pool_b"]),
+            "evaluating_s": round(spent[1], 3),
+            "peak_mib": round(size / 2**20 + memory.mib),
+            "activations_mib": round(activations.mib),
+            "peak_without_activations_of_weights": round(1 + beyond / size, 3),
+            "peak_without_activations_bytes_per_weight": round((size + beyond) / self.n_weights, 2),
+            "peak_target": 2.2,
+        }
+
+        def rival() -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                model.hf.save_pretrained(scratch)
+
+        def ours() -> None:
+            with tempfile.TemporaryDirectory() as scratch:
+                result.save(scratch)
+
+        yield {
+            "what": "result.save",
+            "rival": "save_pretrained of the model",
+            "target": None,
+            **median_ratio(ours, rival, 1),
+        }
+
+    def _opened(self, examples: int, tokens: int) -> tuple[cl.HookedModel, cl.Task]:
+        model = cl.load(self.folder, device=self.device)
+        self.n_weights = sum(p.numel() for p in model.hf.parameters())
+        # As many again for pool B; small numbers could leave a pool without a label.
+        task = task_of(model, 2 * max(examples, 16), tokens)
+        pools = {name: _even(task, name, examples) for name in ("pool_a", "pool_b")}
+        others = {name: _even(task, name, 8) for name in ("validation", "test")}
+        return model, replace(task, pools=replace(task.pools, **pools, **others))
+
+    def _batches(self, model: cl.HookedModel, task: cl.Task, pool: str) -> list[Batch]:
+        data = task.encode(model, pool)
+        return [batch for _, batch in data.batches(BATCH, self.device)]
+
+    @staticmethod
+    @torch.no_grad()
+    def _forward(model: cl.HookedModel, batch: Batch) -> None:
+        model.hf(batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+
+
+def _some_heads(model: cl.HookedModel) -> cl.Circuit:
+    """5 % of the heads, spread over the layers."""
+    g = model.geometry
+    count = max(1, round(0.05 * len(g)))
+    heads = [cl.Head((i * g.n_layers) // count, i % g.n_heads) for i in range(count)]
+    return cl.Circuit.of(heads, g.n_layers, g.n_heads)
+
+
+def _even(task: cl.Task, pool: str, n: int) -> tuple[cl.Example, ...]:
+    """As many examples of a pool, the labels in turns."""
+    by_label = [[e for e in task[pool] if e.label == label] for label in task.labels]
+    mixed = [e for pair in zip(*by_label, strict=False) for e in pair]
+    return (*mixed, *(e for e in task[pool] if e not in mixed))[:n]
+
+
+@contextmanager
+def _timed_steps() -> Iterator[list[float]]:
+    """Seconds in training steps, those of the optimiser included, and in evaluations."""
+    spent = [0.0, 0.0]
+    step, update, read = LabelTrainer.training_step, torch.optim.AdamW.step, LabelTrainer.evaluate
+
+    def timed(function: Callable[..., Any], place: int = 0) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[place] += time.perf_counter() - start
+
+        return call
+
+    trainer: Any = LabelTrainer
+    optimizer: Any = torch.optim.AdamW
+    trainer.training_step, optimizer.step = timed(step), timed(update)
+    trainer.evaluate = timed(read, 1)
+    try:
+        yield spent
+    finally:
+        trainer.training_step, optimizer.step, trainer.evaluate = step, update, read
+
+
+PARTS = ("load", "baseline", "linear", "steps", "transfer", "exact")
+
+
+def main() -> None:
+    """Run the parts one by one and print one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--examples", type=int, default=50, help="for means and scores")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--few", type=int, default=4, help="examples of what costs a run a head")
+    parser.add_argument("--few-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--in", dest="folder", type=Path, help="of a checkpoint written before")
+    args = parser.parse_args()
+    if args.folder is not None and len(args.parts) == 1:
+        part = Part(args.folder, args)
+        for found in getattr(part, args.parts[0])():
+            where = torch.cuda.get_device_name() if part.device.type == "cuda" else "cpu"
+            about = {"shape": args.shape, "dtype": args.dtype, "device": where}
+            print(json.dumps({"benchmark": "scale", **about, **found}), flush=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        if args.folder is None:
+            checkpoint(args.shape, args.dtype, folder)
+        for name in args.parts:
+            own = [a for a in sys.argv[1:] if a not in ("--parts", *PARTS)]
+            command = [sys.executable, "-m", "benchmarks.scale", *own, "--in", str(folder)]
+            subprocess.run([*command, "--parts", name], check=False)
+
+
+if __name__ == "__main__":
+    main()
