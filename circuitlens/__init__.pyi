@@ -25,6 +25,7 @@ from .models.hooked import HookedModel
 from .models.prompt import Prompt
 from .nodes import MLP, Head
 from .opening import load
+from .planning import Plan, plan
 from .predicting import predict
 from .scoring import METHODS, HeadScores, Stability, discover, relevance
 from .tasks import Evaluation, Example, Task, evaluate, load_task
@@ -52,6 +53,7 @@ __all__ = [
     "Merged",
     "Minimality",
     "NotFiniteError",
+    "Plan",
     "Prompt",
     "RuleSet",
     "ScorerComparison",
@@ -72,6 +74,7 @@ __all__ = [
     "load_task",
     "merge",
     "minimality",
+    "plan",
     "predict",
     "relevance",
     "tasks",

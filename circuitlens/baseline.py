@@ -23,8 +23,7 @@ from typing import Literal, get_args
 
 import pandas as pd
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.errors import (
@@ -36,6 +35,7 @@ from circuitlens.errors import (
     check_choice,
     check_types,
 )
+from circuitlens.label_sums import LabelSums, NodeOutputs
 from circuitlens.models.batch import Batch, Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
@@ -43,7 +43,7 @@ from circuitlens.nodes import MLP, Head, Node
 from circuitlens.tasks import Example, Task
 from circuitlens.tasks.evaluation import near_chance
 from circuitlens.tasks.examples import POOLS
-from circuitlens.utils.processes import gathered, mine, n_processes, summed
+from circuitlens.utils.processes import gathered, mine, n_processes
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, write_tensors
@@ -287,7 +287,7 @@ def label_balanced_mean(
         )
     labels = list(task.labels)
     width = max(map(len, encoded.tokens)) if pooling == "position" else 0
-    sums = _Sums(model, len(labels), width)
+    sums = LabelSums(model, len(labels), width)
     correct: list[int] = []
     batches = mine(encoded.batches(batch_size, model.device), model.device)
     total = -(-encoded.n_batches(batch_size) // n_processes(model.device))
@@ -368,16 +368,13 @@ def _checked(task: Task, examples: Sequence[Example]) -> tuple[Example, ...]:
 
 def _node_outputs(
     model: HookedModel, batch: Batch
-) -> tuple[Float[Tensor, "batch label"], list[Float[Tensor, "row pos node_outputs"]]]:
-    """Label logits, and for each layer the outputs of all heads and of the MLP side by side."""
+) -> tuple[Float[Tensor, "batch label"], list[NodeOutputs]]:
+    """Label logits, and for each layer the outputs of all heads and of the MLP."""
     layers = range(model.geometry.n_layers)
     names = [f(layer) for layer in layers for f in (model.z_hook, model.mlp_hook)]
     hooks, found = recording(names)
     logits = model.label_logits(batch, hooks)
-    return logits, [
-        torch.cat([found[model.z_hook(n)].flatten(2), found[model.mlp_hook(n)]], dim=-1)
-        for n in layers
-    ]
+    return logits, [(found[model.z_hook(n)].flatten(2), found[model.mlp_hook(n)]) for n in layers]
 
 
 def _check_finite(model: HookedModel, means: Float[Tensor, "mean layer node_outputs"]) -> None:
@@ -397,56 +394,3 @@ def _check_finite(model: HookedModel, means: Float[Tensor, "mean layer node_outp
             f"The mean of {lowest} of {model.name} is not finite: load the model with dtype "
             f"float32 if {model.dtype} overflows, or go back to weights that have not diverged."
         )
-
-
-class _Sums:
-    """Running sums of node outputs, label by label, over positions and (if wanted) at each."""
-
-    def __init__(self, model: HookedModel, n_labels: int, width: int) -> None:
-        g = model.geometry
-        size = g.n_heads * g.d_head + g.d_model
-        options = {"dtype": torch.float64, "device": model.device}
-        self.pooled = torch.zeros(n_labels, g.n_layers, size, **options)  # type: ignore[call-overload]
-        self.examples = torch.zeros(n_labels, **options)  # type: ignore[call-overload]
-        self.at = torch.zeros(n_labels, width, g.n_layers, size, **options)  # type: ignore[call-overload]
-        self.reach = torch.zeros(n_labels, width, **options)  # type: ignore[call-overload]
-
-    def add(
-        self,
-        outputs: list[Float[Tensor, "row pos node_outputs"]],
-        batch: Batch,
-        mask: Bool[Tensor, "row pos"],
-        right: Bool[Tensor, " batch"],
-    ) -> None:
-        """Count the examples that were answered right, at the positions of ``mask``."""
-        # The rows of an example side by side.
-        n = len(batch)
-        gold, mask = batch.gold[right], mask.reshape(n, -1)[right]
-        chosen = mask.double()
-        weights = chosen / chosen.sum(-1, keepdim=True)
-        self.examples.index_add_(0, gold, torch.ones_like(gold, dtype=torch.float64))
-        first = self.at.shape[1] - mask.shape[1]
-        if self.at.shape[1]:
-            self.reach[:, first:].index_add_(0, gold, chosen)
-        for layer, output in enumerate(outputs):
-            # Some models give NaN in the padding, and NaN · 0 is NaN.
-            rows = output.reshape(n, -1, output.shape[-1])[right].double()
-            values = torch.where(mask[..., None], rows, 0.0)
-            mean = einsum(values, weights, "batch pos node, batch pos -> batch node")
-            self.pooled[:, layer].index_add_(0, gold, mean)
-            if self.at.shape[1]:
-                self.at[:, first:, layer].index_add_(0, gold, values)
-
-    def share(self, device: torch.device) -> None:
-        """Add up what processes that work together have counted."""
-        for name in ("pooled", "examples", "at", "reach"):
-            setattr(self, name, summed(getattr(self, name), device))
-
-    def means(
-        self,
-    ) -> tuple[Float[Tensor, "layer node_outputs"], Float[Tensor, "pos layer node_outputs"]]:
-        """Label-balanced means over positions and at each; where none reaches, the former."""
-        pooled = (self.pooled / self.examples[:, None, None]).mean(0)
-        at = (self.at / self.reach[:, :, None, None]).mean(0)
-        reached = (self.reach > 0).all(0)[:, None, None]
-        return pooled, torch.where(reached, at, pooled)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from circuitlens.adapt.options import TRANSFER
 from circuitlens.cli_options import parsed, run_options, settings_of, takes
-from circuitlens.cli_tables import pairs_table, strategy_table, summary_table
+from circuitlens.cli_tables import pairs_table, plan_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
 from circuitlens.settings_files import RECIPES, expanded
@@ -114,6 +114,9 @@ def run(
     recipe: Annotated[
         str | None, typer.Option(help=f"Settings of a published protocol: {', '.join(RECIPES)}.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the run will take, and end.")
+    ] = False,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -134,6 +137,12 @@ def run(
     settings.check_names()
     from circuitlens.run_folder import RunFolder
 
+    if plan:
+        planned = RunFolder(out, settings, quiet=quiet).plan()
+        _out.print(plan_table(planned))
+        _out.print(f"All of it takes {planned}.", soft_wrap=True)
+        planned.check()
+        return
     folder = RunFolder.create(out, settings, quiet=quiet)
     _finish(folder, folder.run_all())
 

@@ -12,8 +12,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from circuitlens.adapt import TransferResult
+    from circuitlens.planning import Plan
 
-__all__ = ["pairs_table", "strategy_table", "summary_table"]
+__all__ = ["pairs_table", "plan_table", "strategy_table", "summary_table"]
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a stage."""
+    table = Table(title="Plan: at most")
+    table.add_column("stage")
+    for name in ("examples", "forward passes", "backward", "tokens", "seconds", "GiB"):
+        table.add_column(name, justify="right")
+    for stage in plan.stages:
+        counts = (stage.examples, stage.forward, stage.backward, stage.tokens)
+        numbers = [f"{count:,.0f}" for count in counts]
+        table.add_row(stage.name, *numbers, f"{stage.seconds:,.1f}", f"{stage.memory / 2**30:.2f}")
+    return table
 
 
 def strategy_table(results: Sequence[TransferResult]) -> Table:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 
@@ -36,23 +36,24 @@ from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.loading import find_device
 from circuitlens.opening import load
+from circuitlens.planning import Plan, check_memory, plan_run
 from circuitlens.run_settings import RunSettings, check_run
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
-from circuitlens.utils.processes import agreed, is_main, together
+from circuitlens.utils.progress import RunClock, interactive
 from circuitlens.utils.provenance import library_versions, machine
-from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing, safe_name, write_json
+from circuitlens.utils.shared_files import SharedFiles
+from circuitlens.utils.storage import RUN_SCHEMA, read_json, safe_name, write_json
 from circuitlens.utils.threads import settle_threads
 from circuitlens.view import write_report
 
 __all__ = ["RunFolder"]
 
 logger = logging.getLogger(__name__)
-
-Kept = TypeVar("Kept", MeanBaseline, HeadScores, Circuit, FaithfulnessCurve)
 
 
 class RunFolder:
@@ -62,6 +63,8 @@ class RunFolder:
         self.path = path
         self.settings = settings
         self.quiet = quiet
+        self._clock = RunClock()
+        self._shared = SharedFiles(find_device(settings.device) or torch.device("cpu"))
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -74,11 +77,11 @@ class RunFolder:
         """
         path = Path(path)
         run = cls(path, settings, quiet=quiet)
-        if run._agreed(not path.exists() or not any(path.iterdir())):
+        if run._shared.agreed(not path.exists() or not any(path.iterdir())):
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
             run.check()
             run.write_record()
-            run._write(
+            run._shared.write(
                 path / "run.yaml",
                 lambda file: file.write_text(settings_file(settings), encoding="utf-8"),
             )
@@ -126,44 +129,13 @@ class RunFolder:
             raise InputError("A circuit of no heads was asked for: give a larger size.")
         # Encoding one example checks the tokenizer and the label words.
         self.task.encode(self._start, self.task["validation"][:1])
+        strategies = self.settings.strategies if self.settings.targets else ()
+        check_memory(self._start, strategies, finetunes=self.settings.competence == "always")
 
-    # -- several processes -----------------------------------------------------------------
-    #
-    # Under accelerate launch all of them run this, one decides what is there already, and writes.
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(self.settings.device or "cpu")
-
-    def _agreed(self, value: bool) -> bool:
-        return agreed(value, self._device)
-
-    def _there(self, path: Path) -> bool:
-        """Whether a result was there before this stage."""
-        return self._agreed(path.exists())
-
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file that is whole once it is there."""
-        if is_main(self._device):
-            with replacing(path) as temporary:
-                write(temporary)
-        together(self._device)
-
-    def _remove(self, *folders: Path) -> None:
-        if is_main(self._device):
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-        together(self._device)
-
-    def _kept(self, path: Path, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
-        """A result from its file, or made now and written there."""
-        if self._there(path):
-            return kind.load(path)
-        found = make()
-        if is_main(self._device):
-            found.save(path)
-        together(self._device)
-        return found
+    def plan(self) -> Plan:
+        """Say what the run takes from its beginning."""
+        self.check()
+        return plan_run(self._start, self.task, self.settings)
 
     # -- stages ----------------------------------------------------------------------------
 
@@ -182,7 +154,7 @@ class RunFolder:
     def model(self) -> HookedModel:
         """The competent model: the proxy of the folder, trained if need be."""
         proxy = self.path / "proxy"
-        if self._there(proxy):
+        if self._shared.there(proxy):
             trained = load(proxy, device=self.settings.device)
             settle_threads(trained.hf)
             return trained
@@ -194,30 +166,31 @@ class RunFolder:
             logger.info("Competence: validation accuracy is %.3f already.", accuracy)
             return self._start
         logger.info("Competence: validation accuracy is %.3f, so fine-tuning begins.", accuracy)
-        trained = finetune(
-            self._start,
-            self.task,
-            training=self.settings.competence_options({}),
-            checkpoints=self.path / ".finetune",
-            quiet=self.quiet,
-        )
+        with self._clock.stage("competence"):
+            trained = finetune(
+                self._start,
+                self.task,
+                training=self.settings.competence_options({}),
+                checkpoints=self.path / ".finetune",
+                quiet=self.quiet,
+            )
         temporary = self.path / ".proxy"
         try:
-            if is_main(self._device):
+            if self._shared.writes:
                 trained.save(temporary)
                 temporary.rename(proxy)
         finally:
-            self._remove(temporary)
-        self._remove(self.path / ".finetune")
+            self._shared.remove(temporary)
+        self._shared.remove(self.path / ".finetune")
         # From the folder, so that an interrupted run and a whole one go on with the same model.
         return load(proxy, device=self.settings.device)
 
     @cached_property
     def baseline(self) -> MeanBaseline:
         """Means of the heads."""
-        return self._kept(
+        return self._shared.kept(
             self.path / "baseline.safetensors",
-            MeanBaseline,
+            MeanBaseline.load,
             lambda: label_balanced_mean(
                 self.model,
                 self.task,
@@ -227,13 +200,19 @@ class RunFolder:
                 **self.settings.batch_size,
                 quiet=self.quiet,
             ),
+            self._clock.stage("baseline"),
         )
 
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
         path = self.path / "scores.safetensors"
-        return self._kept(path, HeadScores, lambda: self._score(self.settings))
+        return self._shared.kept(
+            path,
+            HeadScores.load,
+            lambda: self._score(self.settings),
+            self._clock.stage("relevance"),
+        )
 
     def _score(self, settings: RunSettings) -> HeadScores:
         return relevance(self.model, self.task, self.baseline, **settings.scoring, quiet=self.quiet)
@@ -242,14 +221,14 @@ class RunFolder:
     def circuit(self) -> Circuit:
         """The circuit."""
         path = self.path / "circuit.json"
-        return self._kept(path, Circuit, lambda: self.scores.top(self.settings.size))
+        return self._shared.kept(path, Circuit.load, lambda: self.scores.top(self.settings.size))
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
-        return self._kept(
+        return self._shared.kept(
             self.path / "faithfulness.safetensors",
-            FaithfulnessCurve,
+            FaithfulnessCurve.load,
             lambda: faithfulness(
                 self.model,
                 self.task,
@@ -265,6 +244,7 @@ class RunFolder:
                 **self.settings.batch_size,
                 quiet=self.quiet,
             ),
+            self._clock.stage("faithfulness"),
         )
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
@@ -274,22 +254,26 @@ class RunFolder:
         """Adapt the model to a target language, or load the finished transfer."""
         task = self.task.to(target)
         path = self._transfer_path(task.language, strategy)
-        if self._there(path / "result.json"):
+        stage = f"transfer to {task.language}, {strategy}"
+        if self._shared.there(path / "result.json"):
+            self._clock.skip(stage)
             return self._checked(TransferResult.load(path))
-        result = transfer(
-            self.model,
-            self.circuit,
-            task,
-            strategy=strategy,
-            scores=self.scores,
-            **self.settings.transferring,
-            rediscover=self.settings.rediscover,
-            checkpoints=path / ".training",
-            quiet=self.quiet,
-        )
-        if is_main(self._device):
+        model, circuit, scores = self.model, self.circuit, self.scores
+        with self._clock.stage(stage):
+            result = transfer(
+                model,
+                circuit,
+                task,
+                strategy=strategy,
+                scores=scores,
+                **self.settings.transferring,
+                rediscover=self.settings.rediscover,
+                checkpoints=path / ".training",
+                quiet=self.quiet,
+            )
+        if self._shared.writes:
             result.save(path)
-        self._remove(path / ".training")
+        self._shared.remove(path / ".training")
         # The weights are in the folder; keeping an adapted model for each strategy would fill
         # the memory.
         return replace(result, model=None, folder=path, _scratch=None)
@@ -330,7 +314,7 @@ class RunFolder:
         """
         scores = self._score(settings)
         circuit = scores.top(settings.size)
-        if is_main(self._device):
+        if self._shared.writes:
             self._discard_discovery()
             scores.save(self.path / "scores.safetensors")
             circuit.save(self.path / "circuit.json")
@@ -361,11 +345,11 @@ class RunFolder:
     def report(self) -> Path:
         """Write the report of what is there."""
         page, task = self.path / "report.html", self.task
-        has_curve = self._there(self.path / "faithfulness.safetensors")
-        compared = self._there(self.path / "compare" / "comparison.json")
+        has_curve = self._shared.there(self.path / "faithfulness.safetensors")
+        compared = self._shared.there(self.path / "compare" / "comparison.json")
         # All of it may be a stage that processes share.
         scores, circuit, curve = self.scores, self.circuit, self.curve if has_curve else None
-        if not is_main(self._device):
+        if not self._shared.writes:
             return page
         return write_report(
             page,
@@ -387,7 +371,7 @@ class RunFolder:
             "versions": library_versions(),
             "machine": machine(),
         }
-        if self._there(self.path / "circuit.json"):
+        if self._shared.there(self.path / "circuit.json"):
             record["model_fingerprint"] = self.baseline.provenance.model_fingerprint
             record["data_fingerprint"] = self.baseline.provenance.data_fingerprint
             record["baseline"] = {
@@ -396,20 +380,24 @@ class RunFolder:
             }
             record["scores"] = self.scores.to_frame().to_dict("records")
             record["circuit"] = self.circuit.to_dict()
-        if self._there(self.path / "faithfulness.safetensors"):
+        if self._shared.there(self.path / "faithfulness.safetensors"):
             table = self.curve.to_frame()
             record["faithfulness"] = (
                 table.astype(object).where(table.notna(), None).to_dict("records")
             )
             record["faithfulness_caveat"] = self.curve.caveat
-        if self._there(self.path / "transfers"):
+        if self._shared.there(self.path / "transfers"):
             record["transfers"] = [result.to_dict() for result in self.transfers()]
-        if is_main(self._device):
+        if self._shared.writes:
             write_json(self.path / "run.json", RUN_SCHEMA, record)
-        together(self._device)
+        self._shared.wait()
 
     def run_all(self) -> Sequence[TransferResult]:
         """Do, or finish, the whole line and write record and report."""
+        if interactive() and not self.quiet:
+            # Measures two batches, which only people who watch want.
+            planned = plan_run(self._start, self.task, self.settings).stages
+            self._clock.begin({stage.name: stage.seconds for stage in planned})
         logger.info("Discovery: %r", self.circuit)
         at = self.curve.at(len(self.circuit))
         logger.info(

@@ -232,7 +232,12 @@ def changed_outputs(monkeypatch, change):
 
     def outputs(model, batch):
         logits, found = original(model, batch)
-        return logits, [change(layer, output, batch) for layer, output in enumerate(found)]
+        sizes = [part.shape[-1] for part in found[0]]
+        changed = (
+            change(layer, torch.cat(pair, -1), batch).split(sizes, -1)
+            for layer, pair in enumerate(found)
+        )
+        return logits, list(changed)
 
     monkeypatch.setattr(baseline, "_node_outputs", outputs)
 

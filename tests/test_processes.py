@@ -169,12 +169,16 @@ def launched(source: str, tmp_path) -> str:
     """Run a script in two processes under Accelerate; return what they said."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(source))
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    return launch(str(script), str(tmp_path))
+
+
+def launch(*arguments: str) -> str:
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split()),
+            *(sys.executable, "-m", "accelerate.commands.launch", *options.split()),
             *("--dynamo_backend", "no", "--main_process_port", str(free_port())),
-            *(str(script), str(tmp_path)),
+            *arguments,
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -209,21 +213,13 @@ def test_two_processes_share_a_run(tmp_path):
         "--n-random 2 --epochs 1 --finetune-epochs 2 --rate 1e-3 --seed 1 --out {out}"
     )
     toy.toy_model(n_layers=1).save(tmp_path / "model")
-    script = """
-    import sys
-    import torch
-    torch.set_num_threads(1)
-    from circuitlens.cli import main
-    sys.argv = ["circuitlens", *ARGUMENTS]
-    main()
-    """
-    for n, out in enumerate(("alone", "shared")):
-        arguments = options.format(model=tmp_path / "model", out=tmp_path / out).split()
-        source = textwrap.dedent(script).replace("ARGUMENTS", repr(arguments))
-        if n:
-            said = launched(source, tmp_path)
-        else:
-            subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
+    alone, shared = (
+        options.format(model=tmp_path / "model", out=tmp_path / out).split()
+        for out in ("alone", "shared")
+    )
+    command = [sys.executable, "-m", "circuitlens", *alone]
+    subprocess.run(command, check=True, capture_output=True)
+    said = launch("--module", "circuitlens", *shared)
     assert said.count("Report: ") == 1
     records = [json.loads((tmp_path / out / "run.json").read_text()) for out in ("alone", "shared")]
     assert records[1]["finished"]

@@ -46,6 +46,9 @@ __all__ = ["Candidate", "Decision", "decide"]
 logger = logging.getLogger(__name__)
 
 _FACTORS = (0.5, 1.0, 2.0)
+_FOLDS = 3
+# Of the two strategies, with each number of heads, on each part of the data.
+N_TRAININGS = 2 * len(_FACTORS) * _FOLDS
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def decide(
     data: Encoded,
     options: TrainingOptions,
     *,
-    n_folds: int = 3,
+    n_folds: int = _FOLDS,
     checkpoints: Path | None = None,
     quiet: bool = False,
 ) -> Decision:

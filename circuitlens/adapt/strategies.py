@@ -79,6 +79,7 @@ class Strategy:
         heads: the heads that it trains, if it is about heads.
         gradual: trains in stages, with less and less source data among the target's.
         by_scores: chooses by the heads' scores.
+        all_weights: trains every weight, which needs several times their memory.
         colour, symbol: of it in every figure, by plotly's names. Colours repeat, pairs do not.
     """
 
@@ -88,6 +89,7 @@ class Strategy:
     heads: Callable[[Choice], Circuit] | None = None
     gradual: bool = False
     by_scores: bool = False
+    all_weights: bool = False
     colour: str = "#6b7280"
     symbol: str = "circle-open"
 
@@ -284,6 +286,7 @@ STRATEGIES: dict[str, Strategy] = {
             "all weights, in stages with less and less source data among the target's",
             _everything,
             gradual=True,
+            all_weights=True,
             colour="#D55E00",
             symbol="pentagon",
         ),
@@ -298,6 +301,7 @@ STRATEGIES: dict[str, Strategy] = {
             "full",
             "all weights",
             _everything,
+            all_weights=True,
             colour="#CC79A7",
             symbol="hexagon",
         ),

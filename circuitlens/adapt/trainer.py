@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from circuitlens.adapt.batch_parts import AsIs, Part, Parts
 from circuitlens.adapt.options import rank
@@ -20,9 +21,10 @@ from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import label_scores, summarise
+from circuitlens.utils.progress import tell_run
 from circuitlens.utils.storage import read_tensors, write_tensors
 
-__all__ = ["KeepBest", "LabelTrainer", "put", "trained"]
+__all__ = ["KeepBest", "LabelTrainer", "Progress", "put", "trained"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +137,17 @@ class LabelTrainer(Trainer):
     ) -> None:
         weights, _ = read_tensors(Path(resume_from_checkpoint) / "weights.safetensors", _WEIGHTS)
         put(trained(self._hooked.hf), weights)
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, which tells what is left of the run too."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        super().on_step_end(args, state, control, **kwargs)
+        bar: Any = self.training_bar
+        if bar is not None:
+            tell_run(bar)
 
 
 class KeepBest(TrainerCallback):

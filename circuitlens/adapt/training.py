@@ -24,7 +24,7 @@ from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.precision import widen
 from circuitlens.adapt.trainable import Trainable
-from circuitlens.adapt.trainer import KeepBest, LabelTrainer
+from circuitlens.adapt.trainer import KeepBest, LabelTrainer, Progress
 from circuitlens.errors import InputError, NotFiniteError
 from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
@@ -130,8 +130,9 @@ def train(
         )
         trainer.parts(options.batch_size)
         trainer.remove_callback(PrinterCallback)
-        if quiet or not interactive():
-            trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(ProgressCallback)
+        if not quiet and interactive():
+            trainer.add_callback(Progress)
         last = None if kept is None else kept.last()
         n_steps = 0 if last is None else keeper.resume(last)
         if not keeper.exhausted:

@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 # Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
 # Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
-_GRADUAL = (1.0, 0.5, 0.25, 0.0)
+GRADUAL = (1.0, 0.5, 0.25, 0.0)
 
 
 @trains(TRANSFER, but=("learning_rate",))
@@ -377,7 +377,7 @@ def _stages(
     Raises:
         InputError: if replay asks for more than there is, or for less than one example.
     """
-    shares = [replay + share for share in (_GRADUAL if gradual else (0.0,))]
+    shares = [replay + share for share in (GRADUAL if gradual else (0.0,))]
     if source is None or not any(shares):
         return [data]
     old = source.encode(model, source["pool_a"])

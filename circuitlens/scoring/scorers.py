@@ -61,6 +61,8 @@ class Request:
 
 
 BatchScorer = Callable[[HookedModel, Batch, NodeMeans, Request], Relevances]
+# Of the number of layers, of heads in a layer, and what is asked.
+Passes = Callable[[int, int, Request], tuple[float, float]]
 SetScorer = Callable[[HookedModel, list[Batch], NodeMeans, Request], Float[Tensor, "layer head"]]
 
 
@@ -80,6 +82,7 @@ class Scorer:
         most_heads: larger models take it too long, so that comparisons leave it out.
         control: says nothing about a model.
         cheap: a few passes give all heads, so that an explorer may compute it on a click.
+        passes: forward and backward passes of an example that scoring takes, at most.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Scorer:
     readouts: tuple[str, ...] = ()
     most_heads: int | None = None
     control: bool = False
+    passes: Passes = lambda _layers, _heads, _request: (1.0, 1.0)
 
     def suits(self, model: HookedModel, readout: Readout) -> bool:
         """Whether a comparison of scorers on this model and readout should have it."""
@@ -252,6 +256,16 @@ def _greedy(
     return scores
 
 
+def _by_head(layers: int, heads: int, request: Request) -> tuple[float, float]:
+    # A head of layer l is moved in a run of the layers from l on.
+    moved = heads + int(request.mlps)
+    return 1 + moved * (layers + 1) / 2, 0.0
+
+
+def _along_path(layers: int, heads: int, request: Request) -> tuple[float, float]:
+    return request.steps + 1.0, float(request.steps)
+
+
 def _rule_scorer(name: str, description: str) -> Scorer:
     gradient = RULES[name].activation != "difference"
     return Scorer(
@@ -262,6 +276,7 @@ def _rule_scorer(name: str, description: str) -> Scorer:
         by_position=True,
         direct=gradient,
         cheap=gradient,
+        **({} if gradient else {"passes": _by_head}),  # type: ignore[arg-type]
     )
 
 
@@ -280,6 +295,8 @@ SCORERS: dict[str, Scorer] = {
             batch=_published,
             only="GPT2LMHeadModel",
             readouts=("token",),
+            # Relevant and irrelevant part of every node.
+            passes=lambda layers, heads, _: (2.0 * layers * heads, 0.0),
         ),
         _rule_scorer("attribution", "gradient × deviation from the mean, nothing frozen"),
         Scorer(
@@ -290,6 +307,7 @@ SCORERS: dict[str, Scorer] = {
             by_position=True,
             joint=True,
             cheap=True,
+            passes=lambda *_: (2.0, 1.0),
         ),
         Scorer(
             "integrated-gradients",
@@ -298,6 +316,7 @@ SCORERS: dict[str, Scorer] = {
             mlps=True,
             by_position=True,
             joint=True,
+            passes=_along_path,
         ),
         Scorer(
             "dla",
@@ -314,8 +333,15 @@ SCORERS: dict[str, Scorer] = {
             whole=_greedy,
             unit="share of heads taken away before",
             most_heads=64,
+            passes=lambda layers, heads, _: (1 + layers * heads * (layers * heads + 1) / 2, 0.0),
         ),
-        Scorer("random", "random numbers, as a control", unit="random numbers", control=True),
+        Scorer(
+            "random",
+            "random numbers, as a control",
+            unit="random numbers",
+            control=True,
+            passes=lambda *_: (0.0, 0.0),
+        ),
     )
 }
 
@@ -342,6 +368,7 @@ def scorer(method: str | RuleSet) -> Scorer:
             mlps=True,
             by_position=True,
             direct=method.activation != "difference",
+            **({"passes": _by_head} if method.activation == "difference" else {}),  # type: ignore[arg-type]
         )
     name = method.name if isinstance(method, RuleSet) else method
     check_choice("method", name, SCORERS)
