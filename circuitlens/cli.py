@@ -20,6 +20,7 @@ from rich.console import Console
 
 from circuitlens.adapt.options import TRANSFER
 from circuitlens.cli_options import parsed, run_options, settings_of, takes
+from circuitlens.cli_runner import Address, CPUs, Executor, GPUs, runner_of_options
 from circuitlens.cli_tables import pairs_table, plan_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
@@ -117,6 +118,10 @@ def run(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the run will take, and end.")
     ] = False,
+    executor: Executor = None,
+    address: Address = None,
+    cpus: CPUs = 1,
+    gpus: GPUs = None,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -135,6 +140,7 @@ def run(
     assert recipe is None
     settings = settings_of(values)
     settings.check_names()
+    runner = runner_of_options(executor, address, cpus, gpus)
     from circuitlens.run_folder import RunFolder
 
     if plan:
@@ -144,7 +150,7 @@ def run(
         planned.check()
         return
     folder = RunFolder.create(out, settings, quiet=quiet)
-    _finish(folder, folder.run_all())
+    _finish(folder, folder.run_all(runner))
 
 
 @app.command()
@@ -228,6 +234,10 @@ def compare(
         list[int] | None,
         typer.Option(help="Seed of a transfer. Repeat for several; default: 0, 1, 2."),
     ] = None,
+    executor: Executor = None,
+    address: Address = None,
+    cpus: CPUs = 1,
+    gpus: GPUs = None,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -238,6 +248,7 @@ def compare(
     _begin(quiet)
     chosen = parsed(values)
     check_run(folder)
+    runner: Any = runner_of_options(executor, address, cpus, gpus)
     from circuitlens.experiments import compare as compare_strategies
     from circuitlens.run_folder import RunFolder
 
@@ -253,6 +264,7 @@ def compare(
         seeds=seed or (0, 1, 2),
         scores=run.scores,
         out=out,
+        executor=runner,
         **settings.transferring,
         quiet=quiet,
     )

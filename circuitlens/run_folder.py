@@ -34,12 +34,14 @@ from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
+from circuitlens.experiments.grid import Runner
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
 from circuitlens.opening import load
 from circuitlens.planning import Plan, check_memory, plan_run
 from circuitlens.run_settings import RunSettings, check_run
+from circuitlens.run_transfers import transfers_by
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.settings_files import settings_file
@@ -278,6 +280,22 @@ class RunFolder:
         # the memory.
         return replace(result, model=None, folder=path, _scratch=None)
 
+    def transfers_by(
+        self, executor: Runner | str, targets: Sequence[str], strategies: Sequence[str]
+    ) -> None:
+        """Run transfers that are not there yet side by side."""
+        pairs = [(self.task.to(target), strategy) for target in targets for strategy in strategies]
+        todo = [
+            (task, strategy)
+            for task, strategy in pairs
+            if not (self._transfer_path(task.language, strategy) / "result.json").is_file()
+        ]
+        if todo:
+            parts = (self.model, self.circuit, self.scores)
+            transfers_by(
+                executor, *parts, todo, self.settings, self._transfer_path, quiet=self.quiet
+            )
+
     def _checked(self, result: TransferResult) -> TransferResult:
         if result.provenance.model_fingerprint != self.baseline.provenance.model_fingerprint:
             raise InputError(
@@ -392,8 +410,13 @@ class RunFolder:
             write_json(self.path / "run.json", RUN_SCHEMA, record)
         self._shared.wait()
 
-    def run_all(self) -> Sequence[TransferResult]:
-        """Do, or finish, the whole line and write record and report."""
+    def run_all(self, executor: Runner | str | None = None) -> Sequence[TransferResult]:
+        """Run all stages that are not finished, and write record and report.
+
+        Args:
+            executor: runs the transfers, as of :func:`circuitlens.compare`; by default they are
+                run here, one by one.
+        """
         if interactive() and not self.quiet:
             # Measures two batches, which only people who watch want.
             planned = plan_run(self._start, self.task, self.settings).stages
@@ -414,6 +437,8 @@ class RunFolder:
         if self.curve.caveat:
             logger.warning("Faithfulness: %s", self.curve.caveat)
         self.write_record()
+        if executor is not None:
+            self.transfers_by(executor, self.settings.targets, self.settings.strategies)
         results = [
             self.transfer(target, strategy)
             for target in self.settings.targets

@@ -676,8 +676,8 @@ def test_without_scores_the_default_leaves_out_what_needs_them(parts, fake, capl
 def test_threads_and_other_things_are_no_executors(parts, fake):
     with pytest.raises(cl.InputError, match="not safe in threads"):
         cl.compare(*parts, ["near"], **GRID, executor=ThreadPoolExecutor(1))
-    with pytest.raises(cl.InputError, match=r"executor is .* but got a str"):
-        inspect.unwrap(grid._check_executor)("two", torch.device("cpu"))
+    with pytest.raises(cl.InputError, match=r"executor is .* but got 'two'"):
+        inspect.unwrap(grid.check_executor)("two", torch.device("cpu"))
     assert not fake
 
 

@@ -2,6 +2,7 @@
 
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.experiments.grid import compare
+from circuitlens.experiments.on_ray import RayCluster
 from circuitlens.experiments.paired import PairedDifference
 
-__all__ = ["Comparison", "PairedDifference", "compare"]
+__all__ = ["Comparison", "PairedDifference", "RayCluster", "compare"]

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from circuitlens.tasks import Task
 from circuitlens.utils.peak_memory import PeakMemory
 from circuitlens.utils.processes import is_main, n_processes
 
-__all__ = ["CellSpec", "ModelReference", "run_cell"]
+__all__ = ["CellSpec", "ModelReference", "run_cell", "saved_cell"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class CellSpec:
     Attributes:
         key: language, strategy and seed.
         model: the proxy, or a reference to it for another process.
-        circuit, task, scores, retain, replay, kv_policy, learning_rates, training: see
+        circuit, task, scores, retain, replay, kv_policy, rediscover, learning_rates, training: see
             :func:`circuitlens.transfer`.
         folder: where the cell is written; without one it is only returned.
     """
@@ -105,7 +106,20 @@ class CellSpec:
     training: TrainingOptions
     replay: float = 0.0
     kv_policy: KVPolicy = "shared"
+    rediscover: bool = False
     folder: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the transfer; a model that is in a folder is opened."""
+        names = ("circuit", "task", "scores", "retain", "replay", "kv_policy", "rediscover")
+        return {
+            "model": self.model.open() if isinstance(self.model, ModelReference) else self.model,
+            **{name: getattr(self, name) for name in names},
+            "strategy": self.key.strategy,
+            "learning_rates": self.learning_rates,
+            "training": self.training.updated({"seed": self.key.seed}),
+            "quiet": True,
+        }
 
 
 def run_cell(spec: CellSpec) -> dict[str, Any]:
@@ -136,22 +150,18 @@ def run_cell(spec: CellSpec) -> dict[str, Any]:
 
 
 def _measure(spec: CellSpec, folder: CellFolder | None) -> dict[str, Any]:
-    model = spec.model.open() if isinstance(spec.model, ModelReference) else spec.model
-    with PeakMemory(model.device) as memory:
-        result = transfer(
-            model,
-            spec.circuit,
-            spec.task,
-            strategy=spec.key.strategy,
-            scores=spec.scores,
-            retain=spec.retain,
-            replay=spec.replay,
-            kv_policy=spec.kv_policy,
-            learning_rates=spec.learning_rates,
-            training=spec.training.updated({"seed": spec.key.seed}),
-            checkpoints=None if folder is None else folder.checkpoints(spec.key),
-            quiet=True,
-        )
+    given = spec.arguments()
+    checkpoints = None if folder is None else folder.checkpoints(spec.key)
+    with PeakMemory(given["model"].device) as memory:
+        result = transfer(**given, checkpoints=checkpoints)
     cell = {**result.to_dict(), "seed": spec.key.seed, "peak_mib": memory.mib}
     # What a file gives back; numbers that are not finite fail here, with or without a file.
     return dict(json.loads(json.dumps(cell, allow_nan=False)))
+
+
+def saved_cell(spec: CellSpec) -> dict[str, bytes]:
+    """Run a transfer and return the files that it is saved as, trained tensors among them."""
+    result = transfer(**spec.arguments())
+    with TemporaryDirectory() as scratch:
+        result.save(scratch)
+        return {path.name: path.read_bytes() for path in Path(scratch).iterdir()}

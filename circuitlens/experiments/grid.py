@@ -12,13 +12,21 @@ call itself only.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 
@@ -43,6 +51,7 @@ from circuitlens.errors import CIRCUIT, MODEL, TASK, InputError, check_types
 from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.experiments.cells import CellSpec, ModelReference, run_cell
 from circuitlens.experiments.comparison import Comparison
+from circuitlens.experiments.on_ray import RayCluster
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Task
@@ -50,9 +59,12 @@ from circuitlens.utils.processes import agreed, is_main, n_processes
 from circuitlens.utils.progress import progress
 from circuitlens.utils.storage import digest
 
-__all__ = ["compare"]
+__all__ = ["Runner", "check_executor", "compare", "for_others", "run_by", "runner_of"]
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+Runner = Executor | RayCluster
 
 _FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -73,7 +85,7 @@ def compare(
     training: TrainingOptions | None = None,
     replay: float = 0.0,
     kv_policy: KVPolicy = "shared",
-    executor: Executor | None = None,
+    executor: Runner | Literal["processes", "ray"] | None = None,
     quiet: bool = False,
     **options: Unpack[TrainingKeywords],
 ) -> Comparison:
@@ -96,8 +108,10 @@ def compare(
             models are not kept. Without it everything is in memory.
         retain: further tasks, or languages of this one, on which retention is measured.
         learning_rates, training, replay, kv_policy: see :func:`circuitlens.transfer`.
-        executor: runs the cells, such as a ``concurrent.futures.ProcessPoolExecutor`` that spawns
-            its processes; each loads the model once. By default they are run here, one by one.
+        executor: runs the cells. ``"processes"`` uses the processors of this machine, ``"ray"`` or
+            a :class:`circuitlens.experiments.RayCluster` those and the GPUs of a cluster; or a
+            ``concurrent.futures.Executor`` that spawns processes of your own. Each process loads
+            the model once. By default cells are run here, one by one.
         quiet: no progress bar.
         options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
             of ``training``.
@@ -117,7 +131,7 @@ def compare(
         circuit=(circuit, Circuit, CIRCUIT),
         task=(task, Task, TASK),
     )
-    _check_executor(executor, model.device)
+    check_executor(executor, model.device)
     if strategies is None:
         strategies = _usual_strategies(scores)
     for name, values in (("languages", languages), ("strategies", strategies), ("seeds", seeds)):
@@ -172,7 +186,11 @@ def compare(
             logger.info("%d of %d cells were finished already.", len(finished), len(keys))
     cells = dict(agreed(finished, model.device))
     todo = [key for key in keys if key not in cells]
-    with _for_others(model, folder, executor if todo else None) as given:
+    alone = executor is None or not todo
+    with (
+        runner_of(None if alone else executor) as by,
+        for_others(model, None if folder is None else folder.path, alone=alone) as given,
+    ):
         specs = [
             CellSpec(
                 key,
@@ -185,15 +203,18 @@ def compare(
                 tries[0],
                 replay,
                 kv_policy,
-                None if folder is None else folder.path,
+                folder=None if folder is None else folder.path,
             )
             for key in todo
         ]
         errors = []
-        runs = _run_here(specs) if executor is None else _run_by(executor, specs)
+        runs = _run_here(specs) if by is None else run_by(by, run_cell, specs)
         for key, found in progress(runs, "Comparing", quiet=quiet, total=len(todo)):
             if not isinstance(found, Exception):
                 cells[key] = found
+                if folder is not None and isinstance(by, RayCluster):
+                    # Its workers may see no file of this machine.
+                    folder.write(key, found)
                 continue
             kind = type(found).__name__
             errors.append({**key._asdict(), "type": kind, "message": str(found)})
@@ -218,10 +239,14 @@ def _run_here(specs: Sequence[CellSpec]) -> Iterator[tuple[Key, dict[str, Any] |
             yield spec.key, error
 
 
-def _run_by(
-    executor: Executor, specs: Sequence[CellSpec]
-) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:
-    futures = {executor.submit(run_cell, spec): spec.key for spec in specs}
+def run_by(
+    runner: Runner, work: Callable[[CellSpec], R], specs: Sequence[CellSpec]
+) -> Iterator[tuple[Key, R | Exception]]:
+    """Yield what ``work`` makes of each cell elsewhere, or why it failed, as they are finished."""
+    if isinstance(runner, RayCluster):
+        yield from runner.run(work, specs)
+        return
+    futures = {runner.submit(work, spec): spec.key for spec in specs}
     try:
         for future in as_completed(futures):
             error = future.exception()
@@ -237,18 +262,40 @@ def _run_by(
 
 
 @contextmanager
-def _for_others(
-    model: HookedModel, folder: CellFolder | None, executor: Executor | None
+def for_others(
+    model: HookedModel, folder: Path | None, *, alone: bool
 ) -> Iterator[HookedModel | ModelReference]:
-    """The model as this process or those of an executor get it."""
-    if executor is None:
+    """The model as this process gets it, if it is alone, or as others do, from a file."""
+    if alone:
         yield model
         return
-    with TemporaryDirectory(prefix=".model-", dir=None if folder is None else folder.path) as where:
+    with TemporaryDirectory(prefix=".model-", dir=folder) as where:
         yield ModelReference.save(model, Path(where))
 
 
-def _check_executor(executor: Executor | None, device: torch.device) -> None:
+@contextmanager
+def runner_of(executor: Runner | str | None) -> Iterator[Runner | None]:
+    """What runs cells, by its name or as it was given."""
+    if executor == "ray":
+        yield RayCluster()
+    elif executor == "processes":
+        spawn = multiprocessing.get_context("spawn")
+        # Two processes that compute with two threads each would wait for each other.
+        with ProcessPoolExecutor(
+            os.cpu_count(), mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            yield pool
+    else:
+        assert not isinstance(executor, str)
+        yield executor
+
+
+def check_executor(executor: object, device: torch.device) -> None:
+    """Refuse what cannot run cells.
+
+    Raises:
+        InputError: saying what can.
+    """
     if executor is None:
         return
     if isinstance(executor, ThreadPoolExecutor):
@@ -256,10 +303,12 @@ def _check_executor(executor: Executor | None, device: torch.device) -> None:
             "Hooks on a model are not safe in threads: give an executor of processes, such as "
             "ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn'))."
         )
-    if not callable(getattr(executor, "submit", None)):
+    known = executor in ("processes", "ray") or isinstance(executor, RayCluster)
+    if not known and not callable(getattr(executor, "submit", None)):
+        what = repr(executor) if isinstance(executor, str) else f"a {type(executor).__name__}"
         raise InputError(
-            f"executor is a concurrent.futures.Executor, or what has its submit, but got a "
-            f"{type(executor).__name__}."
+            "executor is 'processes', 'ray', a RayCluster or a concurrent.futures.Executor, but "
+            f"got {what}."
         )
     if n_processes(device) > 1:
         raise InputError(
