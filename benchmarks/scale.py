@@ -204,8 +204,11 @@ class Part:
             for batch in batches:
                 forward_backward(model, batch)
 
+        widest = max(batches, key=lambda b: b.input_ids.numel())
+        self._trim()
         with PeakMemory(self.device) as of_rival:
-            forward_backward(model, batches[0])
+            forward_backward(model, widest)
+        self._trim()
         with PeakMemory(self.device) as of_ours:
             ours()
         yield {
@@ -301,9 +304,7 @@ class Part:
         batch = max(self._batches(model, short, "pool_b", 2), key=lambda b: b.input_ids.numel())
         with PeakMemory(self.device) as activations:
             forward_backward(model, batch)
-        if self.device.type == "cpu":
-            # Memory that was freed and not given back would be used again unseen.
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._trim()
         with PeakMemory(self.device) as memory:
             few = {"learning_rates": [1e-4], "epochs": 2, "batch_size": 2}
             cl.transfer(model, circuit, short, quiet=True, **few)  # type: ignore[arg-type]
@@ -352,6 +353,11 @@ class Part:
         pools = {name: _even(task, name, examples) for name in ("pool_a", "pool_b")}
         others = {name: _even(task, name, 8) for name in ("validation", "test")}
         return model, replace(task, pools=replace(task.pools, **pools, **others))
+
+    def _trim(self) -> None:
+        """Give memory back that was freed: it would be used again unseen."""
+        if self.device.type == "cpu":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def _batches(
         self, model: cl.HookedModel, task: cl.Task, pool: str, size: int = BATCH

@@ -401,11 +401,11 @@ def demo(
         source="source",
         targets=("near", "far"),
         max_examples=300,
-        training=TRANSFER.updated({"epochs": 20}),
+        training=TRANSFER.updated({"epochs": 16}),
         seed=seed,
     )
     folder = RunFolder.create(out, settings, quiet=quiet)
-    _finish(folder, folder.run_all())
+    _finish(folder, folder.run_all("processes"))
 
 
 def main() -> None:

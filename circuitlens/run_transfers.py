@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from circuitlens.adapt import TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.experiments.cell_folder import Key
 from circuitlens.experiments.cells import CellSpec, saved_cell
@@ -70,8 +71,17 @@ def transfers_by(
                 logger.warning("Transfer to %s (%s) failed: %s", key.language, key.strategy, found)
                 failures.append(found)
             else:
-                _write(path_of(key.language, key.strategy), found)
-                logger.info("Transfer to %s (%s) is finished.", key.language, key.strategy)
+                path = path_of(key.language, key.strategy)
+                _write(path, found)
+                result = TransferResult.load(path)
+                logger.info(
+                    "%s: %s test accuracy %.3f -> %.3f at rate %g.",
+                    key.strategy,
+                    key.language,
+                    result.target_before.accuracy,
+                    result.target_after.accuracy,
+                    result.learning_rate,
+                )
     if failures:
         raise failures[0]
 

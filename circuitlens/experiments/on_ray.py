@@ -110,8 +110,8 @@ class RayCluster:
         try:
             while pending:
                 done, _ = ray.wait(list(pending), num_returns=1, timeout=_WAIT)
-                head.check()
-                nodes.look()
+                if head.answers():
+                    nodes.look()
                 for reference in done:
                     key = pending.pop(reference)
                     try:
@@ -185,8 +185,8 @@ class _Head:
         self._missed = 0
         self.gone = False
 
-    def check(self) -> None:
-        """Count how often it does not answer.
+    def answers(self) -> bool:
+        """Whether it does, by its port: what Ray asks of a head that is gone does not come back.
 
         Raises:
             CircuitLensError: if that is too often.
@@ -197,13 +197,14 @@ class _Head:
         except OSError as error:
             self._missed += 1
             if self._missed < _PATIENCE:
-                return
+                return False
             self.gone = True
             raise CircuitLensError(
                 f"The head node of the Ray cluster ({self._address}) no longer answers: finished "
                 "cells are kept; start the cluster and repeat the call."
             ) from error
         self._missed = 0
+        return True
 
 
 @contextmanager
