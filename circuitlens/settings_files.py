@@ -22,6 +22,8 @@ __all__ = ["RECIPES", "expanded", "flags_of", "settings_file"]
 _FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 _SOURCES = ("--config", "--recipe")
+# Options of where transfers are run, which are none of the run's settings.
+_WHERE = ("executor", "address", "cpus", "gpus")
 
 
 def _options() -> dict[str, tuple[str, str | None]]:
@@ -32,7 +34,7 @@ def _options() -> dict[str, tuple[str, str | None]]:
         given = get_args(option.annotation)[1]
         yes, _, no = str(given.default).partition("/")
         found[option.name] = yes, no or None
-    return found
+    return found | {name: (f"--{name}", None) for name in _WHERE}
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:

@@ -135,6 +135,15 @@ def test_recipes_are_settings_of_a_run(recipe, monkeypatch, tmp_path):
     assert (swapped.model, swapped.max_examples) == ("here", 9)
 
 
+def test_a_file_may_say_where_transfers_run(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ntask: toy\nexecutor: ray\naddress: auto\ngpus: 0.5\ncpus: 2\n")
+    words = expanded(["run", "--config", str(file), "--out", "x"])
+    assert {"--executor=ray", "--address=auto", "--gpus=0.5", "--cpus=2"} <= set(words)
+    # It says nothing of the results, so a run does not keep it.
+    assert "executor" not in settings_file(MANY)
+
+
 def test_every_option_has_a_key():
     assert len(run_options()) > 50
     for option in run_options():
