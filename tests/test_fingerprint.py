@@ -8,6 +8,8 @@ from helpers import ALL, CONFIGS, loaded, tiny
 
 import circuitlens as cl
 from circuitlens.models import fingerprint
+from circuitlens.utils.peak_memory import PeakMemory
+from circuitlens.utils.storage import digest
 
 
 @pytest.fixture
@@ -118,3 +120,12 @@ def test_what_changes_outputs_beside_the_weights_counts():
     plain.hf.config.use_cache = not plain.hf.config.use_cache
     plain.hf.config.name_or_path = "elsewhere"
     assert plain.fingerprint() == name
+
+
+def test_taking_one_makes_no_copy_of_the_weights():
+    parameter = torch.nn.Parameter(torch.ones(1 << 24))  # 64 MiB
+    for take in (lambda: fingerprint._sums([parameter]), lambda: digest(parameter)):
+        take()
+        with PeakMemory(torch.device("cpu")) as memory:
+            take()
+        assert memory.mib < 40

@@ -39,6 +39,7 @@ _NEUTRAL = frozenset(
 )
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 4096
+_PIECE = 64
 
 Key = tuple[int, int, torch.dtype, tuple[int, ...], torch.device]
 
@@ -91,7 +92,13 @@ def _sums(parameters: list[nn.Parameter]) -> list[tuple[int, int]]:
         flat = parameter.detach().contiguous().reshape(-1)
         bits = flat.view(_BITS[flat.element_size()])
         whole = len(bits) - len(bits) % _BLOCK
-        blocks = bits[:whole].view(-1, _BLOCK).sum(1, dtype=torch.int64)
+        # Piece by piece: the sum turns what it adds up into int64 first. What is kept is made
+        # beforehand, for between the pieces it would keep their memory from being used again.
+        parts = bits[:whole].view(-1, _BLOCK)
+        blocks = torch.empty(len(parts), dtype=torch.int64, device=bits.device)
+        for start in range(0, len(parts), _PIECE):
+            piece = slice(start, start + _PIECE)
+            torch.sum(parts[piece], 1, dtype=torch.int64, out=blocks[piece])
         rest = bits[whole:].sum(dtype=torch.int64)
         places = torch.arange(1, len(blocks) + 1, device=bits.device)
         pairs.append(torch.stack([blocks.sum() + rest, (blocks * places).sum() - rest]))

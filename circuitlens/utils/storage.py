@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -170,7 +170,8 @@ def digest(*parts: str | bytes | Tensor) -> str:
         if isinstance(part, Tensor):
             sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
             flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
-            sha.update(flat.cpu().numpy().tobytes())
+            # Not its bytes, which would be a copy.
+            sha.update(memoryview(cast(Any, flat.cpu().numpy())))
         else:
             sha.update(part.encode() if isinstance(part, str) else part)
         sha.update(b"\x00")
