@@ -45,9 +45,9 @@ from circuitlens.utils.progress import spoken
 __all__ = ["Plan", "PlannedStage", "check_memory", "plan", "plan_run"]
 
 _GIB = 2**30
-# A step, in units of a forward and a backward pass through a frozen model: gradients of weights are
-# as much again as those of activations. (benchmarks/scale.py)
-_STEP, _STEP_OF_ALL = 1.15, 1.75
+# A step without the optimiser's update, in units of a forward and a backward pass through a frozen
+# model (benchmarks/scale.py): gradients of weights cost as much as those of activations.
+_STEP, _STEP_OF_ALL = 1.15, 1.6
 # Bytes for a weight that is trained: float32 value, gradient, two moments of AdamW; and the copies
 # of the first weights, of the best epoch's and of the best rate's.
 _TRAINED = 4 * (1 + 1 + 2 + 3)
@@ -293,7 +293,7 @@ class _Costs:
         self.free = self.bytes + _free(model.device)
         self.batch_size = batch_size
         self._tokens: dict[tuple[str, str], tuple[int, int]] = {}
-        self.forward = self.both = float("nan")
+        self.forward = self.both = self.update = float("nan")
         self.activation = 0.0
         if probed is not None:
             self._probe(probed)
@@ -332,7 +332,20 @@ class _Costs:
                     torch.cuda.synchronize(self.model.device)
                 seconds.append((time.perf_counter() - start) / tokens)
         self.forward, self.both = seconds
+        self.update = self._time_of_update()
         self.activation = memory.mib * 2**20 / max(b.input_ids.numel() for b in batches)
+
+    def _time_of_update(self) -> float:
+        """Seconds of AdamW for a weight: where batches are small it takes most of the time."""
+        values = torch.nn.Parameter(torch.zeros(1 << 22, device=self.model.device))
+        values.grad = torch.zeros_like(values)
+        optimizer = torch.optim.AdamW([values])
+        optimizer.step()
+        start = time.perf_counter()
+        optimizer.step()
+        if values.device.type == "cuda":
+            torch.cuda.synchronize(values.device)
+        return (time.perf_counter() - start) / values.numel()
 
     def _size(self, task: Task, pool: str) -> tuple[int, int]:
         """Tokens of a pool in one pass, and those of its longest example."""
@@ -376,6 +389,9 @@ class _Costs:
         evaluated = sum(self._size(other, split)[0] * n for other, split, n in read)
         step = self.both * (_STEP_OF_ALL if all_weights else _STEP)
         seconds = times * (trained * step + evaluated * self.forward)
+        if all_weights:
+            updates = epochs * -(-len(task[pool]) // options.batch_size)
+            seconds += times * updates * self.weights * self.update
         rows = -(-options.batch_size // options.accumulation)
         # Weights of 16 bits that are trained become float32, and so do their activations.
         wide = 2 if all_weights and in_16_bits(self.model.hf) else 1

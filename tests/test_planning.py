@@ -133,6 +133,8 @@ def test_every_scorer_says_what_it_takes(toy_proxy, few):
 
 
 def test_a_probe_measures_time_and_memory(toy_proxy, few):
+    both = cl.plan(toy_proxy, few, ["near"], strategies=["circuit", "full"]).stages[-2:]
+    assert both[1].seconds > both[0].seconds
     planned = cl.plan(toy_proxy, few, ["near"], strategies=["circuit"], seeds=2)
     once = cl.plan(toy_proxy, few, ["near"], strategies=["circuit"])
     assert all(stage.seconds > 0 for stage in planned.stages)
