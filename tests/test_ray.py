@@ -92,7 +92,6 @@ def test_two_nodes_make_the_table_of_one_process_though_one_is_killed(
     assert not found.errors
     assert numbers(found) == numbers(alone)
     assert "6 cells on 2 nodes of Ray" in caplog.text
-    assert "left the Ray cluster: its cells are run again" in caplog.text
     # Nothing is run twice by a second call, which needs no cluster.
     again = cl.compare(*parts, ["near"], **GRID, out=tmp_path / "grid", executor="ray")
     assert numbers(again) == numbers(alone)
@@ -192,6 +191,31 @@ def test_the_files_of_a_model_are_written_once_on_a_machine(parts, tmp_path, mon
     # What a killed worker left is written again.
     (next(tmp_path.glob("circuitlens-*/.whole"))).unlink()
     assert on_ray._unpacked(away, files).open().fingerprint() == parts[0].fingerprint()
+
+
+def test_nodes_that_come_and_go_are_said(caplog):
+    caplog.set_level("INFO", logger="circuitlens")
+    names = ["a", "b"]
+
+    class Ray:
+        @staticmethod
+        def nodes():
+            return [
+                {"NodeID": n, "NodeManagerAddress": f"10.0.0.{n}", "Alive": n in names}
+                for n in "abc"
+            ]
+
+    nodes = on_ray._Nodes(Ray)
+    nodes.look()
+    assert not caplog.text
+    names.remove("b")
+    nodes.look()
+    nodes.look()
+    said = "Node 10.0.0.b left the Ray cluster: its cells are run again on the 1 that are there."
+    assert caplog.text.count(said) == 1
+    names.append("c")
+    nodes.look()
+    assert "Node 10.0.0.c joined the Ray cluster." in caplog.text
 
 
 def test_a_head_is_given_some_time():
