@@ -275,7 +275,7 @@ class HeadSliceNorm(HeadSliceLayer):
         acting = {"weight": self.weight, "bias": self.bias}
         tensors = {name: value for name, value in acting.items() if value is not None}
         stored = cast(Any, self.base_layer).weight.dtype
-        wide = self.weight.dtype
+        wide = tensors["weight"].dtype
         # PyTorch's own kernels take one type; in others, the weight comes after the rounding.
         fused = isinstance(self.base_layer, nn.LayerNorm | nn.RMSNorm)
         given = x.to(wide) if fused and wide != stored else x
