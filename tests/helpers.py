@@ -110,6 +110,28 @@ MASKED = {"bert", "electra", "distilbert", "modernbert", "roberta", "xlm_roberta
 FLOAT32_ONLY = {"opt", "gemma2", "bloom", "modernbert"}
 
 
+def run_command(words: list[str], stands_for: dict[str, str], little: dict[str, str]) -> list[str]:
+    """Run a command of the documentation, less its local data, on what stands for its names.
+
+    Args:
+        words: of the command line, without the program.
+        stands_for: words that are replaced.
+        little: by subcommand, options that keep it short.
+    """
+    from typer.testing import CliRunner
+
+    from circuitlens.cli import app
+
+    words = list(words)
+    if "--data" in words:
+        place = words.index("--data")
+        del words[place : place + 2]
+    words = [stands_for.get(word, word) for word in words]
+    found = CliRunner().invoke(app, [*words, "-q", *little.get(words[0], "").split()])
+    assert found.exit_code == 0, (words, found.output, found.exception)
+    return words
+
+
 def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrainedModel:
     """A random model; biases and norms are random too, so that nothing hides behind a zero."""
     dtype = dtype or (torch.float32 if name in FLOAT32_ONLY else torch.float64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
@@ -158,9 +159,6 @@ def test_pages_have_commands_to_run():
 @pytest.mark.usefixtures("_pictures")
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_the_commands_run_in_their_order(page, tmp_path, monkeypatch, toy_proxy):
-    from typer.testing import CliRunner
-
-    from circuitlens.cli import app
 
     toy_proxy.save(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
@@ -187,12 +185,7 @@ def test_the_commands_run_in_their_order(page, tmp_path, monkeypatch, toy_proxy)
             ],
         )
     for command in commands:
-        if "--data" in command:
-            place = command.index("--data")
-            del command[place : place + 2]
-        asked = [STANDS_FOR.get(word, word) for word in command]
-        found = CliRunner().invoke(app, [*asked, "-q", *LITTLE.get(asked[0], "").split()])
-        assert found.exit_code == 0, (command, found.output, found.exception)
+        run_command(command, STANDS_FOR, LITTLE)
 
 
 def test_extras_that_are_named_exist():

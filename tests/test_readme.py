@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from helpers import run_command
 
 import circuitlens as cl
 from circuitlens.tasks import toy
@@ -60,7 +60,6 @@ def test_the_commands_name_options_that_exist():
 @pytest.mark.docs
 def test_the_commands_run_in_their_order(tmp_path, monkeypatch, toy_proxy):
     """Those of the first block, on the toy languages and little of everything."""
-    from circuitlens.cli import app
 
     toy_proxy.save(tmp_path / "my-model")
     (tmp_path / "new.csv").write_text("text\nbada gu\n", encoding="utf-8")
@@ -77,13 +76,7 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch, toy_proxy):
         if not words:
             continue
         assert words.pop(0) == "circuitlens"
-        if "--data" in words:
-            place = words.index("--data")
-            del words[place : place + 2]
-        words = [stands_for.get(word, word) for word in words]
-        found = CliRunner().invoke(app, [*words, "-q", *little.get(words[0], "").split()])
-        assert found.exit_code == 0, (line, found.output, found.exception)
-        done.append(words[0])
+        done.append(run_command(words, stands_for, little)[0])
     # What is shown later must not be lost by what comes after it.
     assert done == ["run", "discover", "faithfulness", "transfer", "compare", "report", "predict"]
     assert (tmp_path / "runs/ind-jav/transfers/far/circuit/result.json").is_file()
