@@ -1,8 +1,8 @@
 """What every verb costs at the shape of a real model, in units of plain Hugging Face passes.
 
 The weights are random and the prompts are random syllables, with two label words between which the
-model is undecided, so that every verb runs as it does for people. Every part is a process of its
-own, for peak memory never falls. Times are of the verb and of its rival, in turns.
+model is undecided, so that every verb runs as it does for people. Times are of the verb and of its
+rival, in turns. On the CPU every part is a process of its own, because resident memory never falls.
 
     python -m benchmarks.scale                             # Qwen2.5-0.5B's shape, float32
     python -m benchmarks.scale --shape qwen2.5-1.5b --examples 10
@@ -21,103 +21,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import circuitlens as cl
 from benchmarks.relevance import forward_backward
+from benchmarks.shapes import BATCH, SHAPES, checkpoint, task_of
 from circuitlens.adapt.strategies import Choice, strategy_of
 from circuitlens.adapt.trainer import LabelTrainer
 from circuitlens.models.batch import Batch
-from circuitlens.tasks.toy import toy_tokenizer
 from circuitlens.utils.peak_memory import PeakMemory
-
-SHAPES = {
-    "tiny": {"layers": 4, "heads": 8, "kv": 2, "d": 256, "mlp": 700, "vocabulary": 4000},
-    "qwen2.5-0.5b": {
-        "layers": 24, "heads": 14, "kv": 2, "d": 896, "mlp": 4864, "vocabulary": 151_936
-    },
-    "qwen2.5-1.5b": {
-        "layers": 28, "heads": 12, "kv": 2, "d": 1536, "mlp": 8960, "vocabulary": 151_936
-    },
-    "qwen2.5-7b": {
-        "layers": 28, "heads": 28, "kv": 4, "d": 3584, "mlp": 18_944, "vocabulary": 152_064
-    },
-}  # fmt: skip
-BATCH = 10
-
-
-def checkpoint(shape: str, dtype: str, folder: Path) -> None:
-    """Write a random model and a tokenizer of syllables."""
-    sizes, tokenizer = SHAPES[shape], toy_tokenizer()
-    config = Qwen2Config(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["d"],
-        intermediate_size=sizes["mlp"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv"],
-        tie_word_embeddings=sizes["d"] < 2000,
-        dtype=dtype,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    tokenizer.save_pretrained(folder)
-
-
-def task_of(model: cl.HookedModel, examples: int, tokens: int) -> cl.Task:
-    """Random prompts, labelled by what the model says of two words that it is undecided between."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.tokenizer.get_vocab()
-    words = [w[1:] for w in vocabulary if w.startswith("Ġ") and w[1:].isalpha()]
-    # <s> and "->" come besides.
-    drawn = torch.randint(len(words), (3 * examples, tokens - 2), generator=generator)
-    texts = [" ".join(words[i] for i in row) for row in drawn.tolist()]
-
-    def make(answers: tuple[str, str], labels: dict[str, str]) -> cl.Task:
-        rows = [{"text": text, "label": labels[text]} for text in texts]
-        names = ("train", "validation", "test")
-        splits = {name: rows[n * examples : (n + 1) * examples] for n, name in enumerate(names)}
-        return cl.Task.from_records(
-            splits,
-            template="{text} ->",
-            labels={"a": f" {answers[0]}", "b": f" {answers[1]}"},
-            max_text_tokens=tokens,
-            share_a=0.5,
-        )
-
-    any_labels = {text: "ab"[n % 2] for n, text in enumerate(texts)}
-    task = make((words[0], words[1]), any_labels)
-    pools = [task[pool] for pool in ("pool_a", "pool_b", "validation", "test")]
-    asked = [example for pool in pools for example in pool]
-    logits = torch.empty(len(asked), len(words))
-    ids = torch.tensor([vocabulary[f"Ġ{word}"] for word in words])
-    with torch.no_grad():
-        for index, batch in task.encode(model, asked).batches(BATCH, model.device):
-            logits[index] = model.hf_logits(batch).float().cpu()[:, ids]
-    # Each pool should have both labels, as evenly as may be.
-    ends = torch.tensor([len(pool) for pool in pools]).cumsum(0).tolist()
-    best = (1.0, 0, 1)
-    for one in range(len(words)):
-        says = (logits[:, one, None] > logits).float()
-        parts = [says[a:b].mean(0) for a, b in zip([0, *ends], ends, strict=False)]
-        uneven = torch.stack([(part - 0.5).abs() for part in parts]).amax(0)
-        other = int(uneven.argmin())
-        best = min(best, (float(uneven[other]), one, other))
-    _, one, other = best
-    found = {
-        example.fields["text"]: "a" if row[one] > row[other] else "b"
-        for example, row in zip(asked, logits, strict=True)
-    }
-    return make((words[one], words[other]), found)
 
 
 def median_ratio(
@@ -130,8 +47,7 @@ def median_ratio(
         for function in (ours, rival):
             start = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait()
             pair.append(time.perf_counter() - start)
         pairs.append(pair)
     ratios = sorted(a / b for a, b in pairs)
@@ -144,6 +60,12 @@ def median_ratio(
     }
 
 
+def _wait() -> None:
+    """Until a GPU has done what it was asked to: calls return before."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Part:
     """A loaded model with its task, and what the parts of the benchmark do with them."""
 
@@ -151,6 +73,7 @@ class Part:
         self.folder, self.args = folder, args
         self.device = torch.device(args.device)
         self.n_weights = 0
+        self._model: cl.HookedModel | None = None
 
     def load(self) -> Iterator[dict[str, Any]]:
         """Loading with the check of hooks, beside from_pretrained."""
@@ -186,7 +109,7 @@ class Part:
             "what": "label_balanced_mean",
             "rival": "HF forward passes over the same batches",
             "target": 1.1,
-            **median_ratio(ours, rival, self.args.repeats),
+            **self._timed(ours, rival, batches),
         }
 
     def linear(self) -> Iterator[dict[str, Any]]:
@@ -215,7 +138,7 @@ class Part:
             "what": f"cdt-linear, {len(model.geometry)} heads and all MLPs",
             "rival": "HF forward + backward to the inputs, same batches",
             "target": 1.25,
-            **median_ratio(ours, rival, self.args.repeats),
+            **self._timed(ours, rival, batches),
             "memory": round(of_ours.mib / of_rival.mib, 3),
             "memory_target": 1.3,
             "ours_mib": round(of_ours.mib),
@@ -226,7 +149,7 @@ class Part:
         """Methods that cost a run a head, and faithfulness, on few and short prompts."""
         model, task = self._opened(self.args.few, self.args.few_tokens)
         baseline = cl.label_balanced_mean(model, task, quiet=True, batch_size=BATCH)
-        task = replace(task, pools=replace(task.pools, validation=(), pool_b=task["pool_b"]))
+        asked = task["validation"][: self.args.few]
         batches = self._batches(model, task, "pool_a")
 
         def rival() -> None:
@@ -243,7 +166,9 @@ class Part:
 
         def curve() -> None:
             shares = [round(len(model.geometry) * n / 10) for n in range(1, 11)]
-            cl.faithfulness(model, task, scores, baseline, sizes=shares, n_random=30, quiet=True)
+            cl.faithfulness(
+                model, task, scores, baseline, sizes=shares, n_random=30, examples=asked, quiet=True
+            )
 
         size = f"{self.args.few} × {self.args.few_tokens} tokens"
         for what, ours in (
@@ -255,7 +180,7 @@ class Part:
                 "what": f"{what}, {size}",
                 "rival": "one HF forward + backward of the same batch",
                 "target": None,
-                **median_ratio(ours, rival, 1),
+                **self._timed(ours, rival, batches, 1),
             }
 
     def steps(self) -> Iterator[dict[str, Any]]:
@@ -265,6 +190,23 @@ class Part:
         g = model.geometry
         choice = Choice(_some_heads(model))
         for name in ("circuit", "lora-r8", "full"):
+            about = {
+                "what": f"training step, {name}",
+                "rival": "HF forward + backward to the inputs, same batch",
+                "target": None,
+                "layers": g.n_layers,
+            }
+            try:
+                yield about | self._step(model, batch, name, choice)
+            except torch.OutOfMemoryError:
+                yield about | {"out_of_memory": True}
+            self._trim()
+
+    def _step(
+        self, model: cl.HookedModel, batch: Batch, name: str, choice: Choice
+    ) -> dict[str, Any]:
+        """One strategy's step. Peak memory is of all of it, with optimiser state and weights."""
+        with PeakMemory(self.device) as memory:
             how = strategy_of(name)
             trainable = how.make(model, choice, how.choose(choice))
             optimizer = torch.optim.AdamW(trainable.parameters.values(), lr=1e-5)
@@ -272,22 +214,19 @@ class Part:
             for parameter in () if trainable.masks is None else own.hf.parameters():
                 parameter.requires_grad_(True)
 
-            def ours(own: Any = own, optimizer: Any = optimizer) -> None:
+            def ours() -> None:
                 batch.readout.losses(own, batch, own.hf).mean().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             ours()
-            yield {
-                "what": f"training step, {name}",
-                "rival": "HF forward + backward to the inputs, same batch",
-                "target": None,
-                **median_ratio(ours, lambda: forward_backward(model, batch), self.args.repeats),
-                "entries": trainable.n_entries,
-                "entries_share": round(trainable.n_entries / self.n_weights, 6),
-                "layers": g.n_layers,
-            }
-            del trainable, optimizer, own, ours
+            ours()
+        return {
+            **self._timed(ours, lambda: forward_backward(model, batch), [batch]),
+            "entries": trainable.n_entries,
+            "entries_share": round(trainable.n_entries / self.n_weights, 6),
+            "peak_beside_the_model_mib": round(memory.mib),
+        }
 
     def transfer(self) -> Iterator[dict[str, Any]]:
         """A whole transfer with three rates beside its training steps, its peak and its file."""
@@ -311,6 +250,7 @@ class Part:
         with _timed_steps() as spent:
             start = time.perf_counter()
             result = cl.transfer(model, circuit, small, quiet=True, **options)  # type: ignore[arg-type]
+            _wait()
             seconds = time.perf_counter() - start
         size = next(model.hf.parameters()).element_size() * self.n_weights
         beyond = (memory.mib - activations.mib) * 2**20
@@ -346,7 +286,9 @@ class Part:
         }
 
     def _opened(self, examples: int, tokens: int) -> tuple[cl.HookedModel, cl.Task]:
-        model = cl.load(self.folder, device=self.device)
+        if self._model is None:
+            self._model = cl.load(self.folder, device=self.device)
+        model = self._model
         self.n_weights = sum(p.numel() for p in model.hf.parameters())
         # As many again for pool B; small numbers could leave a pool without a label.
         task = task_of(model, 2 * max(examples, 16), tokens)
@@ -358,6 +300,20 @@ class Part:
         """Give memory back that was freed: it would be used again unseen."""
         if self.device.type == "cpu":
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+        else:
+            torch.cuda.empty_cache()
+
+    def _timed(
+        self,
+        ours: Callable[[], Any],
+        rival: Callable[[], Any],
+        batches: list[Batch],
+        repeats: int | None = None,
+    ) -> dict[str, float]:
+        """Seconds and ratios, and how many tokens of the batches ours reads per second."""
+        found = median_ratio(ours, rival, repeats or self.args.repeats)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        return {**found, "tokens_per_s": round(tokens / found["ours_s"])}
 
     def _batches(
         self, model: cl.HookedModel, task: cl.Task, pool: str, size: int = BATCH
@@ -394,10 +350,12 @@ def _timed_steps() -> Iterator[list[float]]:
 
     def timed(function: Callable[..., Any], place: int = 0) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            _wait()
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                _wait()
                 spent[place] += time.perf_counter() - start
 
         return call
@@ -429,9 +387,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--in", dest="folder", type=Path, help="of a checkpoint written before")
     args = parser.parse_args()
-    if args.folder is not None and len(args.parts) == 1:
+    on_gpu = torch.device(args.device).type == "cuda"
+    if args.folder is not None and (len(args.parts) == 1 or on_gpu):
         part = Part(args.folder, args)
-        for found in getattr(part, args.parts[0])():
+        for found in chain.from_iterable(getattr(part, name)() for name in args.parts):
             where = torch.cuda.get_device_name() if part.device.type == "cuda" else "cpu"
             about = {"shape": args.shape, "dtype": args.dtype, "device": where}
             print(json.dumps({"benchmark": "scale", **about, **found}), flush=True)
@@ -439,11 +398,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         if args.folder is None:
-            checkpoint(args.shape, args.dtype, folder)
-        for name in args.parts:
+            checkpoint(args.shape, args.dtype, folder, args.device)
+            torch.cuda.empty_cache()
+        for names in [args.parts] if on_gpu else [[name] for name in args.parts]:
             own = [a for a in sys.argv[1:] if a not in ("--parts", *PARTS)]
             command = [sys.executable, "-m", "benchmarks.scale", *own, "--in", str(folder)]
-            subprocess.run([*command, "--parts", name], check=False)
+            subprocess.run([*command, "--parts", *names], check=False)
 
 
 if __name__ == "__main__":
