@@ -39,7 +39,9 @@ _NEUTRAL = frozenset(
 )
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 4096
-_PIECE = 64
+# Blocks that are summed at once: on the CPU they stay in its cache, a GPU waits for every launch.
+_PIECES = {"cpu": 64}
+_PIECES_ON_GPU = 4096
 
 Key = tuple[int, int, torch.dtype, tuple[int, ...], torch.device]
 
@@ -96,8 +98,9 @@ def _sums(parameters: list[nn.Parameter]) -> list[tuple[int, int]]:
         # beforehand, for between the pieces it would keep their memory from being used again.
         parts = bits[:whole].view(-1, _BLOCK)
         blocks = torch.empty(len(parts), dtype=torch.int64, device=bits.device)
-        for start in range(0, len(parts), _PIECE):
-            piece = slice(start, start + _PIECE)
+        size = _PIECES.get(bits.device.type, _PIECES_ON_GPU)
+        for start in range(0, len(parts), size):
+            piece = slice(start, start + size)
             torch.sum(parts[piece], 1, dtype=torch.int64, out=blocks[piece])
         rest = bits[whole:].sum(dtype=torch.int64)
         places = torch.arange(1, len(blocks) + 1, device=bits.device)
