@@ -24,6 +24,18 @@ from circuitlens.models.readouts import TokenReadout
 from circuitlens.tasks import Encoded, toy
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance
+from circuitlens.view import paper
+
+
+def can_draw() -> bool:
+    """Whether this machine has what draws figures as files, by the package's own search."""
+    try:
+        paper._kaleido()
+        paper._browser()
+    except cl.InputError:
+        return False
+    return True
+
 
 _SMALL = {
     "vocab_size": 97,

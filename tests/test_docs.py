@@ -6,19 +6,19 @@ import importlib
 import importlib.util
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import run_command
+from helpers import can_draw, run_command
 
 import circuitlens as cl
 from circuitlens.adapt import STRATEGIES
 from circuitlens.tasks import toy
 from circuitlens.tasks.sources import data_sets, toy_languages
+from circuitlens.view import paper
 
 pytestmark = pytest.mark.docs
 
@@ -76,15 +76,8 @@ def shrink(monkeypatch, sentences: int) -> None:
 @pytest.fixture
 def _pictures(monkeypatch):
     """Files of figures are drawn by a browser, which not every machine has."""
-    if importlib.util.find_spec("kaleido") is None or shutil.which("chromium") is None:
-
-        def written(figures, *_, **__):
-            for path in figures:
-                Path(path).touch()
-            return [Path(path) for path in figures]
-
-        monkeypatch.setattr(cl.view, "export_all", written)
-        monkeypatch.setattr(cl.view, "export", lambda fig, path, *_, **__: written([path])[0])
+    if not can_draw():
+        monkeypatch.setattr(paper, "_draw", lambda jobs, scale: [b"drawn" for _ in jobs])
 
 
 @pytest.mark.parametrize("page", WITH_CODE)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io
 import pytest
-from helpers import cell, result
+from helpers import can_draw, cell, result
 
 import circuitlens as cl
 from circuitlens.experiments.cell_folder import CellFolder
@@ -26,16 +27,7 @@ module = sys.modules["circuitlens.view.paper"]
 PT_PER_MM = 72 / 25.4
 
 
-def has_browser() -> bool:
-    try:
-        module._kaleido()
-        module._browser()
-    except (cl.InputError, ImportError):
-        return False
-    return True
-
-
-needs_browser = pytest.mark.skipif(not has_browser(), reason="no kaleido or no Chromium here")
+needs_browser = pytest.mark.skipif(not can_draw(), reason="no kaleido or no Chromium here")
 
 
 @pytest.fixture
@@ -180,6 +172,46 @@ def test_a_failing_browser_leaves_no_file(small, tmp_path, monkeypatch):
         export_all(figures)
     assert not list(tmp_path.iterdir())
     assert export(small, tmp_path / "a.pdf").read_bytes() == b"%PDF"
+
+
+# -- notebooks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def renderer():
+    before = plotly.io.renderers.default
+    yield plotly.io.renderers
+    plotly.io.renderers.default = before
+
+
+@pytest.mark.parametrize("browser", ["none", "one that does not start"])
+def test_a_notebook_without_a_browser_does_not_wait_for_one(
+    renderer, tmp_path, monkeypatch, browser
+):
+    pytest.importorskip("kaleido", reason="kaleido is not installed")
+    if browser == "none":
+        monkeypatch.delenv("BROWSER_PATH", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(module, "_usual_place", lambda: None)
+    else:
+        found = tmp_path / "chromium"
+        found.write_text("#!/bin/sh\nexit 1\n")
+        found.chmod(0o755)
+        monkeypatch.setenv("BROWSER_PATH", str(found))
+    assert cl.view.notebook_pictures() is False
+    assert renderer.default == "plotly_mimetype"
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_notebook_shows_a_picture_beside_a_figure(renderer, small):
+    kaleido = pytest.importorskip("kaleido")
+    try:
+        assert cl.view.notebook_pictures() is True
+        bundle = renderer._build_mime_bundle(small.to_dict())
+    finally:
+        kaleido.stop_sync_server()
+    assert set(bundle) == {"application/vnd.plotly.v1+json", "image/png"}
 
 
 # -- files -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from .curves import faithfulness_curve, minimality_bars
 from .gallery import figures_of, write_figures
 from .graph import circuit_graph
 from .heads import head_bars, head_heatmap, head_positions, overlap_matrix
+from .notebook import notebook_pictures
 from .paper import export, export_all
 from .report import render_report, write_report
 from .scorers import scorer_agreement
@@ -29,6 +30,7 @@ __all__ = [
     "head_heatmap",
     "head_positions",
     "minimality_bars",
+    "notebook_pictures",
     "overlap_matrix",
     "paired_differences",
     "render_report",

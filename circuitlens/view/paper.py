@@ -272,6 +272,16 @@ def _usual_place() -> str | None:
     return found
 
 
+def picture_server() -> dict[str, Any]:
+    """Options of a kaleido server, after a browser has drawn an empty figure.
+
+    Raises:
+        InputError: if kaleido or a browser is missing or fails.
+    """
+    _draw([_Job(Path("an empty figure"), on_paper(go.Figure()), "png")], 1)
+    return {"path": _browser(), "mathjax": False, "silence_warnings": True}
+
+
 def _draw(jobs: Sequence[_Job], scale: float | int) -> list[bytes]:
     kaleido, browser = _kaleido(), _browser()
     pictures: list[bytes] = []
