@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -21,15 +21,17 @@ import torch
 
 from circuitlens.adapt.auto import N_TRAININGS
 from circuitlens.adapt.competence import is_competent
+from circuitlens.adapt.front import ALPHAS
 from circuitlens.adapt.options import (
     DEFAULT_RATES,
     DEFAULT_STRATEGIES,
     TRANSFER,
     TrainingOptions,
+    replays_of,
 )
 from circuitlens.adapt.precision import in_16_bits
+from circuitlens.adapt.stages import GRADUAL
 from circuitlens.adapt.strategies import AUTO, strategy_of
-from circuitlens.adapt.transfers import GRADUAL
 from circuitlens.circuits.measure_faithfulness import default_sizes
 from circuitlens.errors import MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import Batch
@@ -159,7 +161,7 @@ def plan(
     learning_rates: Sequence[float] = DEFAULT_RATES,
     training: TrainingOptions = TRANSFER,
     retain: Sequence[str] = (),
-    replay: float = 0.0,
+    replay: float | Sequence[float] = 0.0,
     rediscover: bool = False,
     seeds: int = 1,
     probe: bool = True,
@@ -213,18 +215,21 @@ def plan(
         costs.stage("faithfulness", task, held_out, len(task["pool_b"]) + len(task["validation"]))
     )
     others = [task, *(task.to(name) for name in retain)]
-    rates = len(set(learning_rates))
+    mixes = replays_of(replay)
+    trainings = len(set(learning_rates)) * len(mixes)
+    # The start, and every training at all points of its way.
+    on_others = 1.0 + len(ALPHAS) * trainings
     for target in map(task.to, targets):
         for name in strategies:
             how = strategy_of("circuit" if name == AUTO else name)
-            epochs = float(rates * training.epochs)
+            epochs = float(trainings * training.epochs)
             # "auto" trains every candidate on two of three folds at one rate.
             folds = N_TRAININGS * training.epochs * 2 / 3 if name == AUTO else 0.0
             # Source examples for one of the target's, of the stages' mean.
-            mixed = replay + (sum(GRADUAL) / len(GRADUAL) if how.gradual else 0.0)
+            mixed = sum(mixes) / len(mixes) + (sum(GRADUAL) / len(GRADUAL) if how.gradual else 0.0)
             trained = {
                 "pool_b": epochs * (1 + mixed) + folds,
-                "validation": epochs + 1,
+                "validation": epochs + 1 + (len(ALPHAS) - 1) * trainings,
                 "test": 2.0,
             }
             stage = costs.training(
@@ -234,7 +239,8 @@ def plan(
                 training,
                 _trains_all(name),
                 times=seeds,
-                beside=others,
+                beside={"validation": on_others, "test": 2.0},
+                others=others,
             )
             stages.append(stage)
             if rediscover:
@@ -251,7 +257,9 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
     sizes = [*default_sizes(total), head_count(settings.size, total), *settings.sizes]
     names = ("method", "mlps", "steps", "max_examples", "n_random", "strategies", "rediscover")
     shared = {name: getattr(settings, name) for name in names}
-    transferring = {k: v for k, v in settings.transferring.items() if k != "kv_policy"}
+    # Neither changes what has to be run.
+    free = ("kv_policy", "keep_source")
+    transferring = {k: v for k, v in settings.transferring.items() if k not in free}
     return plan(
         model,
         task,
@@ -379,12 +387,17 @@ class _Costs:
         all_weights: bool,
         *,
         times: int = 1,
-        beside: Sequence[Task] = (),
+        beside: Mapping[str, float] | None = None,
+        others: Sequence[Task] = (),
     ) -> PlannedStage:
-        """A training; ``passes`` are those of each pool, the first of which is trained on."""
-        (pool, epochs), *others = passes.items()
+        """A training; ``passes`` are those of each pool, the first of which is trained on.
+
+        ``beside`` are those of the pools of other tasks.
+        """
+        (pool, epochs), *rest = passes.items()
         size, longest = self._size(task, pool)
-        read = [(task, other, n) for other, n in others] + [(t, "test", 2.0) for t in beside]
+        read = [(task, other, n) for other, n in rest]
+        read += [(t, other, n) for t in others for other, n in (beside or {}).items()]
         trained = size * epochs
         evaluated = sum(self._size(other, split)[0] * n for other, split, n in read)
         step = self.both * (_STEP_OF_ALL if all_weights else _STEP)

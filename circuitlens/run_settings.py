@@ -18,6 +18,7 @@ from circuitlens.adapt.options import (
     DEFAULT_STRATEGIES,
     TRANSFER,
     TrainingOptions,
+    check_keep_source,
     check_replay,
     training_tries,
 )
@@ -108,6 +109,8 @@ class RunSettings:
         learning_rates: learning rate of the transfer; the best of several is chosen on validation.
         training: of the transfer.
         replay: source examples per target example that are mixed into the training data.
+        keep_source: source accuracy that may be lost on validation, as a share (0.01 is one point);
+            the strength of the adaptation is chosen with the rate; default: any.
         kv_policy: which key/value heads are trained under grouped-query attention.
         retain: further language in which accuracy is measured before and after the transfer.
         rediscover: search the source circuit again in the adapted model.
@@ -156,6 +159,7 @@ class RunSettings:
     learning_rates: tuple[float, ...] = DEFAULT_RATES
     training: TrainingOptions = TRANSFER
     replay: float = 0.0
+    keep_source: float | None = None
     kv_policy: str = "shared"
     retain: tuple[str, ...] = ()
     rediscover: bool = False
@@ -174,6 +178,7 @@ class RunSettings:
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
         check_replay(self.replay)
+        check_keep_source(self.keep_source)
         # The seed of the run is that of its trainings.
         object.__setattr__(self, "training", self.training.updated({"seed": self.seed}))
         object.__setattr__(self, "finetuning", self.competence_options({}))
@@ -283,7 +288,7 @@ class RunSettings:
     @property
     def transferring(self) -> dict[str, Any]:
         """Keyword arguments of transfers and comparisons alike."""
-        names = ("learning_rates", "training", "replay", "kv_policy", "retain")
+        names = ("learning_rates", "training", "replay", "keep_source", "kv_policy", "retain")
         return {name: getattr(self, name) for name in names}
 
 

@@ -17,9 +17,8 @@ from circuitlens.adapt.strategies import NAMES, Choice, strategy_of
 from circuitlens.tasks import toy
 from circuitlens.utils.provenance import Provenance
 
-# `circuitlens.adapt.transfers` is the function; its module has the same name.
 AUTO = importlib.import_module("circuitlens.adapt.auto")
-TRANSFER = importlib.import_module("circuitlens.adapt.transfers")
+STAGES = importlib.import_module("circuitlens.adapt.stages")
 PLANS = [(name, size) for name in ("circuit", "near-zero") for size in (2, 4)]
 
 
@@ -217,7 +216,7 @@ def mixed(model, toy_task, monkeypatch):
         options = {"scores": scores, "learning_rates": [1e-3], "epochs": 4, **options}
         cl.transfer(model, scores.top(2), target, source=source, quiet=True, **options)
 
-    monkeypatch.setattr(TRANSFER, "train", train)
+    monkeypatch.setattr(STAGES, "train", train)
     monkeypatch.setattr(AUTO, "train", train)
     return run, counts
 

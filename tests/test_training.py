@@ -12,6 +12,7 @@ import torch
 from helpers import ALL, tiny
 
 import circuitlens as cl
+from circuitlens.adapt import stages
 from circuitlens.adapt.auto import _pick, decide
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
@@ -218,7 +219,7 @@ def test_no_training_is_a_candidate_of_every_transfer(toy_proxy, toy_task, toy_s
 def test_gradual_trains_as_many_epochs_as_the_options_say(
     toy_proxy, toy_task, toy_scores, monkeypatch, epochs, stages
 ):
-    module = importlib.import_module("circuitlens.adapt.transfers")
+    module = importlib.import_module("circuitlens.adapt.stages")
     original, seen = module.train, []
 
     def note(model, data, validation, options, **kwargs):
@@ -351,8 +352,7 @@ def test_lora_has_about_as_many_entries_as_the_circuit(toy_proxy, toy_scores):
 @pytest.mark.slow
 def test_replay_and_stages_mix_source_examples_in(toy_proxy, toy_task, toy_scores, monkeypatch):
     seen: list[list[str]] = []
-    # `circuitlens.adapt.transfers` is the function; its module has the same name.
-    module = sys.modules["circuitlens.adapt.transfers"]
+    module = importlib.import_module("circuitlens.adapt.stages")
     original = module.train
 
     def note(model, data, *args, **kwargs):
@@ -498,7 +498,7 @@ def test_a_circuit_that_cannot_be_searched_anew_costs_no_transfer(
     near, circuit = toy_task.to("near"), toy_scores.top(4)
     result = cl.transfer(toy_proxy, circuit, near, **options)
     assert result.shift is None
-    assert "could not be searched anew: No example of the label 'neutral'" in caplog.text
+    assert "could not be searched again: No example of the label 'neutral'" in caplog.text
     options["scores"] = replace(toy_scores, method="mine")
     with pytest.raises(cl.InputError, match=r"mine.*cdt-linear"):
         cl.transfer(toy_proxy, circuit, near, **options)
@@ -510,7 +510,7 @@ def test_inputs_of_another_model_and_mistakes_are_refused(
     def trains(*arguments, **options):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(sys.modules["circuitlens.adapt.transfers"], "train", trains)
+    monkeypatch.setattr(stages, "train", trains)
     cases = {
         "The circuit is of a model with 12 × 12 heads": {
             "circuit": cl.Circuit.of(["a0.h0"], 12, 12)

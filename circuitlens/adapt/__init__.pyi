@@ -1,4 +1,5 @@
 from .competence import finetune, is_competent
+from .front import Front
 from .merging import Merged, merge
 from .result import TransferResult
 from .strategies import STRATEGIES
@@ -6,6 +7,7 @@ from .transfers import transfer
 
 __all__ = [
     "STRATEGIES",
+    "Front",
     "Merged",
     "TransferResult",
     "finetune",

@@ -24,8 +24,10 @@ __all__ = [
     "TrainingKeywords",
     "TrainingLog",
     "TrainingOptions",
+    "check_keep_source",
     "check_replay",
     "rank",
+    "replays_of",
     "training_tries",
     "trains",
 ]
@@ -178,6 +180,36 @@ def check_replay(replay: float) -> None:
     if not 0 <= replay < math.inf:
         raise InputError(
             f"replay is a number of source examples per target example, not {replay!r}."
+        )
+
+
+def replays_of(replay: float | Iterable[float]) -> tuple[float, ...]:
+    """Amounts of replay that are tried, each once.
+
+    Raises:
+        InputError: if one is negative or not finite, or there is none.
+    """
+    given = (replay,) if isinstance(replay, float | int) else tuple(replay)
+    found = tuple(dict.fromkeys(given))
+    if not found:
+        raise InputError("replay is an empty list: give 0 for none.")
+    for amount in found:
+        check_replay(amount)
+    return tuple(map(float, found))
+
+
+def check_keep_source(keep_source: float | None) -> None:
+    """Refuse a loss of source accuracy that cannot be.
+
+    Raises:
+        InputError: if it is no share.
+    """
+    if keep_source is None:
+        return
+    if not 0 <= keep_source < 1:
+        raise InputError(
+            "keep_source is the source accuracy that may be lost, as a share below 1 (0.01 is one "
+            f"point), but is {keep_source!r}."
         )
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.card import model_card
+from circuitlens.adapt.front import Front
 from circuitlens.adapt.retention import CircuitShift, Retained
 from circuitlens.adapt.strategies import place_of
 from circuitlens.adapt.trainable import TENSOR_FILES, Trained, restore
@@ -45,6 +46,10 @@ class TransferResult:
         n_trainable: trained entries.
         learning_rate: the rate chosen on the target's validation split; 0 where none did better
             than no training, and the model was kept as it was.
+        alpha: share of the way from the weights before to the trained ones at which the model
+            stands; below 1 only if ``keep_source`` chose it.
+        front: target and source on validation for every rate, amount of replay and α; ``None``
+            without a source or other task to keep, and in results from before 0.2.
         validation: best validation accuracy for every rate tried, and at rate 0 before training.
         history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.
@@ -79,6 +84,8 @@ class TransferResult:
     provenance: Provenance
     target_ids: tuple[str, ...] = field(default=(), repr=False)
     prompt: Prompt | None = field(default=None, repr=False)
+    alpha: float = 1.0
+    front: Front | None = field(default=None, repr=False)
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
     trained: Trained | None = field(default=None, repr=False)
@@ -130,6 +137,8 @@ class TransferResult:
             "retained": [retained.to_dict() for retained in self.retained],
             "n_trainable": self.n_trainable,
             "learning_rate": self.learning_rate,
+            "alpha": self.alpha,
+            "front": self.front.to_dict() if self.front else None,
             "validation": [[rate, accuracy] for rate, accuracy in self.validation.items()],
             "history": list(self.history),
             "seconds": self.seconds,
@@ -157,6 +166,7 @@ class TransferResult:
             "source_accuracy": after.accuracy if after else None,
             "n_trainable": self.n_trainable,
             "learning_rate": self.learning_rate,
+            "alpha": self.alpha,
             "seconds": self.seconds,
         }
         return pd.DataFrame([row])
@@ -261,6 +271,8 @@ class TransferResult:
             retained=tuple(map(Retained.from_dict, content["retained"])),
             n_trainable=content["n_trainable"],
             learning_rate=content["learning_rate"],
+            alpha=content.get("alpha", 1.0),
+            front=Front.from_dict(content["front"]) if content.get("front") else None,
             validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
             history=tuple(content["history"]),
             seconds=content["seconds"],

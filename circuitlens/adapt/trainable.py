@@ -11,6 +11,7 @@ round them. A copy whose own entries are trained becomes float32 as a whole.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +37,9 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Every file that trained tensors may be in. A new result replaces those of old versions of PEFT
 # too, though a pickle is never read.
 TENSOR_FILES = (*_ADAPTER, "adapter_model.bin", _ENTRIES)
+
+# The factor of LoRA that begins at random; the other one begins at zero.
+_FIRST_FACTOR = re.compile(r"\.lora_A\.|\.lora_embedding_A\.")
 
 # Where an adapter's configuration keeps its prompt, within "auto_mapping".
 PROMPT = "circuitlens_prompt"
@@ -184,6 +188,27 @@ class Trainable:
                 parameter[masks[name]] = state[name].to(parameter)
             else:
                 parameter.copy_(state[name])
+
+    def between(
+        self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
+    ) -> dict[str, Tensor]:
+        """Return entries that make the weights W0 + α(W1 - W0).
+
+        LoRA's update is a product of two factors, of which one is zero at the start: that one alone
+        is scaled.
+
+        Args:
+            start, end: entries that :meth:`state` returned.
+            alpha: 0 is the start, 1 the end.
+        """
+        if alpha == 1:
+            return dict(end)
+        return {
+            name: end[name].clone()
+            if alpha > 0 and _FIRST_FACTOR.search(name)
+            else start[name].lerp(end[name], alpha)
+            for name in end
+        }
 
     def write(self, folder: Path) -> None:
         """Write the trained tensors: PEFT's files of an adapter, or entries of the weights.

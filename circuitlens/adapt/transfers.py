@@ -1,9 +1,9 @@
 """Stage 6, transfer: train a few heads on a little data of the target language.
 
-For each learning rate a part of the proxy (an adapter on slices of heads, LoRA, or weights of its
-own) is trained on pool B of the target language; the rate with the best accuracy on the target's
-validation split is kept, or the model as it was, if none does better; then, once, target and source
-are measured on their test splits.
+For each learning rate (and amount of replay) a part of the proxy (an adapter on slices of heads,
+LoRA, or weights of its own) is trained on pool B of the target language. What is best on the
+target's validation split is kept, among what keeps the source if that was asked for, or the model
+as it was, if nothing does better; then, once, target and source are measured on their test splits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Unpack, get_args
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
+from circuitlens.adapt.front import Front, FrontPoint, measured, points_between
 from circuitlens.adapt.merging import plain_copy
 from circuitlens.adapt.options import (
     TRANSFER,
     TrainingKeywords,
     TrainingLog,
     TrainingOptions,
-    check_replay,
+    check_keep_source,
     rank,
+    replays_of,
     training_tries,
     trains,
 )
@@ -37,9 +39,8 @@ from circuitlens.adapt.retention import (
     retained_tasks,
     weight_drift,
 )
+from circuitlens.adapt.stages import stages_of, train_in_stages
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
-from circuitlens.adapt.trainable import Trainable
-from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import (
     CIRCUIT,
@@ -52,7 +53,7 @@ from circuitlens.errors import (
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
-from circuitlens.tasks import Encoded, Task
+from circuitlens.tasks import Task
 from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
@@ -66,10 +67,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Source examples per target example in the stages of gradual fine-tuning (Xu, Ebner,
-# Yarmohammadi et al. 2021, arXiv 2103.02205, go from much out-of-domain data to none).
-GRADUAL = (1.0, 0.5, 0.25, 0.0)
-
 
 @trains(TRANSFER, but=("learning_rate",))
 def transfer(
@@ -81,7 +78,8 @@ def transfer(
     scores: HeadScores | None = None,
     source: Task | None = None,
     retain: Sequence[Task | str] = (),
-    replay: float = 0.0,
+    replay: float | Sequence[float] = 0.0,
+    keep_source: float | None = None,
     kv_policy: KVPolicy = "shared",
     rediscover: bool = False,
     learning_rates: Iterable[float] | None = None,
@@ -103,7 +101,13 @@ def transfer(
             ``rediscover``.
         source: where retention is measured; by default the task that ``task`` was made from.
         retain: further tasks, or languages of this one, on which retention is measured.
-        replay: mix this many source examples (pool A) per target example into the training data.
+        replay: mix this many source examples (pool A) per target example into the training data;
+            of several amounts the best is chosen as the rate is.
+        keep_source: accuracy that may be lost on the source and on each task of ``retain``, as a
+            share (0.01 is one point). Rate, replay and α, the share of the way from the untouched
+            weights to the trained ones, are then chosen together on validation: the best on the
+            target among those that keep within it, or the untouched model if none does better.
+            What is lost on test can be more. By default the rate alone is chosen, by the target.
         kv_policy: under grouped-query attention, train the key/value head that a chosen query
             head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
             none (``"frozen"``).
@@ -122,14 +126,15 @@ def transfer(
             of ``training``: ``epochs``, ``batch_size``, ``seed`` (for everything random) and so on.
 
     Returns:
-        Numbers, trained tensors, and ``result.model``, which is the model that validation saw. If
-        ``model`` is in 16 bits, the trained tensors are float32 all the same: an adapter stays
-        beside the weights (:func:`circuitlens.merge` merges it and says what that changes), and
-        strategies that train the weights themselves make the whole copy float32.
+        Numbers, trained tensors, ``result.front`` (target and source on validation for every rate,
+        amount of replay and α, if there is a source), and ``result.model``, which is the model that
+        validation saw. If ``model`` is in 16 bits, the trained tensors are float32 all the same:
+        an adapter stays beside the weights (:func:`circuitlens.merge` merges it and says what that
+        changes), and strategies that train the weights themselves make the whole copy float32.
 
     Raises:
-        InputError: for an unknown strategy, missing scores, or a circuit or scores of another
-            model.
+        InputError: for an unknown strategy, missing scores, a circuit or scores of another model,
+            or ``keep_source`` without a task to keep.
         NotFiniteError: if training diverges at every learning rate. One rate that diverges is
             left out, with a warning in the log.
     """
@@ -144,11 +149,12 @@ def transfer(
     check_scores(model, scores)
     check_kv_policy(kv_policy)
     tries = training_tries(learning_rates, training, options)
-    check_replay(replay)
+    mixes = replays_of(replay)
+    check_keep_source(keep_source)
     seed = tries[0].seed
     kept = None if checkpoints is None else Path(checkpoints)
     source = source or task.origin
-    if source is None and (replay or how.gradual or rediscover):
+    if source is None and (any(mixes) or how.gradual or rediscover):
         raise InputError(
             "Replay, gradual training and rediscovery need the source task: pass source=…."
         )
@@ -159,11 +165,14 @@ def transfer(
             )
         scorer(scores.method)  # a rule set of one's own has no name to find it by
     others = retained_tasks(task, source, retain)
+    if keep_source is not None and not others:
+        raise InputError("keep_source needs a task that is to be kept: pass source=… or retain=….")
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
+    held = [other.encode(model, other["validation"]) for other in others]
     choice = Choice(circuit, scores, seed, kv_policy, data.readout)
     # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
-    stages = _stages(model, data, source, how.gradual, replay, seed)
+    stages = {mix: stages_of(model, data, source, how.gradual, mix, seed) for mix in mixes}
     decision: Decision | None = None
     if strategy == AUTO:
         middle = sorted(tries, key=lambda option: option.learning_rate)[len(tries) // 2]
@@ -174,42 +183,58 @@ def transfer(
     heads = how.choose(choice)
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
-    untrained = summarise(label_scores(model, validation), torch.tensor(validation.gold))
-    start = {"epoch": 0.0, "accuracy": untrained.accuracy, "margin": untrained.margin}
-
     trainable = how.make(model, choice, heads)
     seconds = decision.seconds if decision else 0.0
-    tried: list[tuple[TrainingLog, float]] = []
     initial = trainable.state()
-    best = initial
+    untrained, kept_before = measured(trainable, validation, held)
+    start = FrontPoint(0.0, 0.0, 0.0, untrained.accuracy, untrained.margin, kept_before)
+    front = Front(tuple(other.full_name for other in others), (start,))
+    chosen, best = start, initial
+    logs: dict[tuple[float, float], TrainingLog] = {}
     label = f"Transfer to {task.language} ({strategy})"
-    for option in progress(tries, label, quiet=quiet):
+    both = [(option, mix) for mix in mixes for option in tries]
+    for option, mix in progress(both, label, quiet=quiet):
         trainable.load(initial)
-        rate_folder = kept and kept / f"rate-{option.learning_rate:g}"
+        rate = option.learning_rate
+        name = f"rate-{rate:g}" if len(mixes) == 1 else f"replay-{mix:g}-rate-{rate:g}"
         try:
-            log = _train_in_stages(trainable, stages, validation, option, rate_folder)
+            log = train_in_stages(trainable, stages[mix], validation, option, kept and kept / name)
+            seconds, logs[rate, mix] = seconds + log.seconds, log
+            between = points_between(
+                trainable, initial, log, validation, held, learning_rate=rate, replay=mix
+            )
+            for point in between:
+                front = replace(front, points=(*front.points, point))
+                wanted = (
+                    point.alpha == 1 if keep_source is None else front.keeps(point, keep_source)
+                )
+                if wanted and point.rank > chosen.rank:
+                    chosen, best = point, trainable.state()
         except NotFiniteError as error:
             logger.warning("%s: %s", label, error)
-            continue
-        seconds += log.seconds
-        if rank(log.best) > max(rank(entry) for entry in (start, *(t.best for t, _ in tried))):
-            best = trainable.state()
-        tried.append((log, option.learning_rate))
-    if not tried:
+    if not logs:
         rates = ", ".join(f"{option.learning_rate:g}" for option in tries)
         raise NotFiniteError(
             f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
         )
     trainable.load(best)
-    log, rate = max(tried, key=lambda pair: rank(pair[0].best))
-    if rank(log.best) <= rank(start):
-        rate = 0.0
-        logger.warning(
-            "%s: no learning rate did better on validation than no training (accuracy %.3f), so "
-            "the model stays as it was: give other rates, or more epochs.",
-            label,
-            start["accuracy"],
+    if chosen is start:
+        within = (
+            "no learning rate"
+            if keep_source is None
+            else f"nothing that loses at most {keep_source:g} of accuracy elsewhere"
         )
+        logger.warning(
+            "%s: %s did better on validation than no training (accuracy %.3f), so the model stays "
+            "as it was: give other rates, or more epochs%s.",
+            label,
+            within,
+            start.target,
+            "" if keep_source is None else ", replay, or allow a larger loss",
+        )
+        log = max(logs.values(), key=lambda log: rank(log.best))
+    else:
+        log = logs[chosen.learning_rate, chosen.replay]
     n_trainable = trainable.n_entries
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     trainable.model.prompt = task.prompt
@@ -229,21 +254,27 @@ def transfer(
             shift = circuit_shift(plain, source, circuit, scores, quiet=quiet)
         except InputError as error:
             # The adapted model may have forgotten a label; what was trained is worth keeping.
-            logger.warning("%s: the circuit could not be searched anew: %s", label, error)
+            logger.warning("%s: the circuit could not be searched again: %s", label, error)
     logger.info(
-        "%s: %s test accuracy %.3f -> %.3f at rate %g.",
+        "%s: %s test accuracy %.3f -> %.3f at rate %g, α %g.",
         strategy,
         task.language,
         target_before.accuracy,
         target_after.accuracy,
-        rate,
+        chosen.learning_rate,
+        chosen.alpha,
     )
     settings = {
         **tries[0].to_dict(),
         "learning_rate": [option.learning_rate for option in tries],
-        "replay": replay,
+        # What was chosen, as cards say what was trained on.
+        "replay": mixes[0] if chosen is start else chosen.replay,
         "kv_policy": kv_policy,
     }
+    if len(mixes) > 1:
+        settings["replays"] = list(mixes)
+    if keep_source is not None:
+        settings["keep_source"] = keep_source
     return TransferResult(
         strategy=strategy,
         heads=heads,
@@ -253,10 +284,15 @@ def transfer(
         target_after=target_after,
         retained=retained,
         n_trainable=n_trainable,
-        learning_rate=rate,
+        learning_rate=chosen.learning_rate,
+        alpha=chosen.alpha if chosen is not start else 1.0,
+        front=front if others else None,
         validation={
-            0.0: start["accuracy"],
-            **{tried_rate: log.best["accuracy"] for log, tried_rate in tried},
+            0.0: start.target,
+            **{
+                rate: max(log.best["accuracy"] for (r, _), log in logs.items() if r == rate)
+                for rate, _ in logs
+            },
         },
         history=log.history,
         seconds=seconds,
@@ -278,41 +314,6 @@ def transfer(
         folder=Path(scratch.name),
         _scratch=scratch,
     )
-
-
-def _train_in_stages(
-    trainable: Trainable,
-    stages: Sequence[Encoded],
-    validation: Encoded,
-    options: TrainingOptions,
-    checkpoints: Path | None,
-) -> TrainingLog:
-    """Train on one stage after the other, as many epochs in all as the options say.
-
-    Where epochs cannot be divided equally, later stages, which have more of the target's data, get
-    more. Every stage has a warm-up and a decay of its own.
-    """
-    each, more = divmod(options.epochs, len(stages))
-    history: list[dict[str, float]] = []
-    steps, seconds = 0, 0.0
-    for n, stage in enumerate(stages):
-        epochs = each + (n >= len(stages) - more)
-        if not epochs:
-            continue
-        log = train(
-            trainable.model,
-            stage,
-            validation,
-            replace(options, epochs=epochs),
-            trainable=trainable,
-            checkpoints=checkpoints and checkpoints / f"stage-{n}",
-            quiet=True,
-        )
-        done = history[-1]["epoch"] if history else 0.0
-        history += [{**entry, "epoch": done + entry["epoch"]} for entry in log.history]
-        best = {**log.best, "epoch": done + log.best["epoch"]}
-        steps, seconds = steps + log.steps, seconds + log.seconds
-    return TrainingLog(tuple(history), best, steps, seconds)
 
 
 def check_circuit(model: HookedModel, circuit: Circuit) -> None:
@@ -367,36 +368,3 @@ def _measure(model: HookedModel, task: Task, quiet: bool) -> tuple[Evaluation, t
     logits = label_scores(model, encoded, quiet=quiet)
     gold = torch.tensor(encoded.gold)
     return summarise(logits, gold, tuple(task.labels)), tuple((logits.argmax(1) == gold).tolist())
-
-
-def _stages(
-    model: HookedModel, data: Encoded, source: Task | None, gradual: bool, replay: float, seed: int
-) -> list[Encoded]:
-    """Training data of each stage: the target's, with some of the source's mixed in.
-
-    Raises:
-        InputError: if replay asks for more than there is, or for less than one example.
-    """
-    shares = [replay + share for share in (GRADUAL if gradual else (0.0,))]
-    if source is None or not any(shares):
-        return [data]
-    old = source.encode(model, source["pool_a"])
-    _check_replay(replay, len(data), len(old))
-    order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed)).tolist()
-    # What gradual adds of its own nobody asked for in numbers: it goes as far as pool A does.
-    counts = [min(len(old), round(share * len(data))) for share in shares]
-    return [data + old.take(order[:count]) for count in counts]
-
-
-def _check_replay(replay: float, n_target: int, n_source: int) -> None:
-    wanted = round(replay * n_target)
-    if wanted > n_source:
-        raise InputError(
-            f"replay={replay:g} of {n_target} target examples asks for {wanted} source examples, "
-            f"but pool A has {n_source}: choose at most {n_source / n_target:g}."
-        )
-    if replay > 0 and n_target and not wanted:
-        raise InputError(
-            f"replay={replay:g} of {n_target} target examples rounds to no source example: choose "
-            f"more than {0.5 / n_target:g}, or 0 for none."
-        )

@@ -91,8 +91,8 @@ class CellSpec:
     Attributes:
         key: language, strategy and seed.
         model: the proxy, or a reference to it for another process.
-        circuit, task, scores, retain, replay, kv_policy, rediscover, learning_rates, training: see
-            :func:`circuitlens.transfer`.
+        circuit, task, scores, retain, replay, keep_source, kv_policy, rediscover, learning_rates,
+            training: see :func:`circuitlens.transfer`.
         folder: where the cell is written; without one it is only returned.
     """
 
@@ -104,14 +104,16 @@ class CellSpec:
     retain: tuple[Task, ...]
     learning_rates: tuple[float, ...]
     training: TrainingOptions
-    replay: float = 0.0
+    replay: float | tuple[float, ...] = 0.0
+    keep_source: float | None = None
     kv_policy: KVPolicy = "shared"
     rediscover: bool = False
     folder: Path | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the transfer; a model that is in a folder is opened."""
-        names = ("circuit", "task", "scores", "retain", "replay", "kv_policy", "rediscover")
+        about = ("circuit", "task", "scores", "retain", "rediscover")
+        names = (*about, "replay", "keep_source", "kv_policy")
         return {
             "model": self.model.open() if isinstance(self.model, ModelReference) else self.model,
             **{name: getattr(self, name) for name in names},

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from circuitlens.adapt.front import LOSSES, Front
 from circuitlens.errors import InputError
 from circuitlens.experiments.paired import (
     PairedDifference,
@@ -28,6 +29,14 @@ _COSTS = ("n_trainable", "seconds", "peak_mib")
 _TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
 _PAIRS = ("language", "a", "b", "difference", "low", "high", "p", "n_examples", "n_seeds")
 _REGRET = ("language", "strategy", "best", "accuracy", "best_accuracy", "regret", "n_seeds")
+_FRONTS = (
+    "language",
+    "strategy",
+    "seed",
+    "start",
+    "hypervolume",
+    *(f"target at {100 * x:g}" for x in LOSSES),
+)
 _ALL = "all languages"
 
 
@@ -197,6 +206,33 @@ class Comparison:
             n_languages=len(values),
             n_shared=shared_ids(ids),
         )
+
+    def fronts(self) -> pd.DataFrame:
+        """Return what every transfer offers on validation, whichever point of it was chosen.
+
+        Returns:
+            A row a cell that has a front: ``language``, ``strategy``, ``seed``, ``start`` (target
+            accuracy before), ``hypervolume`` (:meth:`circuitlens.adapt.Front.hypervolume`), and
+            ``target at 0``, ``1``, ``2`` and ``5`` points: the best target accuracy at which no
+            task to keep loses more. These are maxima over rates and α on the data that they are
+            measured on, so they flatter all strategies a little, most of all those with more
+            trainings.
+        """
+        rows = []
+        for cell in self.cells:
+            if not cell.get("front"):
+                continue
+            front = Front.from_dict(cell["front"])
+            row = {
+                "language": cell["target_language"],
+                "strategy": cell["strategy"],
+                "seed": cell["seed"],
+                "start": front.start.target,
+                "hypervolume": front.hypervolume(),
+            }
+            row |= {f"target at {100 * x:g}": front.choose(x).target for x in LOSSES}
+            rows.append(row)
+        return pd.DataFrame(rows, columns=_FRONTS)
 
     def regret(self, strategy: str = "auto") -> pd.DataFrame:
         """Return how far a strategy stays behind the best single one, chosen on the test split.

@@ -35,7 +35,8 @@ from circuitlens.adapt.options import (
     TRANSFER,
     TrainingKeywords,
     TrainingOptions,
-    check_replay,
+    check_keep_source,
+    replays_of,
     training_tries,
     trains,
 )
@@ -83,7 +84,8 @@ def compare(
     retain: Sequence[Task | str] = (),
     learning_rates: Iterable[float] | None = None,
     training: TrainingOptions | None = None,
-    replay: float = 0.0,
+    replay: float | Sequence[float] = 0.0,
+    keep_source: float | None = None,
     kv_policy: KVPolicy = "shared",
     executor: Runner | Literal["processes", "ray"] | None = None,
     quiet: bool = False,
@@ -107,7 +109,7 @@ def compare(
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
         retain: further tasks, or languages of this one, on which retention is measured.
-        learning_rates, training, replay, kv_policy: see :func:`circuitlens.transfer`.
+        learning_rates, training, replay, keep_source, kv_policy: see :func:`circuitlens.transfer`.
         executor: runs the cells. ``"processes"`` uses the processors of this machine, ``"ray"`` or
             a :class:`circuitlens.experiments.RayCluster` those and the GPUs of a cluster; or a
             ``concurrent.futures.Executor`` that spawns processes of your own. Each process loads
@@ -148,7 +150,8 @@ def compare(
     for seed in seeds:
         tries[0].updated({"seed": seed})
     rates = [option.learning_rate for option in tries]
-    check_replay(replay)
+    mixes = replays_of(replay)
+    check_keep_source(keep_source)
     check_kv_policy(kv_policy)
     check_scores(model, scores)
     _check_strategies(strategies, scores)
@@ -173,9 +176,11 @@ def compare(
             "retain": [f"{other.full_name} {other.fingerprint()}" for other in others],
             "learning_rates": rates,
             **_settings(tries[0]),
-            "replay": replay,
+            "replay": mixes[0] if len(mixes) == 1 else list(mixes),
             "kv_policy": kv_policy,
         }
+        if keep_source is not None:
+            settings["keep_source"] = keep_source
         fingerprints = {name: target.fingerprint() for name, target in tasks.items()}
         folder = CellFolder.open(Path(out), settings, fingerprints, writes=is_main(model.device))
 
@@ -201,7 +206,8 @@ def compare(
                 tuple(others),
                 tuple(rates),
                 tries[0],
-                replay,
+                mixes,
+                keep_source,
                 kv_policy,
                 folder=None if folder is None else folder.path,
             )

@@ -2,6 +2,7 @@ import circuitlens.explorer
 
 from .classes import confusion_matrix
 from .curves import faithfulness_curve, minimality_bars
+from .fronts import transfer_fronts
 from .gallery import figures_of, write_figures
 from .graph import circuit_graph
 from .heads import head_bars, head_heatmap, head_positions, overlap_matrix
@@ -38,6 +39,7 @@ __all__ = [
     "strategy_table",
     "token_relevance",
     "training_curves",
+    "transfer_fronts",
     "transfer_tradeoff",
     "weight_drift",
     "write_figures",

@@ -19,6 +19,7 @@ from circuitlens.experiments.comparison import Comparison
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing
 from circuitlens.view.curves import faithfulness_curve
+from circuitlens.view.fronts import front_frame, transfer_fronts
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
 from circuitlens.view.paper import WIDTHS, Width, check_formats, export_all
@@ -179,6 +180,9 @@ def _transfers(results: Results, columns: int, mode: Mode) -> dict[str, Drawn]:
     if has_source:
         fig = transfer_tradeoff(results, facets="all", columns=columns, mode=mode)
         found["tradeoff"] = Drawn(fig, points[points["source_change"].notna()])
+    if any(cell.get("front") for cell in cells_of(results)):
+        fig = transfer_fronts(results, columns=columns, mode=mode)
+        found["fronts"] = Drawn(fig, front_frame(results))
     tables = {"table-gain": "gain", "table-target": "target_after"}
     if has_source:
         tables |= {"table-source": "source_change"}

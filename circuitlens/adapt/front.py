@@ -1,0 +1,210 @@
+"""Target gained against source kept: what one training offers, and how one of it is chosen.
+
+A training ends at one point, but the way there is a whole curve: the trained entries are tried at
+W0 + α(W1 - W0), as WiSE-FT does (Wortsman et al. 2022, arXiv 2109.01903), which takes evaluation
+only. Every rate and every amount of replay gives such points; those that no other one beats on both
+the target and the source are the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from circuitlens.adapt.options import TrainingLog
+from circuitlens.adapt.trainable import Trainable
+from circuitlens.tasks import Encoded
+from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
+
+__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "measured", "points_between"]
+
+# Shares of the way from the start (0, which is common to all) to the trained entries.
+ALPHAS = (0.25, 0.5, 0.75, 1.0)
+# Points of source accuracy that tables look at, as shares.
+LOSSES = (0.0, 0.01, 0.02, 0.05)
+# Accuracies are quotients: 0.85 - 0.84 is a little more than 0.01.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """Accuracy on validation splits at one setting.
+
+    Attributes:
+        learning_rate, replay: of the training; a rate of 0 is the start, where nothing is trained.
+        alpha: share of the way from the start to the trained entries.
+        target: accuracy on the target's validation split.
+        margin: mean margin there (logit of the right label minus the mean of the others).
+        kept: accuracy on the validation split of every task in :attr:`Front.tasks`.
+    """
+
+    learning_rate: float
+    replay: float
+    alpha: float
+    target: float
+    margin: float
+    kept: tuple[float, ...] = ()
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sort key: the best point on the target is the largest."""
+        return self.target, self.margin
+
+
+@dataclass(frozen=True)
+class Front:
+    """Points of all trainings of a transfer, on validation splits.
+
+    Attributes:
+        tasks: names of the tasks that may be forgotten, ``task/language``; the source is the first.
+        points: one for every rate, amount of replay and α; the start is the first.
+    """
+
+    tasks: tuple[str, ...]
+    points: tuple[FrontPoint, ...]
+
+    @property
+    def start(self) -> FrontPoint:
+        """The model before the transfer."""
+        return self.points[0]
+
+    def lost(self, point: FrontPoint) -> float:
+        """Return the largest loss of accuracy on any of the tasks; negative where all gained."""
+        return max(a - b for a, b in zip(self.start.kept, point.kept, strict=True))
+
+    def keeps(self, point: FrontPoint, keep_source: float) -> bool:
+        """Whether a point loses at most ``keep_source`` of accuracy on every task."""
+        return self.lost(point) <= keep_source + _ROUNDING
+
+    def choose(self, keep_source: float) -> FrontPoint:
+        """Return the best point on the target that :meth:`keeps` the tasks.
+
+        Args:
+            keep_source: accuracy that may be lost on every task, as a share: 0.01 is a point.
+
+        Returns:
+            The start, if none of the others does better than it.
+        """
+        return max(
+            (point for point in self.points if self.keeps(point, keep_source)),
+            key=lambda point: point.rank,
+        )
+
+    def non_dominated(self) -> tuple[FrontPoint, ...]:
+        """Points that no other one beats, by target accuracy and :meth:`lost`, least lost first."""
+        found: list[FrontPoint] = []
+        for point in sorted(self.points, key=lambda p: (self.lost(p), -p.target)):
+            if not found or point.target > found[-1].target:
+                found.append(point)
+        return tuple(found)
+
+    def hypervolume(self, most_lost: float = 0.05) -> float:
+        """Return the area that the front covers beyond the start.
+
+        It lies above the start's target accuracy, and above the start's source accuracy less
+        ``most_lost`` (Zitzler and Thiele 1999, with that corner as the reference point). 0.005 is
+        as much as ten points gained on the target at a price of no source accuracy.
+
+        Args:
+            most_lost: what is lost beyond this counts for nothing.
+
+        Returns:
+            Target gain × source kept, in accuracies (shares) multiplied.
+        """
+        area, height = 0.0, 0.0
+        for point in self.non_dominated():
+            gain, room = point.target - self.start.target, most_lost - self.lost(point)
+            if gain > height and room > 0:
+                area += (gain - height) * room
+                height = gain
+        return area
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a row a point; ``lost`` is the largest loss, ``on_front`` says what is not beaten.
+
+        A column ``kept: TASK`` has the accuracy on every task.
+        """
+        front = set(self.non_dominated())
+        rows = []
+        for point in self.points:
+            row = {
+                "learning_rate": point.learning_rate,
+                "replay": point.replay,
+                "alpha": point.alpha,
+                "target": point.target,
+                "lost": self.lost(point),
+                "on_front": point in front,
+            }
+            kept = zip(self.tasks, point.kept, strict=True)
+            rows.append(row | {f"kept: {task}": accuracy for task, accuracy in kept})
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html(index=False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON."""
+        points = [{**asdict(point), "kept": list(point.kept)} for point in self.points]
+        return {"tasks": list(self.tasks), "points": points}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Front:
+        """Rebuild what :meth:`to_dict` returned."""
+        points = [{**point, "kept": tuple(point["kept"])} for point in content["points"]]
+        return cls(tuple(content["tasks"]), tuple(FrontPoint(**point) for point in points))
+
+
+def measured(
+    trainable: Trainable, validation: Encoded, held: Sequence[Encoded]
+) -> tuple[Evaluation, tuple[float, ...]]:
+    """Evaluate a model on the target's validation split and on those of other tasks."""
+    target, *others = [
+        summarise(label_scores(trainable.model, data), torch.tensor(data.gold))
+        for data in (validation, *held)
+    ]
+    return target, tuple(other.accuracy for other in others)
+
+
+def points_between(
+    trainable: Trainable,
+    initial: Mapping[str, Tensor],
+    log: TrainingLog,
+    validation: Encoded,
+    held: Sequence[Encoded],
+    *,
+    learning_rate: float,
+    replay: float,
+) -> Iterator[FrontPoint]:
+    """Yield the points of one training; ``trainable`` then has the entries of the last one.
+
+    Args:
+        trainable: as training left it.
+        initial: its entries before.
+        log: of the training, which has measured the target at the end of the way.
+        validation: of the target.
+        held: validation splits of the tasks that may be forgotten; without any only the end of the
+            way is of interest.
+        learning_rate, replay: of the training.
+
+    Raises:
+        NotFiniteError: if a model gives logits that are not finite.
+    """
+    end = trainable.state() if held else {}
+    for alpha in ALPHAS if held else ALPHAS[-1:]:
+        if held:
+            trainable.load(trainable.between(initial, end, alpha))
+        if alpha == 1:
+            accuracy, margin = log.best["accuracy"], log.best["margin"]
+            kept = tuple(
+                summarise(label_scores(trainable.model, data), torch.tensor(data.gold)).accuracy
+                for data in held
+            )
+        else:
+            target, kept = measured(trainable, validation, held)
+            accuracy, margin = target.accuracy, target.margin
+        yield FrontPoint(learning_rate, replay, alpha, accuracy, margin, kept)
