@@ -262,6 +262,9 @@ def test_the_figure_shows_the_best_within_every_loss(mode):
     fig = cl.view.transfer_fronts(grid, most_lost=0.1, mode=mode)
     lines = [trace for trace in fig.data if trace.mode == "lines+markers"]
     assert [trace.name for trace in lines if trace.showlegend] == ["circuit", "full"]
+    low, high = fig.layout.yaxis.range
+    assert low < 0
+    assert high > frame["high"].max()
     # One band: the strategy with two seeds.
     assert len(fig.data) == len(lines) + 1
     assert "<b>x" not in fig.to_json()

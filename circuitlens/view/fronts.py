@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,8 @@ def transfer_fronts(
     n_columns = min(columns, len(languages))
     seen: set[str] = set()
     several = False
-    for (language, strategy), curve in frame.groupby(["language", "strategy"], sort=False):
+    for key, curve in frame.groupby(["language", "strategy"], sort=False):
+        language, strategy = map(str, cast(tuple[str, str], key))
         row, column = divmod(languages.index(language), n_columns)
         place = {"row": row + 1, "col": column + 1, "legendgroup": strategy}
         style = styles[strategy]
@@ -100,7 +102,10 @@ def transfer_fronts(
         seen.add(strategy)
     axis = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1, "nticks": 6}
     fig.update_xaxes(range=[0, 100 * most_lost], **axis)
-    fig.update_yaxes(rangemode="tozero", **axis)
+    high, low = float(frame["high"].max()), min(0.0, float(frame["low"].min()))
+    edge = 0.06 * (high - low) or 1.0
+    # Not left to plotly: beside axes that match, it takes no notice of what is drawn.
+    fig.update_yaxes(range=[low - edge, high + edge], **axis)
     fig.update_yaxes(title_text="target accuracy,<br>gain in points", col=1)
     last = -(-len(languages) // n_columns)
     fig.update_xaxes(title_text="source accuracy that may<br>be lost, in points", row=last)
