@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 import sys
@@ -172,6 +173,30 @@ def test_a_failing_browser_leaves_no_file(small, tmp_path, monkeypatch):
         export_all(figures)
     assert not list(tmp_path.iterdir())
     assert export(small, tmp_path / "a.pdf").read_bytes() == b"%PDF"
+
+
+def test_a_browser_that_has_to_be_killed_is_nobodys_concern(small, tmp_path, monkeypatch, caplog):
+    closing = logging.getLogger("choreographer.browser_async")
+
+    class Slow:
+        def __init__(self, **options):
+            pass
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            closing.warning("Resorting to unclean kill browser.")
+
+        async def calc_fig(self, fig, options):
+            return b"%PDF"
+
+    monkeypatch.setattr(module, "_kaleido", lambda: SimpleNamespace(Kaleido=Slow))
+    monkeypatch.setattr(module, "_browser", lambda: "/opt/chrome")
+    export(small, tmp_path / "a.pdf")
+    assert not caplog.records
+    closing.warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
 
 
 # -- notebooks -------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,6 +283,18 @@ def picture_server() -> dict[str, Any]:
     return {"path": _browser(), "mathjax": False, "silence_warnings": True}
 
 
+@contextmanager
+def _killing_is_fine() -> Iterator[None]:
+    """No warning of a browser that is slow to close and is killed: everything is drawn by then."""
+    closing = logging.getLogger("choreographer.browser_async")
+    before = closing.level
+    closing.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        closing.setLevel(before)
+
+
 def _draw(jobs: Sequence[_Job], scale: float | int) -> list[bytes]:
     kaleido, browser = _kaleido(), _browser()
     pictures: list[bytes] = []
@@ -303,7 +316,7 @@ def _draw(jobs: Sequence[_Job], scale: float | int) -> list[bytes]:
 
     try:
         # In a thread of its own: notebooks have an event loop that is running already.
-        with ThreadPoolExecutor(1) as thread:
+        with _killing_is_fine(), ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, draw()).result()
     except Exception as error:
         if len(pictures) == len(jobs):
