@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -218,7 +218,7 @@ def plan(
     mixes = replays_of(replay)
     trainings = len(set(learning_rates)) * len(mixes)
     # The start, and every training at all points of its way.
-    on_others = 1.0 + len(ALPHAS) * trainings
+    on_others = {"validation": 1.0 + len(ALPHAS) * trainings, "test": 2.0}
     for target in map(task.to, targets):
         for name in strategies:
             how = strategy_of("circuit" if name == AUTO else name)
@@ -239,8 +239,7 @@ def plan(
                 training,
                 _trains_all(name),
                 times=seeds,
-                beside={"validation": on_others, "test": 2.0},
-                others=others,
+                beside=[(t, s, n) for t in others for s, n in on_others.items()],
             )
             stages.append(stage)
             if rediscover:
@@ -387,17 +386,15 @@ class _Costs:
         all_weights: bool,
         *,
         times: int = 1,
-        beside: Mapping[str, float] | None = None,
-        others: Sequence[Task] = (),
+        beside: Sequence[tuple[Task, str, float]] = (),
     ) -> PlannedStage:
         """A training; ``passes`` are those of each pool, the first of which is trained on.
 
-        ``beside`` are those of the pools of other tasks.
+        ``beside`` are other tasks, a pool of each and the passes over it.
         """
         (pool, epochs), *rest = passes.items()
         size, longest = self._size(task, pool)
-        read = [(task, other, n) for other, n in rest]
-        read += [(t, other, n) for t in others for other, n in (beside or {}).items()]
+        read = [*((task, other, n) for other, n in rest), *beside]
         trained = size * epochs
         evaluated = sum(self._size(other, split)[0] * n for other, split, n in read)
         step = self.both * (_STEP_OF_ALL if all_weights else _STEP)

@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from circuitlens.adapt.options import TrainingLog
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.tasks import Encoded
-from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
+from circuitlens.tasks.evaluation import evaluate_encoded
 
-__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "measured", "points_between"]
+__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "points_between"]
 
 # Shares of the way from the start (0, which is common to all) to the trained entries.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -159,17 +158,6 @@ class Front:
         return cls(tuple(content["tasks"]), tuple(FrontPoint(**point) for point in points))
 
 
-def measured(
-    trainable: Trainable, validation: Encoded, held: Sequence[Encoded]
-) -> tuple[Evaluation, tuple[float, ...]]:
-    """Evaluate a model on the target's validation split and on those of other tasks."""
-    target, *others = [
-        summarise(label_scores(trainable.model, data), torch.tensor(data.gold))
-        for data in (validation, *held)
-    ]
-    return target, tuple(other.accuracy for other in others)
-
-
 def points_between(
     trainable: Trainable,
     initial: Mapping[str, Tensor],
@@ -194,17 +182,16 @@ def points_between(
     Raises:
         NotFiniteError: if a model gives logits that are not finite.
     """
-    end = trainable.state() if held else {}
-    for alpha in ALPHAS if held else ALPHAS[-1:]:
-        if held:
-            trainable.load(trainable.between(initial, end, alpha))
+    if not held:
+        yield FrontPoint(learning_rate, replay, 1.0, log.best["accuracy"], log.best["margin"])
+        return
+    end = trainable.state()
+    for alpha in ALPHAS:
+        trainable.load(trainable.between(initial, end, alpha))
         if alpha == 1:
-            accuracy, margin = log.best["accuracy"], log.best["margin"]
-            kept = tuple(
-                summarise(label_scores(trainable.model, data), torch.tensor(data.gold)).accuracy
-                for data in held
-            )
+            target = log.best["accuracy"], log.best["margin"]
         else:
-            target, kept = measured(trainable, validation, held)
-            accuracy, margin = target.accuracy, target.margin
-        yield FrontPoint(learning_rate, replay, alpha, accuracy, margin, kept)
+            found = evaluate_encoded(trainable.model, validation)
+            target = found.accuracy, found.margin
+        kept = tuple(evaluate_encoded(trainable.model, data).accuracy for data in held)
+        yield FrontPoint(learning_rate, replay, alpha, *target, kept)

@@ -20,7 +20,7 @@ from circuitlens.errors import NotFiniteError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
-from circuitlens.tasks.evaluation import label_scores, summarise
+from circuitlens.tasks.evaluation import evaluate_encoded
 from circuitlens.utils.progress import tell_run
 from circuitlens.utils.storage import read_tensors, write_tensors
 
@@ -110,7 +110,7 @@ class LabelTrainer(Trainer):
         training = self._hooked.hf.training
         self._hooked.hf.eval()
         try:
-            logits = label_scores(self._hooked, self._validation)
+            result = evaluate_encoded(self._hooked, self._validation)
         except NotFiniteError as error:
             logger.warning("Training stops: %s", error)
             self.control.should_training_stop = True
@@ -119,7 +119,6 @@ class LabelTrainer(Trainer):
             return {}
         finally:
             self._hooked.hf.train(training)
-        result = summarise(logits, torch.tensor(self._validation.gold))
         metrics = {"eval_accuracy": result.accuracy, "eval_margin": result.margin}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -18,7 +18,7 @@ from typing import Unpack, get_args
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
-from circuitlens.adapt.front import Front, FrontPoint, measured, points_between
+from circuitlens.adapt.front import Front, FrontPoint, points_between
 from circuitlens.adapt.merging import plain_copy
 from circuitlens.adapt.options import (
     TRANSFER,
@@ -54,7 +54,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Task
-from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
+from circuitlens.tasks.evaluation import Evaluation, evaluate_encoded, label_scores, summarise
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
@@ -186,7 +186,8 @@ def transfer(
     trainable = how.make(model, choice, heads)
     seconds = decision.seconds if decision else 0.0
     initial = trainable.state()
-    untrained, kept_before = measured(trainable, validation, held)
+    untrained, *unmoved = (evaluate_encoded(trainable.model, d) for d in (validation, *held))
+    kept_before = tuple(other.accuracy for other in unmoved)
     start = FrontPoint(0.0, 0.0, 0.0, untrained.accuracy, untrained.margin, kept_before)
     front = Front(tuple(other.full_name for other in others), (start,))
     chosen, best = start, initial

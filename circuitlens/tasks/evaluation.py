@@ -167,8 +167,24 @@ def evaluate(
         task=(task, Task, TASK),
     )
     encoded = task.encode(model, examples)
-    logits = label_scores(model, encoded, batch_size=batch_size, quiet=quiet)
-    return summarise(logits, torch.tensor(encoded.gold), tuple(task.labels))
+    return evaluate_encoded(model, encoded, tuple(task.labels), batch_size=batch_size, quiet=quiet)
+
+
+def evaluate_encoded(
+    model: HookedModel,
+    data: Encoded,
+    labels: Sequence[str] = (),
+    *,
+    batch_size: int = 64,
+    quiet: bool = True,
+) -> Evaluation:
+    """As :func:`evaluate`, of examples that are encoded already.
+
+    Raises:
+        NotFiniteError: as :func:`label_scores`.
+    """
+    logits = label_scores(model, data, batch_size=batch_size, quiet=quiet)
+    return summarise(logits, torch.tensor(data.gold), labels)
 
 
 def summarise(

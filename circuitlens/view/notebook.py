@@ -6,7 +6,6 @@ import importlib
 import logging
 import warnings
 
-import plotly.graph_objects as go
 import plotly.io
 
 from circuitlens.errors import InputError
@@ -36,6 +35,5 @@ def notebook_pictures() -> bool:
         return False
     warnings.filterwarnings("ignore", message="The kopts argument")
     importlib.import_module("kaleido").start_sync_server(**options)
-    plotly.io.to_image(go.Figure(), "png")
     plotly.io.renderers.default = "plotly_mimetype+png"
     return True
