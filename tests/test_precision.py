@@ -49,13 +49,13 @@ def test_what_validation_saw_is_what_one_gets(
 ):
     from circuitlens.adapt import trainer
 
-    seen, real = [], trainer.label_scores
+    seen, real = [], trainer.evaluate_encoded
 
-    def label_scores(*arguments):
-        seen.append(real(*arguments))
-        return seen[-1]
+    def evaluate_encoded(model, data):
+        seen.append(label_scores(model, data))
+        return real(model, data)
 
-    monkeypatch.setattr(trainer, "label_scores", label_scores)
+    monkeypatch.setattr(trainer, "evaluate_encoded", evaluate_encoded)
     toy_proxy.save(tmp_path / "base")
     model = cl.load(tmp_path / "base", dtype=dtype)
     task, circuit = toy_task.to("near"), toy_scores.top(4)
@@ -68,20 +68,20 @@ def test_what_validation_saw_is_what_one_gets(
         range(epochs), key=lambda n: (result.history[n]["accuracy"], result.history[n]["margin"])
     )
     data = task.encode(model, "validation")
-    assert torch.equal(real(result.model, data), seen[best])
-    assert not torch.equal(seen[best], real(model, data))
+    assert torch.equal(label_scores(result.model, data), seen[best])
+    assert not torch.equal(seen[best], label_scores(model, data))
 
     result.save(tmp_path / "result")
     again = cl.TransferResult.load(tmp_path / "result", model).model
     assert again.fingerprint() == result.model.fingerprint()
-    assert torch.equal(real(again, data), seen[best])
+    assert torch.equal(label_scores(again, data), seen[best])
     # Its base is known, though not its type, if nothing but the folder is given.
-    assert torch.equal(real(cl.load(tmp_path / "result"), data), seen[best])
+    assert torch.equal(label_scores(cl.load(tmp_path / "result"), data), seen[best])
     # PEFT by itself rounds modules that are saved whole.
     if result.is_adapter and strategy != "lora-norms":
         base = cl.load(tmp_path / "base", dtype=dtype)
         PeftModel.from_pretrained(base.hf, tmp_path / "result")
-        assert torch.equal(real(base, data), seen[best])
+        assert torch.equal(label_scores(base, data), seen[best])
     assert result.model.clone().fingerprint() == result.model.fingerprint()
 
 
@@ -219,15 +219,15 @@ def test_a_rate_that_diverges_is_left_out(toy_proxy, toy_task, toy_scores, caplo
 def test_training_that_diverges_later_keeps_its_best_epoch(toy_proxy, toy_task, monkeypatch):
     from circuitlens.adapt import trainer
 
-    calls, real = [], trainer.label_scores
+    calls, real = [], trainer.evaluate_encoded
 
-    def label_scores(*arguments):
+    def evaluate_encoded(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise cl.NotFiniteError("NaN")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "label_scores", label_scores)
+    monkeypatch.setattr(trainer, "evaluate_encoded", evaluate_encoded)
     model = toy_proxy.clone()
     near = toy_task.to("near")
     log = train(
