@@ -214,7 +214,7 @@ class Part:
         """One strategy's step. Peak memory is of all of it, with optimiser state and weights."""
         with PeakMemory(self.device) as memory:
             how = strategy_of(name)
-            trainable = how.make(model, choice, how.choose(choice))
+            trainable = how.make(model, choice, how.choose(model, choice))
             optimizer = torch.optim.AdamW(trainable.parameters.values(), lr=1e-5)
             own = trainable.model
             for parameter in () if trainable.masks is None else own.hf.parameters():

@@ -59,7 +59,7 @@ class Side:
             self.optimizer = masked_adamw(hf, masks, learning_rate=1e-4, weight_decay=0.0)
         else:
             how = strategy_of({"slices": "circuit"}.get(name, name))
-            self.trainable = how.make(model, choice, how.choose(choice))
+            self.trainable = how.make(model, choice, how.choose(model, choice))
             parameters = list(self.trainable.parameters.values())
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
         self.model = self.trainable.model

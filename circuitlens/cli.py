@@ -238,6 +238,13 @@ def compare(
     address: Address = None,
     cpus: CPUs = 1,
     gpus: GPUs = None,
+    simple: Annotated[
+        bool,
+        typer.Option(
+            "--simple/--no-simple",
+            help="Add the most frequent label, and n-grams with logistic regression, as rivals.",
+        ),
+    ] = True,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -266,6 +273,7 @@ def compare(
         out=out,
         executor=runner,
         **settings.transferring,
+        simple=simple,
         quiet=quiet,
     )
     _out.print(summary_table(result.summary()))

@@ -18,7 +18,7 @@ import typer
 from circuitlens import catalogue
 from circuitlens.adapt.options import COMPETENCE, TRANSFER, TrainingOptions
 from circuitlens.errors import InputError
-from circuitlens.run_settings import CHOICES, RunSettings
+from circuitlens.run_settings import CHOICES, PEFT_FILE, RunSettings
 
 __all__ = [
     "documentation",
@@ -95,7 +95,11 @@ def _option(
         details["show_default"] = shown
     elif default is None or default is False:
         details["show_default"] = False
-    if field.name in CHOICES:
+    if field.name == "strategies":
+        details["metavar"] = "NAME"
+        details["autocompletion"] = lambda: list(catalogue.strategies())
+        details["callback"] = _known_strategies
+    elif field.name in CHOICES:
         one = _one_of(field.name)
         kind = list[one] | None if str(field.type).startswith("tuple") else one  # type: ignore[valid-type]
         details["metavar"] = "NAME"
@@ -118,6 +122,18 @@ def _option(
 def _one_of(field: str) -> Any:
     """The type of the values that a setting may have, for typer, whose lists take no literals."""
     return StrEnum(field, {value: value for value in CHOICES[field]})
+
+
+def _known_strategies(names: list[str] | None) -> list[str] | None:
+    """Refuse names of no strategy; files of configurations have names of their own."""
+    known = CHOICES["strategies"]
+    for name in names or ():
+        if name not in known and not name.startswith(PEFT_FILE):
+            listed = ", ".join(map(repr, known))
+            raise typer.BadParameter(
+                f"{name!r} is not one of {listed}, and no {PEFT_FILE}FILE.json."
+            )
+    return names
 
 
 def _flag(name: str, prefix: str = "--") -> str:

@@ -14,6 +14,7 @@ import html
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -157,7 +158,7 @@ def plan(
     sizes: Sequence[int | float] | None = None,
     n_random: int = 30,
     batch_size: int = 16,
-    strategies: Sequence[str] = DEFAULT_STRATEGIES,
+    strategies: Sequence[Any] = DEFAULT_STRATEGIES,
     learning_rates: Sequence[float] = DEFAULT_RATES,
     training: TrainingOptions = TRANSFER,
     retain: Sequence[str] = (),
@@ -225,6 +226,8 @@ def plan(
             epochs = float(trainings * training.epochs)
             # "auto" trains every candidate on two of three folds at one rate.
             folds = N_TRAININGS * training.epochs * 2 / 3 if name == AUTO else 0.0
+            if how.trains_first:
+                folds += float(training.epochs)
             # Source examples for one of the target's, of the stages' mean.
             mixed = sum(mixes) / len(mixes) + (sum(GRADUAL) / len(GRADUAL) if how.gradual else 0.0)
             trained = {
@@ -233,7 +236,7 @@ def plan(
                 "test": 2.0,
             }
             stage = costs.training(
-                f"transfer to {target.language}, {name}",
+                f"transfer to {target.language}, {name if name == AUTO else how.name}",
                 target,
                 trained,
                 training,

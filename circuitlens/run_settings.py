@@ -19,7 +19,7 @@ from circuitlens.adapt.options import (
     TRANSFER,
     TrainingOptions,
     check_keep_source,
-    check_replay,
+    replays_of,
     training_tries,
 )
 from circuitlens.errors import InputError, check_choice
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks import Task
 
-__all__ = ["CHOICES", "SCORING", "TOY", "RunSettings", "check_run"]
+__all__ = ["CHOICES", "PEFT_FILE", "SCORING", "TOY", "RunSettings", "check_run"]
 
 TOY = "toy"
 
@@ -41,9 +41,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(catalogue.scorers()),
     "path": catalogue.choices("cdt/gradient.py", "Path"),
     "strategies": tuple(catalogue.strategies()),
-    "kv_policy": catalogue.choices("adapt/strategies.py", "KVPolicy"),
+    "kv_policy": catalogue.choices("adapt/choice.py", "KVPolicy"),
     "dtype": ("auto", *catalogue.choices("models/loading.py", "_DTYPES")),
 }
+# Before the path of a configuration of PEFT, among the strategies.
+PEFT_FILE = "peft:"
 # How a model is asked, beside template and words.
 STYLE = ("readout", "bos", "chat", "system", "choices")
 # Of these come the scores, with the seed.
@@ -105,10 +107,11 @@ class RunSettings:
         n_random: random circuits for each size, and as many matched layer by layer.
         analysis_batch_size: examples per forward pass in discovery and faithfulness; sets memory,
             not the results.
-        strategies: what a transfer trains.
+        strategies: what a transfer trains; `peft:FILE.json` is a configuration of PEFT.
         learning_rates: learning rate of the transfer; the best of several is chosen on validation.
         training: of the transfer.
-        replay: source examples per target example that are mixed into the training data.
+        replay: source examples per target example that are mixed into the training data; the best
+            of several is chosen on validation.
         keep_source: source accuracy that may be lost on validation, as a share (0.01 is one point);
             the strength of the adaptation is chosen with the rate; default: any.
         kv_policy: which key/value heads are trained under grouped-query attention.
@@ -158,7 +161,7 @@ class RunSettings:
     strategies: tuple[str, ...] = DEFAULT_STRATEGIES
     learning_rates: tuple[float, ...] = DEFAULT_RATES
     training: TrainingOptions = TRANSFER
-    replay: float = 0.0
+    replay: tuple[float, ...] = (0.0,)
     keep_source: float | None = None
     kv_policy: str = "shared"
     retain: tuple[str, ...] = ()
@@ -169,7 +172,8 @@ class RunSettings:
         for name, known in CHOICES.items():
             value = getattr(self, name)
             for item in value if isinstance(value, tuple) else (value,):
-                check_choice(name, item, known)
+                if name != "strategies" or not str(item).startswith(PEFT_FILE):
+                    check_choice(name, item, known)
         if unknown := sorted(set(self.columns or ()) - set(_columns())):
             raise InputError(
                 f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_columns())}; "
@@ -177,7 +181,8 @@ class RunSettings:
             )
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
-        check_replay(self.replay)
+        # Runs from before version 0.2 have one number.
+        object.__setattr__(self, "replay", replays_of(self.replay))
         check_keep_source(self.keep_source)
         # The seed of the run is that of its trainings.
         object.__setattr__(self, "training", self.training.updated({"seed": self.seed}))
@@ -215,6 +220,10 @@ class RunSettings:
             InputError: if there is no such data set, file or folder.
         """
         catalogue.check_task(self.task, catalogue.data_sets())
+        for name in self.strategies:
+            path = Path(name.removeprefix(PEFT_FILE))
+            if name.startswith(PEFT_FILE) and not path.is_file():
+                raise InputError(f"There is no file {path} of a configuration: check --strategy.")
         if self.data is not None and not Path(self.data).exists():
             raise InputError(f"There is no folder {self.data} of data: check --data.")
 

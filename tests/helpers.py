@@ -267,7 +267,7 @@ def made_up(n=40):
     )
 
 
-FAST = {"learning_rates": [1e-3], "epochs": 1, "quiet": True}
+FAST = {"simple": False, "learning_rates": [1e-3], "epochs": 1, "quiet": True}
 GRID = {"strategies": ["random", "norms"], "seeds": [0, 1]}
 
 

@@ -128,7 +128,7 @@ def test_slices_have_the_gradients_of_the_masked_weights(name):
     masks = selection_masks(model.hf, slices, [])
     choice = Choice(cl.Circuit(heads, g.n_layers, g.n_heads))
     how = strategy_of("circuit")
-    adapted = how.make(model, choice, how.choose(choice))
+    adapted = how.make(model, choice, how.choose(model, choice))
     before = batch.readout.losses(adapted.model, batch, adapted.model.hf).sum()
     torch.testing.assert_close(before, loss, rtol=1e-4, atol=1e-5)
     norms = {n.rsplit(".", 1)[0] for n in norm_parameters(model.hf)}

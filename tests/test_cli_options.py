@@ -117,7 +117,9 @@ def test_the_competence_stage_follows_the_transfer_where_nothing_is_said():
 def test_settings_come_back_from_json_those_of_older_runs_too():
     from dataclasses import asdict
 
-    settings = settings_of({"model": "toy", "task": "toy", "replay": 0.5, "finetune_epochs": 2})
+    settings = settings_of(
+        {"model": "toy", "task": "toy", "replay": [0.5, 1.0], "finetune_epochs": 2}
+    )
     assert RunSettings.from_dict(asdict(settings)) == settings
     old = {
         "model": "toy", "task": "toy", "targets": ["near"], "finetune_rate": 0.5,

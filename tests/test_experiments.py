@@ -328,8 +328,9 @@ def fake(monkeypatch):
 
 def test_cells_are_the_transfers_themselves(parts, whole):
     model, circuit, task = parts
+    transfer_options = {k: v for k, v in FAST.items() if k != "simple"}
     alone = cl.transfer(
-        model, circuit, task.to("near"), strategy="random", seed=1, **FAST
+        model, circuit, task.to("near"), strategy="random", seed=1, **transfer_options
     ).to_dict()
     cell = next(c for c in whole.cells if (c["strategy"], c["seed"]) == ("random", 1))
     assert cell["peak_mib"] >= 0
@@ -707,6 +708,9 @@ def test_a_cell_that_is_being_run_elsewhere_is_waited_for(parts, fake, tmp_path)
 # -- the command line ------------------------------------------------------------------------
 
 
+QUICK = ("-q", "--no-simple")
+
+
 def test_the_command_compares_on_a_run(tmp_path, fake):
     settings = RunSettings(
         model="toy",
@@ -722,7 +726,8 @@ def test_the_command_compares_on_a_run(tmp_path, fake):
     scores.save(run / "scores.safetensors")
     scores.top(4).save(run / "circuit.json")
     done = CliRunner().invoke(
-        app, ["compare", str(run), "-q", "--target", "far", "--seed", "0", "--seed", "4"]
+        app,
+        ["compare", str(run), *QUICK, "--target", "far", "--seed", "0", "--seed", "4"],
     )
     assert done.exit_code == 0, done.output
     assert fake == [("far", s, seed) for s in ("circuit", "norms") for seed in (0, 4)]
@@ -730,7 +735,7 @@ def test_the_command_compares_on_a_run(tmp_path, fake):
     assert "all languages" not in done.output
     assert " ± " in done.output
     assert cl.Comparison.load(run / "compare").languages == ("far",)
-    done = CliRunner().invoke(app, ["compare", str(run), "-q", "--strategy", "full"])
+    done = CliRunner().invoke(app, ["compare", str(run), *QUICK, "--strategy", "full"])
     assert done.exit_code == 0, done.output
     assert fake[4:] == [("near", "full", seed) for seed in (0, 1, 2)]
     done = CliRunner().invoke(app, ["compare", str(run), "-q", "--strategy", "magic"])

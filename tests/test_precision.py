@@ -175,7 +175,7 @@ def test_drift_counts_steps_that_16_bits_would_round_away(strategy, dtype):
         g = model.geometry
         choice = Choice(cl.Circuit((cl.Head(0, 1), cl.Head(2, 0)), g.n_layers, g.n_heads))
         how = strategy_of(strategy)
-        trainable = how.make(model, choice, how.choose(choice))
+        trainable = how.make(model, choice, how.choose(model, choice))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in trainable.parameters.values():

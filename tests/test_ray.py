@@ -29,6 +29,7 @@ GRID = {
     "epochs": 1,
     "learning_rates": [1e-3],
     "quiet": True,
+    "simple": False,
 }
 
 

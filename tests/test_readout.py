@@ -168,5 +168,5 @@ def test_adapters_say_what_they_are_for(tmp_path):
         g = model.geometry
         choice = Choice(cl.Circuit((cl.Head(0, 0),), g.n_layers, g.n_heads))
         how = strategy_of("circuit")
-        how.make(model, choice, how.choose(choice)).write(tmp_path / name)
+        how.make(model, choice, how.choose(model, choice)).write(tmp_path / name)
         assert PeftConfig.from_pretrained(str(tmp_path / name)).task_type == expected

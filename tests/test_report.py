@@ -113,9 +113,11 @@ def test_a_comparison_has_a_report_of_its_own_or_a_section(toy_scores, results, 
     both = render(toy_scores, results, comparison=compared)
     for page in (alone, both):
         rows = re.findall(
-            r"<tr[^>]*>\s*<td>near</td><td>(\w+)</td><td class=\"n\">2</td>(.*?)</tr>", page, re.S
+            r"<tr[^>]*>\s*<td>near</td><td>([\w-]+)</td><td class=\"n\">2</td>(.*?)</tr>",
+            page,
+            re.S,
         )
-        assert [strategy for strategy, _ in rows] == ["circuit", "norms"]
+        assert [name for name, _ in rows] == ["circuit", "norms", "majority", "n-grams"]
         after = compared.summary()["target_after"][0]
         assert f">{100 * after:.1f} ±" in rows[0][1]
         assert "only 2 seeds" in page

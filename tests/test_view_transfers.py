@@ -235,7 +235,7 @@ def test_many_strategies_are_the_rows_and_what_is_missing_is_blank():
     assert list(fig.layout.yaxis.ticktext) == NAMES
     assert list(fig.layout.xaxis.ticktext) == ["x", "y"]
     heat = fig.data[0]
-    assert heat.text[-1].tolist() == ["<b>12.0</b>", ""]
+    assert heat.text[-1].tolist() == [f"<b>{len(NAMES) - 1}.0</b>", ""]
     # Neither -0.0 nor a deviation of one seed.
     assert heat.text[0].tolist() == ["0.0", "<b>0.0</b>"]
     assert np.isnan(heat.z[-1][1])

@@ -2,6 +2,7 @@ from .competence import finetune, is_competent
 from .front import Front
 from .merging import Merged, merge
 from .result import TransferResult
+from .selections import select_heads
 from .strategies import STRATEGIES
 from .transfers import transfer
 
@@ -13,5 +14,6 @@ __all__ = [
     "finetune",
     "is_competent",
     "merge",
+    "select_heads",
     "transfer",
 ]

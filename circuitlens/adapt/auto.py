@@ -194,7 +194,7 @@ def _held_out(
 ) -> tuple[np.ndarray, float]:
     """Which examples of ``fold`` are answered right after training on the others, and its time."""
     strategy = strategy_of(name)
-    trainable = strategy.make(model, choice, strategy.choose(choice))
+    trainable = strategy.make(model, choice, strategy.choose(model, choice))
     rest = [i for other in folds if other is not fold for i in other]
     log = train(
         trainable.model,

@@ -186,7 +186,7 @@ def points_between(
         yield FrontPoint(learning_rate, replay, 1.0, log.best["accuracy"], log.best["margin"])
         return
     end = trainable.state()
-    for alpha in ALPHAS:
+    for alpha in ALPHAS if trainable.is_line(initial, end) else (1.0,):
         trainable.load(trainable.between(initial, end, alpha))
         if alpha == 1:
             target = log.best["accuracy"], log.best["margin"]

@@ -183,7 +183,7 @@ def check_replay(replay: float) -> None:
         )
 
 
-def replays_of(replay: float | Iterable[float]) -> tuple[float, ...]:
+def replays_of(replay: float | Iterable[float | int]) -> tuple[float, ...]:
     """Amounts of replay that are tried, each once.
 
     Raises:
@@ -194,7 +194,7 @@ def replays_of(replay: float | Iterable[float]) -> tuple[float, ...]:
     if not found:
         raise InputError("replay is an empty list: give 0 for none.")
     for amount in found:
-        check_replay(amount)
+        check_replay(float(amount))
     return tuple(map(float, found))
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
+from circuitlens.adapt.trainable import merged_copy
 from circuitlens.baseline import label_balanced_mean
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.circuit import Circuit
@@ -142,22 +142,17 @@ def weight_drift(before: HookedModel, after: HookedModel) -> Float[Tensor, "laye
             pieces.setdefault(piece.parameter, []).append((head, piece))
     for name, found in pieces.items():
         # One parameter at a time: a merged one is a copy.
-        moved = _acting(after.hf, name).double() - _acting(before.hf, name).double()
+        moved = _parameter(after, name).double() - _parameter(before, name).double()
         for head, piece in found:
             squares[head.layer, head.index] += piece.of(moved).square().sum().cpu()
     return squares.sqrt().float()
 
 
-def _acting(hf: nn.Module, name: str) -> Tensor:
-    """A parameter as it acts, an adapter's part of it included and not rounded."""
+def _parameter(model: HookedModel, name: str) -> Tensor:
+    """A parameter as it acts."""
     path, _, parameter = name.rpartition(".")
-    module = hf.get_submodule(path)
-    if hasattr(module, "base_layer"):
-        adapted: Any = deepcopy(module)
-        stored = adapted.base_layer.weight.dtype
-        adapted.to(torch.promote_types(stored, torch.float32)).merge()
-        module = adapted.base_layer
-    return cast(Tensor, getattr(module, parameter))
+    module = model.hf.get_submodule(path)
+    return cast(Tensor, getattr(merged_copy(module), parameter))
 
 
 def circuit_shift(

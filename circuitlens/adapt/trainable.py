@@ -11,9 +11,9 @@ round them. A copy whose own entries are trained becomes float32 as a whole.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
-__all__ = ["PROMPT", "TENSOR_FILES", "Trainable", "Trained", "restore"]
+__all__ = ["PROMPT", "TENSOR_FILES", "Trainable", "Trained", "merged_copy", "restore"]
 
 _SCHEMA = "circuitlens.weights/2"
 _NOTE_SCHEMA = "circuitlens.trained/1"
@@ -38,8 +38,8 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # too, though a pickle is never read.
 TENSOR_FILES = (*_ADAPTER, "adapter_model.bin", _ENTRIES)
 
-# The factor of LoRA that begins at random; the other one begins at zero.
-_FIRST_FACTOR = re.compile(r"\.lora_A\.|\.lora_embedding_A\.")
+# How far half a way may lie from the middle of its ends, as a share of their distance.
+_OFF_THE_LINE = 1e-3
 
 # Where an adapter's configuration keeps its prompt, within "auto_mapping".
 PROMPT = "circuitlens_prompt"
@@ -112,11 +112,13 @@ class Trainable:
         model: the copy; the adapter, if there is one, sits inside its Hugging Face view.
         masks: trained entries by parameter name, if there is no adapter.
         base: type of the weights that the tensors belong to, such as ``"bfloat16"``.
+        any_method: whether the adapter is of a method of PEFT that nothing is known of.
     """
 
     model: HookedModel
     masks: Masks | None = None
     base: str = ""
+    any_method: bool = False
 
     @property
     def adapter(self) -> Any:
@@ -192,10 +194,10 @@ class Trainable:
     def between(
         self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
     ) -> dict[str, Tensor]:
-        """Return entries that make the weights W0 + α(W1 - W0).
+        """Return entries that make the weights W0 + α(W1 - W0), where :meth:`is_line`.
 
-        LoRA's update is a product of two factors, of which one is zero at the start: that one alone
-        is scaled.
+        Where an adapter's layer multiplies tensors of which one is zero at the start, such as the
+        second factor of LoRA, that one alone is scaled; everything else lies on its own line.
 
         Args:
             start, end: entries that :meth:`state` returned.
@@ -203,12 +205,61 @@ class Trainable:
         """
         if alpha == 1:
             return dict(end)
+        whole = set() if self.adapter is None else self._factors(start)
         return {
             name: end[name].clone()
-            if alpha > 0 and _FIRST_FACTOR.search(name)
+            if alpha > 0 and name in whole
             else start[name].lerp(end[name], alpha)
             for name in end
         }
+
+    def _factors(self, start: Mapping[str, Tensor]) -> set[str]:
+        """Tensors of adapter layers beside one that is zero at the start."""
+        found: set[str] = set()
+        for names in self._layers(start).values():
+            zero = {name for name in names if not start[name].any()}
+            if zero:
+                found |= set(names) - zero
+        return found
+
+    def _layers(self, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """Names of the trained tensors of every layer of an adapter."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        modules = self.model.hf.named_modules()
+        layers = [
+            path
+            for path, module in modules
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, ModulesToSaveWrapper)
+        ]
+        found = {path: [n for n in state if n.startswith(f"{path}.")] for path in layers}
+        return {path: names for path, names in found.items() if names}
+
+    def is_line(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> bool:
+        """Whether :meth:`between` gives the weights on the line from start to end.
+
+        That holds for entries of the weights, LoRA and head slices, and for factors of single
+        features. Of other adapters a layer is tried: a rotation, or a weight that is normalised,
+        is not scaled by scaling its tensors.
+        """
+        if self.adapter is None or not self.any_method:
+            return True
+        moved = [
+            path
+            for path, names in self._layers(end).items()
+            if any(not torch.equal(start[name], end[name]) for name in names)
+        ]
+        if not moved:
+            return True
+        found = []
+        for alpha in (0.0, 0.5, 1.0):
+            self.load(self.between(start, end, alpha))
+            layer = merged_copy(self.model.hf.get_submodule(moved[0]))
+            found.append(layer.weight.detach().double())
+        before, middle, after = found
+        off = (middle - (before + after) / 2).norm()
+        return bool(off <= _OFF_THE_LINE * (after - before).norm())
 
     def write(self, folder: Path) -> None:
         """Write the trained tensors: PEFT's files of an adapter, or entries of the weights.
@@ -253,12 +304,23 @@ class Trainable:
     def adapted(self) -> HookedModel:
         """Return the model that validation saw: plain if no bit is lost by that.
 
-        An adapter to weights in 16 bits stays beside them, where hooks do not reach.
+        An adapter to weights in 16 bits stays beside them, where hooks do not reach; and so does
+        one that they cannot take, such as vectors where there is no bias.
         """
-        if self.adapter is not None and not in_16_bits(self.model.hf):
+        if self.adapter is not None and not in_16_bits(self.model.hf) and self._can_merge():
             return self.merged()
         self.model.origin = "adapted"
         return self.model
+
+    def _can_merge(self) -> bool:
+        check = getattr(self.adapter.base_model, "_check_layers", None)
+        if check is None:
+            return True
+        try:
+            check(None, finite=False)
+        except InputError:
+            return False
+        return True
 
     def merged(self) -> HookedModel:
         """Return a plain model of the type that the weights have; the adapter is gone then."""
@@ -281,6 +343,19 @@ class Trainable:
         found = HookedModel(plain, model._tokenizer, model.name, "adapted", model.labels)
         found.prompt = model.prompt
         return found
+
+
+def merged_copy(module: Any) -> Any:
+    """Return a module as it acts: itself, or a copy with an adapter merged in, not rounded."""
+    if not hasattr(module, "base_layer"):
+        return module
+    adapted: Any = deepcopy(module)
+    stored = adapted.base_layer.weight.dtype
+    if hasattr(adapted, "drop_vectors"):
+        # They are no change of a weight, where there is no bias to take them.
+        adapted.drop_vectors()
+    adapted.to(torch.promote_types(stored, torch.float32)).merge()
+    return adapted.base_layer
 
 
 def _whole_modules_in_float32(adapter: Any) -> bool:

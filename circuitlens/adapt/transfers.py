@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import TYPE_CHECKING, Unpack, get_args
 
 import torch
 
@@ -40,7 +41,7 @@ from circuitlens.adapt.retention import (
     weight_drift,
 )
 from circuitlens.adapt.stages import stages_of, train_in_stages
-from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, strategy_of
+from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, Strategy, strategy_of
 from circuitlens.circuit import Circuit
 from circuitlens.errors import (
     CIRCUIT,
@@ -58,6 +59,9 @@ from circuitlens.tasks.evaluation import Evaluation, evaluate_encoded, label_sco
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 __all__ = [
     "check_circuit",
     "check_kv_policy",
@@ -74,7 +78,7 @@ def transfer(
     circuit: Circuit,
     task: Task,
     *,
-    strategy: str = "circuit",
+    strategy: str | PeftConfig | Strategy = "circuit",
     scores: HeadScores | None = None,
     source: Task | None = None,
     retain: Sequence[Task | str] = (),
@@ -94,7 +98,8 @@ def transfer(
         model: the proxy, competent in the source language; left as it is.
         circuit: the heads to train; other strategies take its size.
         task: the task in the target language, usually ``source_task.to(language)``.
-        strategy: one of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``, which decides between
+        strategy: one of :data:`circuitlens.adapt.STRATEGIES`; a configuration of PEFT, such as
+            ``peft.ShiraConfig(…)``, or ``"peft:config.json"``; or ``"auto"``, which decides between
             ``circuit`` and ``near-zero``, and the number of heads, by cross-validation inside the
             training data (:mod:`circuitlens.adapt.auto`).
         scores: of all heads; needed by ``near-zero``, ``circuit-lora``, ``auto`` and
@@ -145,6 +150,7 @@ def transfer(
         task=(task, Task, TASK),
     )
     how = strategy_of("circuit" if strategy == AUTO else strategy)
+    name = AUTO if strategy == AUTO else how.name
     check_circuit(model, circuit)
     check_scores(model, scores)
     check_kv_policy(kv_policy)
@@ -154,9 +160,10 @@ def transfer(
     seed = tries[0].seed
     kept = None if checkpoints is None else Path(checkpoints)
     source = source or task.origin
-    if source is None and (any(mixes) or how.gradual or rediscover):
+    if source is None and (any(mixes) or how.gradual or how.by_source or rediscover):
         raise InputError(
-            "Replay, gradual training and rediscovery need the source task: pass source=…."
+            "Replay, gradual training, rediscovery and strategies that look at the source's data "
+            "need the source task: pass source=…."
         )
     if rediscover:
         if scores is None:
@@ -170,21 +177,34 @@ def transfer(
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
     held = [other.encode(model, other["validation"]) for other in others]
-    choice = Choice(circuit, scores, seed, kv_policy, data.readout)
+    middle = sorted(tries, key=lambda option: option.learning_rate)[len(tries) // 2]
+    choice = Choice(
+        circuit,
+        scores,
+        seed,
+        kv_policy,
+        data.readout,
+        data=data,
+        source=source,
+        training=middle,
+        checkpoints=kept and kept / "first",
+    )
     # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
     stages = {mix: stages_of(model, data, source, how.gradual, mix, seed) for mix in mixes}
     decision: Decision | None = None
     if strategy == AUTO:
-        middle = sorted(tries, key=lambda option: option.learning_rate)[len(tries) // 2]
         decision = decide(
             model, choice, data, middle, checkpoints=kept and kept / AUTO, quiet=quiet
         )
         how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
-    heads = how.choose(choice)
+    began = time.perf_counter()
+    heads = how.choose(model, choice)
+    trainable = how.make(model, choice, heads)
+    # What is trained may take looking at data, or a training, to know.
+    choosing = time.perf_counter() - began
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
-    trainable = how.make(model, choice, heads)
-    seconds = decision.seconds if decision else 0.0
+    seconds = choosing + (decision.seconds if decision else 0.0)
     initial = trainable.state()
     untrained, *unmoved = (evaluate_encoded(trainable.model, d) for d in (validation, *held))
     kept_before = tuple(other.accuracy for other in unmoved)
@@ -192,14 +212,14 @@ def transfer(
     front = Front(tuple(other.full_name for other in others), (start,))
     chosen, best = start, initial
     logs: dict[tuple[float, float], TrainingLog] = {}
-    label = f"Transfer to {task.language} ({strategy})"
+    label = f"Transfer to {task.language} ({name})"
     both = [(option, mix) for mix in mixes for option in tries]
     for option, mix in progress(both, label, quiet=quiet):
         trainable.load(initial)
         rate = option.learning_rate
-        name = f"rate-{rate:g}" if len(mixes) == 1 else f"replay-{mix:g}-rate-{rate:g}"
+        where = f"rate-{rate:g}" if len(mixes) == 1 else f"replay-{mix:g}-rate-{rate:g}"
         try:
-            log = train_in_stages(trainable, stages[mix], validation, option, kept and kept / name)
+            log = train_in_stages(trainable, stages[mix], validation, option, kept and kept / where)
             seconds, logs[rate, mix] = seconds + log.seconds, log
             between = points_between(
                 trainable, initial, log, validation, held, learning_rate=rate, replay=mix
@@ -258,7 +278,7 @@ def transfer(
             logger.warning("%s: the circuit could not be searched again: %s", label, error)
     logger.info(
         "%s: %s test accuracy %.3f -> %.3f at rate %g, α %g.",
-        strategy,
+        name,
         task.language,
         target_before.accuracy,
         target_after.accuracy,
@@ -277,7 +297,7 @@ def transfer(
     if keep_source is not None:
         settings["keep_source"] = keep_source
     return TransferResult(
-        strategy=strategy,
+        strategy=name,
         heads=heads,
         target_language=task.language,
         source_language=source.language if source else None,

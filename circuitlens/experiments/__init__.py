@@ -4,5 +4,13 @@ from circuitlens.experiments.comparison import Comparison
 from circuitlens.experiments.grid import compare
 from circuitlens.experiments.on_ray import RayCluster
 from circuitlens.experiments.paired import PairedDifference
+from circuitlens.experiments.simple_rivals import SimpleRival, simple_rival
 
-__all__ = ["Comparison", "PairedDifference", "RayCluster", "compare"]
+__all__ = [
+    "Comparison",
+    "PairedDifference",
+    "RayCluster",
+    "SimpleRival",
+    "compare",
+    "simple_rival",
+]

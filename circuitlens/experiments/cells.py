@@ -91,6 +91,7 @@ class CellSpec:
     Attributes:
         key: language, strategy and seed.
         model: the proxy, or a reference to it for another process.
+        strategy: what to train, if it is more than the name in the key: a configuration of PEFT.
         circuit, task, scores, retain, replay, keep_source, kv_policy, rediscover, learning_rates,
             training: see :func:`circuitlens.transfer`.
         folder: where the cell is written; without one it is only returned.
@@ -109,6 +110,7 @@ class CellSpec:
     kv_policy: KVPolicy = "shared"
     rediscover: bool = False
     folder: Path | None = None
+    strategy: Any = None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the transfer; a model that is in a folder is opened."""
@@ -117,7 +119,7 @@ class CellSpec:
         return {
             "model": self.model.open() if isinstance(self.model, ModelReference) else self.model,
             **{name: getattr(self, name) for name in names},
-            "strategy": self.key.strategy,
+            "strategy": self.key.strategy if self.strategy is None else self.strategy,
             "learning_rates": self.learning_rates,
             "training": self.training.updated({"seed": self.key.seed}),
             "quiet": True,

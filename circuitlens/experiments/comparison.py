@@ -17,8 +17,10 @@ from circuitlens.experiments.paired import (
     PairedDifference,
     bootstrap_difference,
     differences,
+    holm,
     shared_ids,
 )
+from circuitlens.experiments.simple_rivals import SIMPLE
 from circuitlens.utils.storage import read_json, replacing, write_json
 
 __all__ = ["Comparison"]
@@ -27,7 +29,18 @@ _SCHEMA = "circuitlens.comparison/1"
 _METRICS = ("accuracy", "macro_f1", "margin", "calibration_error")
 _COSTS = ("n_trainable", "seconds", "peak_mib")
 _TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
-_PAIRS = ("language", "a", "b", "difference", "low", "high", "p", "n_examples", "n_seeds")
+_PAIRS = (
+    "language",
+    "a",
+    "b",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "n_examples",
+    "n_seeds",
+)
 _REGRET = ("language", "strategy", "best", "accuracy", "best_accuracy", "regret", "n_seeds")
 _FRONTS = (
     "language",
@@ -237,9 +250,9 @@ class Comparison:
     def regret(self, strategy: str = "auto") -> pd.DataFrame:
         """Return how far a strategy stays behind the best single one, chosen on the test split.
 
-        One row a language: ``best`` is the other strategy with the highest mean target accuracy
-        over the seeds that both have, ``accuracy`` and ``best_accuracy`` are those means (shares),
-        ``regret`` their difference; negative if ``strategy`` is ahead. As
+        One row a language: ``best`` is the other strategy (no simple rival) with the highest mean
+        target accuracy over the seeds that both have, ``accuracy`` and ``best_accuracy`` are those
+        means (shares), ``regret`` their difference; negative if ``strategy`` is ahead. As
         the best is chosen on test, regret is overstated by what chance gives the luckiest.
 
         Raises:
@@ -256,7 +269,8 @@ class Comparison:
             found: list[tuple[float, float, str, int]] = []
             for other in self.strategies:
                 theirs = self._right(other, language)
-                if other != strategy and (seeds := [seed for seed in mine if seed in theirs]):
+                seeds = [seed for seed in mine if seed in theirs]
+                if seeds and other not in (strategy, *SIMPLE):
                     best, own = (
                         float(np.mean([side[seed] for seed in seeds])) for side in (theirs, mine)
                     )
@@ -284,7 +298,9 @@ class Comparison:
         """Return :meth:`paired` of a strategy with every other one.
 
         One row for each language, and one for the mean over all of them, whose ``language`` is
-        ``all languages``. Pairs without a common seed are left out.
+        ``all languages``. Pairs without a common seed are left out. ``p_holm`` is corrected for the
+        pairs of the table (Holm 1979): those of single languages are one family, and those over all
+        languages another.
 
         Raises:
             InputError: if the reference has no finished cell.
@@ -302,7 +318,10 @@ class Comparison:
                 if any(self._right(reference, n).keys() & self._right(other, n) for n in where):
                     row = asdict(self.paired(reference, other, language))
                     rows.append({**row, "language": language or _ALL})
-        return pd.DataFrame(rows, columns=list(_PAIRS))
+        frame = pd.DataFrame(rows, columns=list(_PAIRS))
+        for family in (frame["language"] == _ALL, frame["language"] != _ALL):
+            frame.loc[family, "p_holm"] = holm(frame.loc[family, "p"].tolist())
+        return frame.astype({"p_holm": float})
 
     # -- files -----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import logging
 import multiprocessing
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -26,7 +26,7 @@ from concurrent.futures import (
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 
@@ -53,12 +53,16 @@ from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.experiments.cells import CellSpec, ModelReference, run_cell
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.experiments.on_ray import RayCluster
+from circuitlens.experiments.simple_rivals import SIMPLE, simple_cell, simple_rival
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
-from circuitlens.tasks import Task
+from circuitlens.tasks import Evaluation, Task
 from circuitlens.utils.processes import agreed, is_main, n_processes
 from circuitlens.utils.progress import progress
 from circuitlens.utils.storage import digest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 __all__ = ["Runner", "check_executor", "compare", "for_others", "run_by", "runner_of"]
 
@@ -77,7 +81,7 @@ def compare(
     task: Task,
     languages: Sequence[str],
     *,
-    strategies: Sequence[str] | None = None,
+    strategies: Sequence[str | PeftConfig] | None = None,
     seeds: Iterable[int] = (0, 1, 2),
     scores: HeadScores | None = None,
     out: str | Path | None = None,
@@ -88,6 +92,7 @@ def compare(
     keep_source: float | None = None,
     kv_policy: KVPolicy = "shared",
     executor: Runner | Literal["processes", "ray"] | None = None,
+    simple: bool = True,
     quiet: bool = False,
     **options: Unpack[TrainingKeywords],
 ) -> Comparison:
@@ -102,8 +107,9 @@ def compare(
         circuit: the heads to train; other strategies take its size.
         task: the task in the source language.
         languages: target languages.
-        strategies: names of :data:`circuitlens.adapt.STRATEGIES`, or ``"auto"``. The default is
-            circuit, near-zero (if there are ``scores``), random, norms, lora and full.
+        strategies: names of :data:`circuitlens.adapt.STRATEGIES`, configurations of PEFT,
+            ``"peft:config.json"``, or ``"auto"``. The default is circuit, near-zero (if there are
+            ``scores``), random, norms, lora and full.
         seeds: each makes a transfer of its own: order of the examples, heads drawn at random.
         scores: of all heads, for strategies that choose by them.
         out: folder for the numbers of every cell and the tables of all of them; the adapted
@@ -114,6 +120,8 @@ def compare(
             a :class:`circuitlens.experiments.RayCluster` those and the GPUs of a cluster; or a
             ``concurrent.futures.Executor`` that spawns processes of your own. Each process loads
             the model once. By default cells are run here, one by one.
+        simple: add the most frequent label and n-grams with logistic regression as rivals, fitted
+            on the same rows (:func:`circuitlens.experiments.simple_rival`).
         quiet: no progress bar.
         options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
             of ``training``.
@@ -160,10 +168,12 @@ def compare(
     # Encoding one example checks the tokenizer and the label words.
     task.encode(model, task["validation"][:1])
     tasks = {target.language: target for target in map(task.to, languages)}
+    # A strategy of PEFT is told from others by its name, which its content gives.
+    named = {name if name == AUTO else strategy_of(name).name: name for name in strategies}
     keys = [
         Key(language, strategy, seed)
         for language in tasks
-        for strategy in dict.fromkeys(strategies)
+        for strategy in named
         for seed in dict.fromkeys(seeds)
     ]
     folder = None
@@ -210,6 +220,7 @@ def compare(
                 keep_source,
                 kv_policy,
                 folder=None if folder is None else folder.path,
+                strategy=named[key.strategy],
             )
             for key in todo
         ]
@@ -231,9 +242,43 @@ def compare(
             if isinstance(found, _FATAL):
                 # After these nothing works on this device any more.
                 raise found
+    if simple:
+        beside = _simple_cells(model, tasks, [*dict.fromkeys(seeds)], cells, folder)
+        cells |= beside
+        keys += beside
     if folder is not None and is_main(model.device):
         folder.comparison().save(folder.path)
     return Comparison(tuple(cells[key] for key in keys if key in cells), tuple(errors))
+
+
+def _simple_cells(
+    model: HookedModel,
+    tasks: Mapping[str, Task],
+    seeds: Sequence[int],
+    cells: Mapping[Key, Mapping[str, Any]],
+    folder: CellFolder | None,
+) -> dict[Key, dict[str, Any]]:
+    """Cells of the simple rivals, fitted once a language; they do not depend on seeds."""
+    found: dict[Key, dict[str, Any]] = {}
+    for language, task in tasks.items():
+        before = next(
+            (c["target_before"] for key, c in cells.items() if key.language == language), None
+        )
+        if before is None:
+            # Every strategy failed, and so has the model nothing to compare with.
+            continue
+        for name in SIMPLE:
+            wanted = [Key(language, name, seed) for seed in seeds]
+            kept = {key: folder.read(key) for key in wanted} if folder is not None else {}
+            known = next((cell for cell in kept.values() if cell is not None), None)
+            if known is None:
+                rival = simple_rival(task, name)
+                known = simple_cell(rival, task, Evaluation(**before), seeds[0])
+            for key in wanted:
+                found[key] = {**known, "seed": key.seed}
+                if folder is not None and kept[key] is None and is_main(model.device):
+                    folder.write(key, found[key])
+    return found
 
 
 def _run_here(specs: Sequence[CellSpec]) -> Iterator[tuple[Key, dict[str, Any] | Exception]]:
@@ -336,12 +381,12 @@ def _usual_strategies(scores: HeadScores | None) -> list[str]:
     return able
 
 
-def _needs_scores(name: str) -> bool:
+def _needs_scores(name: Any) -> bool:
     # What decides between circuit and near-zero needs what near-zero needs.
     return strategy_of("near-zero" if name == AUTO else name).by_scores
 
 
-def _check_strategies(strategies: Sequence[str], scores: HeadScores | None) -> None:
+def _check_strategies(strategies: Sequence[Any], scores: HeadScores | None) -> None:
     for name in strategies:
         if _needs_scores(name) and scores is None:
             raise InputError(

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from circuitlens.errors import InputError
 from circuitlens.utils.bootstrap import percentiles, resampled_means
 
-__all__ = ["PairedDifference", "bootstrap_difference", "differences", "shared_ids"]
+__all__ = ["PairedDifference", "bootstrap_difference", "differences", "holm", "shared_ids"]
 
 # Draws that are 0 but for rounding have to count as 0.
 _DIGITS = 12
@@ -107,6 +107,16 @@ def bootstrap_difference(
     low, high = percentiles(means.reshape(-1, 1), level)[:, 0]
     other_side = min(float((means <= 0).mean()), float((means >= 0).mean()))
     return difference, float(low), float(high), min(1.0, 2 * other_side)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p values of a family for their number (Holm 1979, step-down Bonferroni)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    found, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        found[i] = largest
+    return found
 
 
 def shared_ids(ids: Sequence[Sequence[str] | None]) -> int:

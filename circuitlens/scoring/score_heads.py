@@ -27,7 +27,7 @@ from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.row_budget import RowBudget
 
-__all__ = ["discovery_examples", "relevance"]
+__all__ = ["discovery_examples", "relevance", "score_encoded"]
 
 
 def relevance(
@@ -101,10 +101,9 @@ def relevance(
             f"with {encoded.n_rows} beginnings of answers: leave by_position out, or take words "
             "that readout='token' tells apart."
         )
-    if by.batch is None:
-        found = _whole(model, encoded, baseline, by, request, batch_size, seed)
-    else:
-        found = _batched(model, encoded, baseline, by, request, batch_size, quiet)
+    found = score_encoded(
+        model, encoded, baseline, by, request, batch_size=batch_size, seed=seed, quiet=quiet
+    )
     for scores in (found.heads, found.mlps, found.by_position):
         if scores is not None and not bool(torch.isfinite(scores).all()):
             raise CircuitLensError(
@@ -171,6 +170,23 @@ def discovery_examples(
         chosen = torch.randperm(len(ids), generator=generator)[:max_examples].sort().values
         ids = [ids[i] for i in chosen]
     return [by_id[i] for i in ids]
+
+
+def score_encoded(
+    model: HookedModel,
+    encoded: Encoded,
+    baseline: MeanBaseline,
+    by: Scorer,
+    request: Request,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Relevances:
+    """Score any encoded examples, whether they are answered rightly or not."""
+    if by.batch is None:
+        return _whole(model, encoded, baseline, by, request, batch_size, seed)
+    return _batched(model, encoded, baseline, by, request, batch_size, quiet)
 
 
 def _whole(

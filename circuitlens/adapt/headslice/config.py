@@ -15,6 +15,7 @@ from circuitlens.nodes import Head
 __all__ = ["KV_POLICIES", "NORMS", "HeadSliceConfig"]
 
 _PROJECTIONS = ("q", "k", "v", "o")
+OUTPUTS = ("scale", "offset")
 KV_POLICIES = ("shared", "group", "frozen")
 NORMS = ("all", "circuit", "none")
 
@@ -28,6 +29,9 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
             :class:`circuitlens.Circuit` will do. Kept as names, sorted and without repetition.
         projections: which of a head's slices are trained: rows of ``"q"``, ``"k"`` and ``"v"``,
             columns of ``"o"``.
+        outputs: what is trained of a head's output, before W_O: ``"scale"``, one factor (1 plus
+            what is trained), or ``"offset"``, a vector that is added (LoFiT, arXiv 2406.01563).
+            Not together with the projection ``"o"``, whose columns would do the same twice.
         kv_policy: what becomes of a key/value head that query heads share (grouped-query
             attention): ``"shared"`` trains it if any of them is chosen, ``"group"`` if all of
             them are, ``"frozen"`` never (nor the keys and values of any other model).
@@ -44,6 +48,7 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
 
     heads: Iterable[str | Head] = ()
     projections: Iterable[str] = _PROJECTIONS
+    outputs: Iterable[str] = ()
     kv_policy: str = "shared"
     norms: str = "all"
     biases: bool = True
@@ -57,16 +62,17 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
         names = (self.heads,) if isinstance(self.heads, str) else self.heads
         heads = {h if isinstance(h, Head) else Head.parse(h) for h in names}
         self.heads = tuple(map(str, sorted(heads)))
-        wanted = set(self.projections)
-        for kind in sorted(wanted - set(_PROJECTIONS)):
+        self.projections = _among("projection", self.projections, _PROJECTIONS)
+        self.outputs = _among("output", self.outputs, OUTPUTS)
+        if self.outputs and "o" in self.projections:
             raise InputError(
-                f"There is no projection {kind!r}; known are {', '.join(_PROJECTIONS)}."
+                "A head's output and its columns of o cannot be trained together: leave 'o' out of "
+                "projections, or give no outputs."
             )
-        self.projections = tuple(kind for kind in _PROJECTIONS if kind in wanted)
         for name, known in (("kv_policy", KV_POLICIES), ("norms", NORMS)):
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"There is no {name} {value!r}; known are {', '.join(known)}.")
-        if heads and not self.projections:
+        if heads and not self.projections and not self.outputs:
             raise InputError("No projection of the heads is chosen; give some of q, k, v and o.")
         if not heads and self.norms == "none":
             raise InputError(
@@ -87,3 +93,15 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
     def chosen(self) -> tuple[Head, ...]:
         """The heads as :class:`circuitlens.Head`."""
         return tuple(h if isinstance(h, Head) else Head.parse(h) for h in self.heads)
+
+
+def _among(what: str, given: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The given names in the order of the known ones.
+
+    Raises:
+        InputError: for one that is not known.
+    """
+    wanted = set(given)
+    for kind in sorted(wanted - set(known)):
+        raise InputError(f"There is no {what} {kind!r}; known are {', '.join(known)}.")
+    return tuple(kind for kind in known if kind in wanted)

@@ -5,6 +5,7 @@ projections act in activation space, so that neither a full weight nor its gradi
 
     rows of q, k, v    y = W x + b;  y[rows] += L x + l
     columns of o       y = W x + b + L x[columns]
+    outputs of heads   y = W x' + b with x'[columns] = (1 + l) x[columns] + m, l a number a head
     norms              the norm's own code, run with weight + l, in float32 at least
 
 Gradients of leaves are those of the entries they stand for, so training leaves is training slices.
@@ -28,7 +29,15 @@ from transformers.pytorch_utils import Conv1D
 from circuitlens.adapt.headslice.selection import Target
 from circuitlens.errors import InputError
 
-__all__ = ["HeadSliceColumns", "HeadSliceLayer", "HeadSliceNorm", "HeadSliceRows", "layer_for"]
+__all__ = [
+    "HeadSliceColumns",
+    "HeadSliceLayer",
+    "HeadSliceNorm",
+    "HeadSliceOutputs",
+    "HeadSliceRows",
+    "layer_for",
+    "layer_type",
+]
 
 
 @dataclass(frozen=True)
@@ -86,14 +95,19 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         options: dict[str, Any] = {"device": stored.device, "dtype": dtype}
         if target.index:
             self.headslice_index[name] = torch.tensor(target.index, device=stored.device)
-        weight, bias = self._leaf_shapes(len(target.index))
-        self.headslice_weight[name] = nn.Parameter(torch.zeros(weight, **options))
+        weight, bias = self._leaf_shapes(target)
+        if weight is not None:
+            self.headslice_weight[name] = nn.Parameter(torch.zeros(weight, **options))
         if target.bias:
             self.headslice_bias[name] = nn.Parameter(torch.zeros(bias, **options))
 
-    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the leaves of weight and bias for ``n`` features."""
+    def _leaf_shapes(self, target: Target) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+        """Shapes of the leaves of weight and bias, each perhaps without use."""
         raise NotImplementedError
+
+    def _has(self, adapter: str) -> bool:
+        """Whether an adapter has leaves here."""
+        return adapter in self.headslice_weight or adapter in self.headslice_bias
 
     def _regions(self, adapter: str) -> Iterator[_Region]:
         """The leaves of an adapter, laid out as in the parameters of the base."""
@@ -119,7 +133,7 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters or self.merged:
             return []
         active = cast("list[str]", self.active_adapters)
-        return [name for name in active if name in self.headslice_weight]
+        return [name for name in active if self._has(name)]
 
     @property
     def weight(self) -> Tensor:
@@ -156,19 +170,30 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             InputError: if ``safe_merge`` finds any.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.headslice_weight:
+            if not self._has(adapter):
                 continue
             regions = [(r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)]
             sums = [region.sum(parameter) for region, parameter in regions]
-            if safe_merge and not all(bool(total.isfinite().all()) for total in sums):
-                raise InputError(
-                    f"Merging adapter {adapter!r} would write infinities or NaN: train it again "
-                    "with a smaller learning rate."
-                )
+            if safe_merge:
+                _check_finite(adapter, sums)
             for (region, parameter), total in zip(regions, sums, strict=True):
                 self._overwritten.append((region, region.entries(parameter).clone()))
                 region.write(parameter, total)
             self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = False) -> None:
+        """Refuse a merge that is not possible, before anything is written anywhere.
+
+        Raises:
+            InputError: saying why.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if self._has(adapter) and finite:
+                parameters = [
+                    (r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)
+                ]
+                _check_finite(adapter, [r.sum(parameter) for r, parameter in parameters])
 
     def unmerge(self) -> None:
         """Put back what merging has overwritten, to the bit."""
@@ -212,13 +237,81 @@ class _Projection(HeadSliceLayer):
         return _Region(parameter, dim, self.headslice_index[adapter], leaf)
 
 
+class HeadSliceOutputs(_Projection):
+    """The map W_O, and leaves for what some heads give it.
+
+    Leaves: weight ``head`` (a factor less 1), bias ``head · d_head`` (a vector that is added).
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._heads: dict[str, int] = {}
+
+    def add_adapter(self, name: str, target: Target) -> None:
+        """Make leaves of zeros for one more adapter."""
+        self._heads[name] = target.heads
+        super().add_adapter(name, target)
+
+    def _leaf_shapes(self, target: Target) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+        return (target.heads,) if target.scale else None, (len(target.index),)
+
+    def _factors(self, adapter: str) -> Tensor:
+        """What each of the adapter's features is multiplied by, less 1."""
+        size = len(self.headslice_index[adapter]) // self._heads[adapter]
+        return cast(Tensor, self.headslice_weight[adapter].repeat_interleave(size))
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        index = self.headslice_index[adapter]
+        stored = cast(Tensor, cast(Any, self.base_layer).weight)
+        weight = (stored.T if self._transposed else stored).index_select(1, index)
+        if adapter in self.headslice_weight:
+            factors = self._factors(adapter)
+            yield self._region("weight", 1, adapter, weight.to(factors.dtype) * factors)
+        if adapter in self.headslice_bias and cast(Any, self.base_layer).bias is not None:
+            vector = self.headslice_bias[adapter]
+            yield _Region("bias", 0, None, weight.to(vector.dtype) @ vector)
+
+    def _adapted(self, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        for name in adapters:
+            index = self.headslice_index[name]
+            read = x.index_select(-1, index)
+            added = torch.zeros_like(read)
+            if name in self.headslice_weight:
+                added = added + (read * self._factors(name)).to(x.dtype)
+            if name in self.headslice_bias:
+                added = added + self.headslice_bias[name].to(x.dtype)
+            x = x.index_add(-1, index, added)
+        return cast(Tensor, self.base_layer(x, *args, **kwargs))
+
+    def drop_vectors(self) -> None:
+        """Forget vectors that the base has no bias for."""
+        if cast(Any, self.base_layer).bias is None:
+            self.headslice_bias = nn.ParameterDict()
+
+    def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = False) -> None:
+        """Refuse to merge vectors where there is no bias to take them."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.headslice_bias and cast(Any, self.base_layer).bias is None:
+                raise InputError(
+                    f"Adapter {adapter!r} adds vectors to the outputs of heads, and this model's "
+                    "W_O has no bias that could take them: keep the adapter beside the weights."
+                )
+        super().check_merge(adapter_names, finite=finite)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge, unless a vector has no bias to go to."""
+        self.check_merge(adapter_names)
+        super().merge(safe_merge, adapter_names)
+
+
 class HeadSliceRows(_Projection):
     """The map to q, k or v, or to all of them, and leaves for some rows.
 
     Leaves: weight ``row d_in``, bias ``row``.
     """
 
-    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _leaf_shapes(self, target: Target) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+        n = len(target.index)
         return (n, self.in_features), (n,)
 
     def _regions(self, adapter: str) -> Iterator[_Region]:
@@ -240,8 +333,8 @@ class HeadSliceColumns(_Projection):
     Leaf: weight ``d_model column``.
     """
 
-    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.out_features, n), ()
+    def _leaf_shapes(self, target: Target) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+        return (self.out_features, len(target.index)), ()
 
     def _regions(self, adapter: str) -> Iterator[_Region]:
         yield self._region("weight", 1, adapter, self.headslice_weight[adapter])
@@ -261,7 +354,7 @@ class HeadSliceNorm(HeadSliceLayer):
     is smaller than the last of them.
     """
 
-    def _leaf_shapes(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _leaf_shapes(self, target: Target) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
         size = tuple(cast(Any, self.base_layer).weight.shape)
         return size, size
 
@@ -294,8 +387,22 @@ class HeadSliceNorm(HeadSliceLayer):
 _LAYERS: dict[str, type[HeadSliceLayer]] = {
     "rows": HeadSliceRows,
     "columns": HeadSliceColumns,
+    "outputs": HeadSliceOutputs,
     "norm": HeadSliceNorm,
 }
+
+
+def _check_finite(adapter: str, tensors: Sequence[Tensor]) -> None:
+    if not all(bool(total.isfinite().all()) for total in tensors):
+        raise InputError(
+            f"Merging adapter {adapter!r} would write infinities or NaN: train it again with a "
+            "smaller learning rate."
+        )
+
+
+def layer_type(target: Target) -> type[HeadSliceLayer]:
+    """What wraps a module for what is trained of it."""
+    return _LAYERS[target.kind]
 
 
 def layer_for(base_layer: nn.Module, target: Target) -> HeadSliceLayer:

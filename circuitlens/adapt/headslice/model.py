@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from circuitlens.adapt.headslice.config import HeadSliceConfig
-from circuitlens.adapt.headslice.layer import HeadSliceLayer, layer_for
+from circuitlens.adapt.headslice.layer import HeadSliceLayer, layer_for, layer_type
 from circuitlens.adapt.headslice.registration import PREFIX
 from circuitlens.adapt.headslice.selection import Target, targets_of
 from circuitlens.errors import InputError, UnsupportedModelError
@@ -36,13 +36,31 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
     def _prepare_model(self, peft_config: HeadSliceConfig, model: nn.Module) -> None:
         # Before any module is replaced, so that what is refused leaves the model as it was.
         self._targets = targets_of(model, peft_config)
-        for path in self._targets:
+        for path, target in self._targets.items():
             module = model.get_submodule(path)
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, HeadSliceLayer):
-                raise UnsupportedModelError(
-                    f"{path} holds an adapter of another method already: merge or unload that one "
-                    "first."
+            if isinstance(module, BaseTunerLayer) and type(module) is not layer_type(target):
+                other = (
+                    "other parts of these heads"
+                    if isinstance(module, HeadSliceLayer)
+                    else "another method"
                 )
+                raise UnsupportedModelError(
+                    f"{path} holds an adapter of {other} already: merge or unload that one first."
+                )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Put an adapter in.
+
+        Raises:
+            InputError: for a name that no module can have.
+        """
+        if "." in adapter_name or not adapter_name:
+            raise InputError(
+                f"An adapter cannot be named {adapter_name!r}: modules are named with dots between "
+                "them, so take a name without, such as "
+                f"{adapter_name.replace('.', '-') or 'default'!r}."
+            )
+        return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         return key in self._targets
@@ -74,6 +92,34 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
                     "nothing can be added: load the model unquantised, load the adapter into it, "
                     "and merge there."
                 )
+
+    def _check_layers(self, adapter_names: list[str] | None, *, finite: bool) -> None:
+        """Refuse a merge before the first layer is written, so that the base stays as it is."""
+        for module in self.model.modules():
+            if isinstance(module, HeadSliceLayer):
+                module.check_merge(adapter_names, finite=finite)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge in all layers, or in none.
+
+        Raises:
+            InputError: if a layer refuses.
+        """
+        self._check_layers(adapter_names, finite=safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_layers(adapter_names, finite=safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, the first that is left becomes active.

@@ -23,14 +23,18 @@ class Target:
 
     Attributes:
         kind: ``"rows"`` of q, k and v (output features of the map), ``"columns"`` of o (input
-            features), or all of a ``"norm"``.
+            features), what goes into o (``"outputs"`` of heads), or all of a ``"norm"``.
         index: the features, sorted; empty for a norm.
-        bias: whether the bias is trained as well.
+        bias: whether the bias is trained as well; of outputs, whether a vector is added.
+        heads: of outputs, how many heads the features belong to; else 0.
+        scale: of outputs, whether a factor is trained.
     """
 
-    kind: Literal["rows", "columns", "norm"]
+    kind: Literal["rows", "columns", "outputs", "norm"]
     index: tuple[int, ...]
     bias: bool
+    heads: int = 0
+    scale: bool = False
 
 
 def selected_slices(geometry: HeadGeometry, config: HeadSliceConfig) -> tuple[WeightSlice, ...]:
@@ -94,6 +98,7 @@ def targets_of(hf: nn.Module, config: HeadSliceConfig) -> dict[str, Target]:
     for piece in selected_slices(anatomy.geometry, config):
         pieces.setdefault(piece.parameter.rpartition(".")[0], []).append(piece)
     targets = {path: _target(found) for path, found in pieces.items()}
+    targets |= _outputs(anatomy.geometry, config)
     parameters: dict[str, set[str]] = {}
     for name in selected_norms(anatomy, config):
         path, _, parameter = name.rpartition(".")
@@ -121,3 +126,23 @@ def _target(pieces: Sequence[WeightSlice]) -> Target:
     kind: Literal["rows", "columns"] = "columns" if pieces[0].projection == "o" else "rows"
     bias = any(piece.parameter.endswith(".bias") for piece in pieces)
     return Target(kind, tuple(sorted(index)), bias)
+
+
+def _outputs(geometry: HeadGeometry, config: HeadSliceConfig) -> dict[str, Target]:
+    """What is trained of the outputs of heads, by the path of the o that reads them."""
+    columns: dict[str, list[WeightSlice]] = {}
+    for head in config.chosen if config.outputs else ():
+        for piece in geometry.slices(head):
+            if piece.projection == "o":
+                columns.setdefault(piece.parameter.rpartition(".")[0], []).append(piece)
+    return {
+        path: Target(
+            "outputs",
+            # Head by head, so that features stand beside those of their head.
+            tuple(i for piece in found for i in range(piece.start, piece.stop)),
+            "offset" in config.outputs,
+            heads=len(found),
+            scale="scale" in config.outputs,
+        )
+        for path, found in columns.items()
+    }
