@@ -92,7 +92,10 @@ def _adapted(
     adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     result = TransferResult.load(folder) if (folder / "result.json").is_file() else None
     trained = Trained.found(folder) if result is None else result.trained
+    # What was uploaded names a checkpoint on the hub; on this machine it may be a folder.
     name = str(adapter.get("base_model_name_or_path") or "")
+    if not name and trained is not None:
+        name = trained.checkpoint
     if not name and result is not None and trained is not None:
         name = result.provenance.model if trained.origin in ("hub", "folder") else ""
     if not name or trained is None:

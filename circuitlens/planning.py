@@ -33,6 +33,7 @@ from circuitlens.adapt.options import (
 from circuitlens.adapt.precision import in_16_bits
 from circuitlens.adapt.stages import GRADUAL
 from circuitlens.adapt.strategies import AUTO, strategy_of
+from circuitlens.adapt.text_loss import MAX_TEXTS
 from circuitlens.circuits.measure_faithfulness import default_sizes
 from circuitlens.errors import MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import Batch
@@ -218,8 +219,15 @@ def plan(
     others = [task, *(task.to(name) for name in retain)]
     mixes = replays_of(replay)
     trainings = len(set(learning_rates)) * len(mixes)
-    # The start, and every training at all points of its way.
-    on_others = {"validation": 1.0 + len(ALPHAS) * trainings, "test": 2.0}
+    # The start, and every training at all points of its way; accuracy, and the loss of texts.
+    on_others = [
+        (other, pool, times)
+        for other in others
+        for pool, times in (
+            ("validation", 1.0 + len(ALPHAS) * trainings),
+            ("test", 2.0 + 2 * min(1.0, MAX_TEXTS / len(other["test"]))),
+        )
+    ]
     for target in map(task.to, targets):
         for name in strategies:
             how = strategy_of("circuit" if name == AUTO else name)
@@ -242,7 +250,7 @@ def plan(
                 training,
                 _trains_all(name),
                 times=seeds,
-                beside=[(t, s, n) for t in others for s, n in on_others.items()],
+                beside=on_others,
             )
             stages.append(stage)
             if rediscover:

@@ -16,7 +16,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.evaluation import Evaluation
-from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.provenance import Provenance, without_folder
 
 __all__ = ["model_card"]
 
@@ -137,7 +137,8 @@ def model_card(result: Described) -> ModelCard:
     target = f"{origin.task.split('/')[0]}/{result.target_language}"
     measured = [(target, result.target_before, result.target_after)]
     measured += [(r.name, r.before, r.after) for r in result.retained]
-    name = f"{origin.model} adapted to {result.target_language} ({result.strategy})"
+    shown = origin.model if _is_on_hub(result) else without_folder(origin.model)
+    name = f"{shown} adapted to {result.target_language} ({result.strategy})"
     data = ModelCardData(
         # The hub would load the trained tensors on top of whatever has this name.
         base_model=origin.model if _is_on_hub(result) else None,
@@ -180,7 +181,9 @@ def model_card(result: Described) -> ModelCard:
         task=target,
         rows="\n".join(_row(*entry) for entry in measured),
         provenance="\n".join(
-            f"- {key}: {value}" for key, value in origin.to_dict().items() if value is not None
+            f"- {key}: {shown if key == 'model' else value}"
+            for key, value in origin.to_dict().items()
+            if value is not None
         ),
     )
     return cast(ModelCard, card)
@@ -213,7 +216,9 @@ def _base(result: Described) -> str:
     if _is_on_hub(result):
         return f"{what} to [{name}](https://huggingface.co/{name}) (fingerprint `{fingerprint}`)."
     origin = result.trained.origin if result.trained else ""
-    to = _ORIGINS.get(origin, f"the weights of {{}}, {origin}").format(f"`{name}`")
+    # A card is for others, who have no use for the place of a folder here.
+    shown = f"`{without_folder(name)}`"
+    to = _ORIGINS.get(origin, f"the weights of {{}}, {origin}").format(shown)
     return (
         f"{what} to {to} (fingerprint `{fingerprint}`). On any others it would give wrong answers; "
         f"put a folder with these weights, written by `save` or `save_pretrained`, for `{_BASE}`."

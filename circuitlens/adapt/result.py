@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from huggingface_hub import HfApi
@@ -19,14 +20,17 @@ from circuitlens.adapt.card import model_card
 from circuitlens.adapt.front import Front
 from circuitlens.adapt.retention import CircuitShift, Retained
 from circuitlens.adapt.strategies import place_of
-from circuitlens.adapt.trainable import TENSOR_FILES, Trained, restore
+from circuitlens.adapt.trainable import NOTE, TENSOR_FILES, Trained, restore
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError, first_line
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.prompt import Prompt
 from circuitlens.tasks.evaluation import Evaluation
-from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.provenance import Provenance, without_folder
 from circuitlens.utils.storage import read_json, replacing, write_json
+
+if TYPE_CHECKING:
+    from circuitlens.adapt.lora_export import LoraExport
 
 __all__ = ["TransferResult", "saved_transfers"]
 
@@ -120,6 +124,12 @@ class TransferResult:
         return self.source_after.accuracy - self.source_before.accuracy
 
     @property
+    def text_loss_change(self) -> float | None:
+        """Loss of the next token on source text, after minus before, in logarithms per token."""
+        losses = self.retained[0].text_loss if self.source_language else None
+        return None if losses is None else losses[1] - losses[0]
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the trained tensors are a PEFT adapter, and not entries of the weights."""
         return self.trained is not None and self.trained.is_adapter
@@ -164,6 +174,7 @@ class TransferResult:
             "target_macro_f1": self.target_after.macro_f1,
             "source_accuracy_before": before.accuracy if before else None,
             "source_accuracy": after.accuracy if after else None,
+            "text_loss_change": self.text_loss_change,
             "n_trainable": self.n_trainable,
             "learning_rate": self.learning_rate,
             "alpha": self.alpha,
@@ -200,6 +211,40 @@ class TransferResult:
             temporary.write_text(card, encoding="utf-8")
         write_json(folder / "result.json", _SCHEMA, self.to_dict())
 
+    def save_as_lora(
+        self, folder: str | Path, model: HookedModel, *, beside: bool = True
+    ) -> LoraExport:
+        """Write an adapter on slices of heads as plain LoRA, without approximation.
+
+        The rank is the number of rows or columns, k · d_head for k heads of a layer.
+
+        Args:
+            folder: is made.
+            model: the model that the transfer began from.
+            beside: let PEFT save trained norms and biases beside the factors
+                (``modules_to_save``, ``lora_bias``), so that the adapter is all of the transfer;
+                PEFT then refuses to merge it where a projection has no bias. Serving engines read
+                the factors alone: without ``beside`` norms and biases are left out.
+
+        Returns:
+            Ranks, what stands beside the factors, and what was left out.
+
+        Raises:
+            InputError: for another model, or trained tensors that are no slices of heads.
+        """
+        from circuitlens.adapt.lora_export import write_lora
+
+        if self.folder is None or self.trained is None:
+            raise InputError("This result has no trained tensors: load it from its folder.")
+        if model.fingerprint() != self.provenance.model_fingerprint:
+            raise InputError(
+                f"The transfer began from other weights than those of {model.name}: give the model "
+                "that it began from."
+            )
+        trainable = restore(model, self.folder, self.trained)
+        trainable.model.prompt = self.prompt
+        return write_lora(trainable, model, Path(folder), beside=beside)
+
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload what :meth:`save` writes to the Hugging Face hub.
 
@@ -217,6 +262,7 @@ class TransferResult:
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as scratch:
             self.save(scratch)
+            _forget_paths(Path(scratch))
             try:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 done = api.upload_folder(
@@ -292,6 +338,20 @@ class TransferResult:
         table = self.to_frame().T.to_html(header=False)
         why = f" ({html.escape(self.decision.why)})" if self.decision else ""
         return f"<p><b>TransferResult</b> {html.escape(self.strategy)}{why}</p>{table}"
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take the places of this machine's files out of a saved result that is to be published."""
+    for name in ("result.json", NOTE):
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for part in (content, content.get("provenance") or {}, content.get("trained") or {}):
+            for key in ("model", "checkpoint"):
+                if isinstance(part.get(key), str):
+                    part[key] = without_folder(part[key])
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def saved_transfers(folder: Path, languages: Sequence[str]) -> list[TransferResult]:

@@ -41,21 +41,31 @@ class Retained:
     Attributes:
         name: ``task/language``.
         before, after: on its test split.
+        text_loss: loss of the next token on its test texts, before and after, in natural logarithms
+            per token (:func:`circuitlens.adapt.text_loss.text_loss`); ``None`` where the model
+            predicts no next token, and in results from before version 0.2.
     """
 
     name: str
     before: Evaluation
     after: Evaluation
+    text_loss: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
-        return {"name": self.name, "before": self.before.to_dict(), "after": self.after.to_dict()}
+        return {
+            "name": self.name,
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "text_loss": None if self.text_loss is None else list(self.text_loss),
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Retained:
         """Rebuild what :meth:`to_dict` returned."""
         before, after = (Evaluation(**content[name]) for name in ("before", "after"))
-        return cls(content["name"], before, after)
+        losses = content.get("text_loss")
+        return cls(content["name"], before, after, (losses[0], losses[1]) if losses else None)
 
 
 @dataclass(frozen=True)

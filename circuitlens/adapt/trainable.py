@@ -27,11 +27,11 @@ from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
-__all__ = ["PROMPT", "TENSOR_FILES", "Trainable", "Trained", "merged_copy", "restore"]
+__all__ = ["NOTE", "PROMPT", "TENSOR_FILES", "Trainable", "Trained", "merged_copy", "restore"]
 
 _SCHEMA = "circuitlens.weights/2"
 _NOTE_SCHEMA = "circuitlens.trained/1"
-_NOTE = "trained.json"
+NOTE = "trained.json"
 _ENTRIES = "weights.safetensors"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Every file that trained tensors may be in. A new result replaces those of old versions of PEFT
@@ -57,11 +57,14 @@ class Trained:
         origin: :attr:`HookedModel.origin` of the weights that they belong to; empty where it was
             not recorded.
         dtype: type of those weights, such as ``"bfloat16"``; empty where it was not recorded.
+        checkpoint: folder of those weights on this machine, if they came from one. It is not
+            published: adapters that are uploaded name a base on the hub, or none.
     """
 
     kind: str
     origin: str = ""
     dtype: str = ""
+    checkpoint: str = ""
 
     @property
     def is_adapter(self) -> bool:
@@ -71,8 +74,8 @@ class Trained:
     @classmethod
     def found(cls, folder: Path) -> Trained:
         """What :meth:`Trainable.write` wrote, or a result that does not say: told by the files."""
-        if (folder / _NOTE).is_file():
-            return cls.from_dict(read_json(folder / _NOTE, _NOTE_SCHEMA))
+        if (folder / NOTE).is_file():
+            return cls.from_dict(read_json(folder / NOTE, _NOTE_SCHEMA))
         config = folder / _ADAPTER[0]
         if not config.is_file():
             return cls("entries")
@@ -141,7 +144,7 @@ class Trainable:
         config.task_type = config.task_type or model.readout.peft_task_type()
         own = list(getattr(config, "modules_to_save", None) or ())
         # PEFT writes this into the adapter's configuration as the base to load it with.
-        cast(Any, copy.hf).name_or_path = _checkpoint(model)
+        cast(Any, copy.hf).name_or_path = model.name if model.origin == "hub" else ""
         # Some adapters begin at random.
         with torch.random.fork_rng(), warnings.catch_warnings():
             # PEFT asks transformers by a name that is about to change; nothing for users to do.
@@ -274,7 +277,9 @@ class Trainable:
             self._write_entries(folder)
             kind = "entries"
         write_json(
-            folder / _NOTE, _NOTE_SCHEMA, Trained(kind, self.model.origin, self.base).to_dict()
+            folder / NOTE,
+            _NOTE_SCHEMA,
+            Trained(kind, self.model.origin, self.base, _checkpoint(self.model)).to_dict(),
         )
 
     def _add_prompt(self, path: Path) -> None:
@@ -394,11 +399,8 @@ def _type_of(model: HookedModel) -> str:
 
 
 def _checkpoint(model: HookedModel) -> str:
-    """Where just these weights can be loaded from; empty if nowhere, as far as we know."""
-    if model.origin == "folder":
-        # A relative one could be read as a name on the hub.
-        return str(Path(model.name).resolve())
-    return model.name if model.origin == "hub" else ""
+    """The folder that just these weights can be loaded from; empty if they came from none."""
+    return str(Path(model.name).resolve()) if model.origin == "folder" else ""
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from circuitlens.adapt.retention import (
 )
 from circuitlens.adapt.stages import stages_of, train_in_stages
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, Strategy, strategy_of
+from circuitlens.adapt.text_loss import text_loss
 from circuitlens.circuit import Circuit
 from circuitlens.errors import (
     CIRCUIT,
@@ -204,6 +205,7 @@ def transfer(
     choosing = time.perf_counter() - began
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
+    losses = [text_loss(model, other) for other in others]
     seconds = choosing + (decision.seconds if decision else 0.0)
     initial = trainable.state()
     untrained, *unmoved = (evaluate_encoded(trainable.model, d) for d in (validation, *held))
@@ -266,7 +268,8 @@ def transfer(
     target_after, target_right = _measure(adapted, task, quiet)
     after = evaluate_all(adapted, others, quiet=quiet)
     retained = tuple(
-        Retained(t.full_name, b, a) for t, b, a in zip(others, before, after, strict=True)
+        Retained(t.full_name, b, a, _pair(loss, text_loss(adapted, t)))
+        for t, b, a, loss in zip(others, before, after, losses, strict=True)
     )
     shift = None
     if rediscover and source is not None and scores is not None:
@@ -335,6 +338,10 @@ def transfer(
         folder=Path(scratch.name),
         _scratch=scratch,
     )
+
+
+def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:
+    return None if before is None or after is None else (before, after)
 
 
 def check_circuit(model: HookedModel, circuit: Circuit) -> None:

@@ -53,6 +53,11 @@ _FRONTS = (
 _ALL = "all languages"
 
 
+def _change(source: Mapping[str, Any] | None) -> float:
+    losses = (source or {}).get("text_loss")
+    return losses[1] - losses[0] if losses else float("nan")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Transfers by several strategies, to several languages, with several seeds.
@@ -99,9 +104,10 @@ class Comparison:
 
         Columns: ``language``, ``strategy``, ``seed``; ``split``, which is ``target`` or the name
         of a retained task; ``phase``, ``before`` or ``after`` the transfer; ``metric``
-        (``accuracy``, ``macro_f1`` and ``calibration_error`` as shares, ``margin`` in logits);
-        ``value``. Costs (``n_trainable`` in entries, ``seconds`` of training, ``peak_mib`` in
-        MiB) have an empty split and the phase ``after``.
+        (``accuracy``, ``macro_f1`` and ``calibration_error`` as shares, ``margin`` in logits;
+        ``text_loss`` of retained tasks, in natural logarithms per token); ``value``. Costs
+        (``n_trainable`` in entries, ``seconds`` of training, ``peak_mib`` in MiB) have an empty
+        split and the phase ``after``.
         """
         rows: list[tuple[Any, ...]] = []
         for cell in self.cells:
@@ -111,6 +117,11 @@ class Comparison:
             for split, before, after in measured:
                 for phase, evaluation in (("before", before), ("after", after)):
                     rows += [(*key, split, phase, name, evaluation[name]) for name in _METRICS]
+            for kept in cell["retained"]:
+                for phase, loss in zip(
+                    ("before", "after"), kept.get("text_loss") or (), strict=False
+                ):
+                    rows.append((*key, kept["name"], phase, "text_loss", loss))
             rows += [(*key, "", "after", name, cell[name]) for name in _COSTS]
         return pd.DataFrame(rows, columns=list(_TIDY)).astype({"seed": int, "value": float})
 
@@ -119,7 +130,8 @@ class Comparison:
 
         Accuracies are shares. ``_sd`` is the standard deviation over seeds (divisor n - 1; empty
         with one seed), everything else a mean: ``target_before``, ``target_after``, ``gain``,
-        ``source_before``, ``source_after`` (empty without a source task), ``n_trainable``,
+        ``source_before``, ``source_after`` (empty without a source task), ``text_loss_change``
+        (of the next token on source text, in natural logarithms per token), ``n_trainable``,
         ``seconds``, ``peak_mib``; ``n_seeds`` says of how many.
         """
         rows = []
@@ -136,11 +148,13 @@ class Comparison:
                     "gain": after - before,
                     "source_before": source["before"]["accuracy"] if source else np.nan,
                     "source_after": source["after"]["accuracy"] if source else np.nan,
+                    "text_loss_change": _change(source),
                     **{name: cell[name] for name in _COSTS},
                 }
             )
         keys = ["language", "strategy"]
         numbers = ["target_before", "target_after", "gain", "source_before", "source_after"]
+        numbers += ["text_loss_change"]
         frame = pd.DataFrame(rows, columns=[*keys, *numbers, *_COSTS])
         # Without any cell the columns have no type of their own.
         groups = frame.astype(dict.fromkeys((*numbers, *_COSTS), float)).groupby(keys, sort=False)
@@ -153,6 +167,7 @@ class Comparison:
             source_before=("source_before", "mean"),
             source_after=("source_after", "mean"),
             source_after_sd=("source_after", "std"),
+            text_loss_change=("text_loss_change", "mean"),
             **{name: (name, "mean") for name in _COSTS},
         ).reset_index()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Provenance", "library_versions", "machine"]
+__all__ = ["Provenance", "library_versions", "machine", "without_folder"]
 
 _LIBRARIES = ("circuitlens", "torch", "transformers", "transformer-lens", "peft", "numpy")
 
@@ -33,6 +34,12 @@ def machine() -> dict[str, str]:
         if kind is not None and kind.type == "cuda":
             found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def without_folder(name: str) -> str:
+    """A model's name for others: of a folder on this machine its last part."""
+    path = Path(name)
+    return path.name if path.is_absolute() or path.is_dir() else name
 
 
 @dataclass(frozen=True)

@@ -260,10 +260,14 @@ class HeadSliceOutputs(_Projection):
         size = len(self.headslice_index[adapter]) // self._heads[adapter]
         return cast(Tensor, self.headslice_weight[adapter].repeat_interleave(size))
 
-    def _regions(self, adapter: str) -> Iterator[_Region]:
-        index = self.headslice_index[adapter]
+    def columns(self, adapter: str = "default") -> Float[Tensor, "d_out column"]:
+        """The columns of the base that an adapter's heads are read by."""
         stored = cast(Tensor, cast(Any, self.base_layer).weight)
-        weight = (stored.T if self._transposed else stored).index_select(1, index)
+        whole = stored.T if self._transposed else stored
+        return whole.index_select(1, self.headslice_index[adapter])
+
+    def _regions(self, adapter: str) -> Iterator[_Region]:
+        weight = self.columns(adapter)
         if adapter in self.headslice_weight:
             factors = self._factors(adapter)
             yield self._region("weight", 1, adapter, weight.to(factors.dtype) * factors)
