@@ -240,7 +240,7 @@ def plan(
             mixed = sum(mixes) / len(mixes) + (sum(GRADUAL) / len(GRADUAL) if how.gradual else 0.0)
             trained = {
                 "pool_b": epochs * (1 + mixed) + folds,
-                "validation": epochs + 1 + (len(ALPHAS) - 1) * trainings,
+                "validation": epochs + 1 + len(ALPHAS) * trainings,
                 "test": 2.0,
             }
             stage = costs.training(

@@ -101,18 +101,19 @@ def test_a_plan_counts_what_a_run_does(toy_proxy, few, rows):
         )  # fmt: skip
         forward, trained = taken(rows)
         assert trained == 2 * 3 * 20
-        # Validation before and after each epoch, and at three points of each way; that of the
-        # others before and at four; tests before and after.
-        ways = 13 * 24 + 9 * (24 + len(far["validation"]))
+        # Validation before and after each epoch, and at four points of each way; that of the
+        # others before and at four; tests before and after. The plan counts up to 100 of
+        # their texts besides.
+        ways = 15 * 24 + 9 * (24 + len(far["validation"]))
+        texts = 2 * (16 + 100)
         assert forward == trained + ways + 2 * (16 + 16 + len(far["test"]))
         stage = stages[f"transfer to near, {strategy}"]
         # The plan has the pools of the language as they are.
         whole = few.to("near")
         assert stage.backward == 2 * 3 * len(whole["pool_b"])
-        ways = 13 * len(whole["validation"]) + 9 * (24 + len(far["validation"]))
-        assert stage.forward == stage.backward + ways + 2 * (
-            len(whole["test"]) + 16 + len(far["test"])
-        )
+        ways = 15 * len(whole["validation"]) + 9 * (24 + len(far["validation"]))
+        tests = 2 * (len(whole["test"]) + 16 + len(far["test"]))
+        assert stage.forward == stage.backward + ways + tests + texts
     assert stages["transfer to near, full"].memory > stages["transfer to near, circuit"].memory
 
 

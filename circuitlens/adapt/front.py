@@ -9,18 +9,19 @@ the target and the source are the front.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
-from circuitlens.adapt.options import TrainingLog
 from circuitlens.adapt.trainable import Trainable
+from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
-from circuitlens.tasks.evaluation import evaluate_encoded
+from circuitlens.tasks.evaluation import label_scores, summarise
 
-__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "points_between"]
+__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "front_point", "points_between"]
 
 # Shares of the way from the start (0, which is common to all) to the trained entries.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -40,6 +41,8 @@ class FrontPoint:
         target: accuracy on the target's validation split.
         margin: mean margin there (logit of the right label minus the mean of the others).
         kept: accuracy on the validation split of every task in :attr:`Front.tasks`.
+        right: which examples are answered right, ``"1"`` or ``"0"`` each: of the target's
+            validation split, then of every task's; empty in results from before version 0.2.
     """
 
     learning_rate: float
@@ -48,6 +51,7 @@ class FrontPoint:
     target: float
     margin: float
     kept: tuple[float, ...] = ()
+    right: tuple[str, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -62,10 +66,12 @@ class Front:
     Attributes:
         tasks: names of the tasks that may be forgotten, ``task/language``; the source is the first.
         points: one for every rate, amount of replay and α; the start is the first.
+        ids: of the examples in :attr:`FrontPoint.right`.
     """
 
     tasks: tuple[str, ...]
     points: tuple[FrontPoint, ...]
+    ids: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     @property
     def start(self) -> FrontPoint:
@@ -148,20 +154,60 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
-        points = [{**asdict(point), "kept": list(point.kept)} for point in self.points]
-        return {"tasks": list(self.tasks), "points": points}
+        points = [
+            {**asdict(point), "kept": list(point.kept), "right": list(point.right)}
+            for point in self.points
+        ]
+        return {"tasks": list(self.tasks), "points": points, "ids": [*map(list, self.ids)]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Front:
         """Rebuild what :meth:`to_dict` returned."""
-        points = [{**point, "kept": tuple(point["kept"])} for point in content["points"]]
-        return cls(tuple(content["tasks"]), tuple(FrontPoint(**point) for point in points))
+        points = [
+            {**point, "kept": tuple(point["kept"]), "right": tuple(point.get("right", ()))}
+            for point in content["points"]
+        ]
+        return cls(
+            tuple(content["tasks"]),
+            tuple(FrontPoint(**point) for point in points),
+            tuple(map(tuple, content.get("ids", ()))),
+        )
+
+
+def front_point(
+    model: HookedModel,
+    validation: Encoded,
+    held: Sequence[Encoded],
+    *,
+    learning_rate: float = 0.0,
+    replay: float = 0.0,
+    alpha: float = 0.0,
+) -> FrontPoint:
+    """Measure a model on the validation splits of the target and of what may be forgotten.
+
+    Raises:
+        NotFiniteError: if it gives logits that are not finite.
+    """
+    found, right = [], []
+    for data in (validation, *held):
+        logits, gold = label_scores(model, data), torch.tensor(data.gold)
+        found.append(summarise(logits, gold))
+        right.append("".join("01"[hit] for hit in (logits.argmax(1) == gold).tolist()))
+    target, *kept = found
+    return FrontPoint(
+        learning_rate,
+        replay,
+        alpha,
+        target.accuracy,
+        target.margin,
+        tuple(other.accuracy for other in kept),
+        tuple(right),
+    )
 
 
 def points_between(
     trainable: Trainable,
     initial: Mapping[str, Tensor],
-    log: TrainingLog,
     validation: Encoded,
     held: Sequence[Encoded],
     *,
@@ -173,7 +219,6 @@ def points_between(
     Args:
         trainable: as training left it.
         initial: its entries before.
-        log: of the training, which has measured the target at the end of the way.
         validation: of the target.
         held: validation splits of the tasks that may be forgotten; without any only the end of the
             way is of interest.
@@ -182,16 +227,15 @@ def points_between(
     Raises:
         NotFiniteError: if a model gives logits that are not finite.
     """
-    if not held:
-        yield FrontPoint(learning_rate, replay, 1.0, log.best["accuracy"], log.best["margin"])
-        return
     end = trainable.state()
-    for alpha in ALPHAS if trainable.is_line(initial, end) else (1.0,):
+    alphas = ALPHAS if held and trainable.is_line(initial, end) else (1.0,)
+    for alpha in alphas:
         trainable.load(trainable.between(initial, end, alpha))
-        if alpha == 1:
-            target = log.best["accuracy"], log.best["margin"]
-        else:
-            found = evaluate_encoded(trainable.model, validation)
-            target = found.accuracy, found.margin
-        kept = tuple(evaluate_encoded(trainable.model, data).accuracy for data in held)
-        yield FrontPoint(learning_rate, replay, alpha, *target, kept)
+        yield front_point(
+            trainable.model,
+            validation,
+            held,
+            learning_rate=learning_rate,
+            replay=replay,
+            alpha=alpha,
+        )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Unpack, get_args
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
-from circuitlens.adapt.front import Front, FrontPoint, points_between
+from circuitlens.adapt.front import Front, front_point, points_between
 from circuitlens.adapt.merging import plain_copy
 from circuitlens.adapt.options import (
     TRANSFER,
@@ -56,7 +56,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Task
-from circuitlens.tasks.evaluation import Evaluation, evaluate_encoded, label_scores, summarise
+from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
@@ -208,10 +208,12 @@ def transfer(
     losses = [text_loss(model, other) for other in others]
     seconds = choosing + (decision.seconds if decision else 0.0)
     initial = trainable.state()
-    untrained, *unmoved = (evaluate_encoded(trainable.model, d) for d in (validation, *held))
-    kept_before = tuple(other.accuracy for other in unmoved)
-    start = FrontPoint(0.0, 0.0, 0.0, untrained.accuracy, untrained.margin, kept_before)
-    front = Front(tuple(other.full_name for other in others), (start,))
+    start = front_point(trainable.model, validation, held)
+    front = Front(
+        tuple(other.full_name for other in others),
+        (start,),
+        tuple(tuple(encoded.ids) for encoded in (validation, *held)),
+    )
     chosen, best = start, initial
     logs: dict[tuple[float, float], TrainingLog] = {}
     label = f"Transfer to {task.language} ({name})"
@@ -224,7 +226,7 @@ def transfer(
             log = train_in_stages(trainable, stages[mix], validation, option, kept and kept / where)
             seconds, logs[rate, mix] = seconds + log.seconds, log
             between = points_between(
-                trainable, initial, log, validation, held, learning_rate=rate, replay=mix
+                trainable, initial, validation, held, learning_rate=rate, replay=mix
             )
             for point in between:
                 front = replace(front, points=(*front.points, point))
