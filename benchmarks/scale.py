@@ -98,7 +98,7 @@ class Part:
         batches = self._batches(model, task, "pool_a", self.args.batch)
 
         def ours() -> None:
-            cl.label_balanced_mean(model, task, batch_size=self.args.batch, quiet=True)
+            self._mean(model, task, self.args.batch)
 
         def rival() -> None:
             for batch in batches:
@@ -115,7 +115,7 @@ class Part:
     def linear(self) -> Iterator[dict[str, Any]]:
         """Relevance of all heads and MLPs beside forward and backward passes."""
         model, task = self._opened(self.args.examples, self.args.tokens)
-        baseline = cl.label_balanced_mean(model, task, quiet=True, batch_size=self.args.batch)
+        baseline = self._mean(model, task, self.args.batch)
         batches = self._batches(model, task, "pool_a", self.args.batch)
 
         def ours() -> None:
@@ -154,7 +154,7 @@ class Part:
     def exact(self) -> Iterator[dict[str, Any]]:
         """Methods that cost a run a head, and faithfulness, on few and short prompts."""
         model, task = self._opened(self.args.few, self.args.few_tokens)
-        baseline = cl.label_balanced_mean(model, task, quiet=True, batch_size=BATCH)
+        baseline = self._mean(model, task, BATCH)
         asked = task["validation"][: self.args.few]
         batches = self._batches(model, task, "pool_a")
 
@@ -290,6 +290,13 @@ class Part:
             "target": None,
             **median_ratio(ours, rival, 1),
         }
+
+    @staticmethod
+    def _mean(model: cl.HookedModel, task: cl.Task, batch_size: int) -> cl.MeanBaseline:
+        # Few examples are near chance, whatever the model answers.
+        return cl.label_balanced_mean(
+            model, task, batch_size=batch_size, allow_chance=True, quiet=True
+        )
 
     def _opened(self, examples: int, tokens: int) -> tuple[cl.HookedModel, cl.Task]:
         if self._model is None:
