@@ -49,7 +49,7 @@ def scorers() -> dict[str, str]:
 def strategies() -> dict[str, str]:
     """Names and descriptions of the strategies, ``auto`` among them."""
     known = _entries("adapt/strategies.py", "Strategy")
-    return known | {"auto": "decides between circuit and near-zero inside the training data"}
+    return known | {"auto": "tries circuit, near-zero, lora-norms, full; chooses on validation"}
 
 
 def data_sets() -> dict[str, str]:

@@ -20,7 +20,7 @@ import pandas as pd
 import psutil
 import torch
 
-from circuitlens.adapt.auto import N_TRAININGS
+from circuitlens.adapt.auto import CANDIDATES, ENOUGH, N_FOLDS
 from circuitlens.adapt.competence import is_competent
 from circuitlens.adapt.front import ALPHAS
 from circuitlens.adapt.options import (
@@ -219,38 +219,43 @@ def plan(
     others = [task, *(task.to(name) for name in retain)]
     mixes = replays_of(replay)
     trainings = len(set(learning_rates)) * len(mixes)
-    # The start, and every training at all points of its way; accuracy, and the loss of texts.
-    on_others = [
-        (other, pool, times)
-        for other in others
-        for pool, times in (
-            ("validation", 1.0 + len(ALPHAS) * trainings),
-            ("test", 2.0 + 2 * min(1.0, MAX_TEXTS / len(other["test"]))),
-        )
-    ]
+    # The start, and every training at all points of its way.
+    tried = 1.0 + len(ALPHAS) * trainings
     for target in map(task.to, targets):
         for name in strategies:
-            how = strategy_of("circuit" if name == AUTO else name)
+            auto = name == AUTO
+            kinds = [strategy_of(kind) for kind in (CANDIDATES if auto else (name,))]
+            n = len(kinds)
             epochs = float(trainings * training.epochs)
-            # "auto" trains every candidate on two of three folds at one rate.
-            folds = N_TRAININGS * training.epochs * 2 / 3 if name == AUTO else 0.0
-            if how.trains_first:
-                folds += float(training.epochs)
             # Source examples for one of the target's, of the stages' mean.
-            mixed = sum(mixes) / len(mixes) + (sum(GRADUAL) / len(GRADUAL) if how.gradual else 0.0)
+            gradual = any(how.gradual for how in kinds)
+            mixed = sum(mixes) / len(mixes) + (sum(GRADUAL) / len(GRADUAL) if gradual else 0.0)
+            beforehand = sum(float(training.epochs) for how in kinds if how.trains_first)
+            if auto and len(target["validation"]) < ENOUGH:
+                # Each candidate on two of three folds at one rate.
+                beforehand += n * (N_FOLDS - 1) * training.epochs
             trained = {
-                "pool_b": epochs * (1 + mixed) + folds,
-                "validation": epochs + 1 + len(ALPHAS) * trainings,
+                "pool_b": n * epochs * (1 + mixed) + beforehand,
+                "validation": n * (epochs + tried),
                 "test": 2.0,
             }
+            # Accuracy before and after, and the loss of up to so many texts.
+            beside = [
+                (other, pool, times)
+                for other in others
+                for pool, times in (
+                    ("validation", n * tried),
+                    ("test", 2.0 + 2 * min(1.0, MAX_TEXTS / len(other["test"]))),
+                )
+            ]
             stage = costs.training(
-                f"transfer to {target.language}, {name if name == AUTO else how.name}",
+                f"transfer to {target.language}, {name if auto else kinds[0].name}",
                 target,
                 trained,
                 training,
-                _trains_all(name),
+                any(how.all_weights for how in kinds),
                 times=seeds,
-                beside=on_others,
+                beside=beside,
             )
             stages.append(stage)
             if rediscover:
@@ -298,7 +303,8 @@ def check_memory(model: HookedModel, strategies: Sequence[str], *, finetunes: bo
 
 
 def _trains_all(strategy: str) -> bool:
-    return strategy != AUTO and strategy_of(strategy).all_weights
+    # What auto tries trains all weights too.
+    return strategy == AUTO or strategy_of(strategy).all_weights
 
 
 class _Costs:

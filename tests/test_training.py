@@ -13,7 +13,7 @@ from helpers import ALL, tiny
 
 import circuitlens as cl
 from circuitlens.adapt import stages
-from circuitlens.adapt.auto import _pick, decide
+from circuitlens.adapt.auto import decide
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
@@ -420,23 +420,6 @@ def test_auto_decides_inside_the_training_data_and_says_why(
             two,
             TrainingOptions(learning_rate=0.1),
         )
-
-
-def test_of_candidates_alike_the_smallest_wins(toy_scores):
-    plans = [(name, size) for name in ("circuit", "near-zero") for size in (2, 4, 8)]
-    right = np.zeros((6, 100), dtype=bool)
-    right[:, :50] = True
-    choice = Choice(toy_scores.top(4), toy_scores)
-    assert (_pick(plans, right, choice).strategy, len(_pick(plans, right, choice).circuit)) == (
-        "circuit",
-        2,
-    )
-    right[5, :90] = True  # far ahead
-    ahead = _pick(plans, right, choice)
-    assert (ahead.strategy, len(ahead.circuit)) == ("near-zero", 8)
-    assert ahead.candidates[0].accuracy == 0.9
-    right[4, [*range(88), 95]] = True  # as good, for all one can tell, with fewer heads
-    assert len(_pick(plans, right, choice).circuit) == 4
 
 
 @pytest.mark.slow

@@ -1,27 +1,30 @@
-"""Deciding beforehand: edit the circuit or preserve it, and how many heads to train.
+"""Deciding by trying: which strategy, at which rate, with which replay, and how far.
 
 The paper trains the circuit ("edit") and, for other languages, heads that matter least
-("preserve"), and reports the better of the two on the test set. Here the choice is made by
-cross-validation inside the training data (pool B), so that the test split is never read, nor the
-validation split, which chooses rate and epoch afterwards:
+("preserve"), and reports the better of the two on the test set. Here the choice is made on
+validation, under the same rule as that of rate and α:
 
-1. Candidates are ``circuit`` and ``near-zero`` with half, all and twice the circuit's heads.
-2. Each is trained on all folds but one, for the same epochs at the same rate, and measured on that
-   fold; the folds and their order are the same for all. Folds tear no group apart: hypotheses of
-   one premise are trained on or held out together.
-3. The best accuracy over all held-out examples leads. Among the candidates that it does not beat by
-   one standard error of the paired difference, the one with fewest heads wins, and ``circuit``
-   before ``near-zero``. Examples of a group are not independent, so the error is over groups: with
-   d_i the difference on example i, n examples and G groups it is
+1. Candidates are ``circuit``, ``near-zero``, ``lora-norms`` and ``full``. Each is trained at every
+   rate and with every amount of replay, four times the training of one strategy.
+2. The best point of each on the target's validation split is compared, among the points that keep
+   the source if ``keep_source`` asks for it.
+3. The best candidate leads. Among those that it does not beat by one standard error of the paired
+   difference, the one with fewest trained entries wins (the rule of one standard error; Breiman et
+   al. 1984). Examples of a group are not independent, so the error is over groups: with d_i the
+   difference on example i, n examples and G groups it is
 
        sqrt(G / (G - 1) · sum over groups of (sum over the group of (d_i - mean d))²) / n,
 
    which is the usual one where every example is a group of its own.
+4. Where validation has fewer than 50 examples, which cannot tell candidates apart, the training
+   pool helps: each candidate is trained at the middle rate on two thirds of it and measured on the
+   third one, for all three, and these examples count beside those of validation.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,34 +34,34 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from circuitlens.adapt.options import TrainingOptions
-from circuitlens.adapt.strategies import Choice, strategy_of
+from circuitlens.adapt.choice import Choice
+from circuitlens.adapt.search import Found, Search, search
+from circuitlens.adapt.strategies import strategy_of
+from circuitlens.adapt.trainable import Trained, restore
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
-from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import label_scores
-from circuitlens.utils.progress import progress
 
-__all__ = ["Candidate", "Decision", "decide"]
+__all__ = ["CANDIDATES", "ENOUGH", "N_FOLDS", "Candidate", "Decision", "decide"]
 
 logger = logging.getLogger(__name__)
 
-_FACTORS = (0.5, 1.0, 2.0)
-_FOLDS = 3
-# Of the two strategies, with each number of heads, on each part of the data.
-N_TRAININGS = 2 * len(_FACTORS) * _FOLDS
+CANDIDATES = ("circuit", "near-zero", "lora-norms", "full")
+# Validation examples from which on they alone decide.
+ENOUGH = 50
+N_FOLDS = 3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy and a number of heads, with its accuracy on held-out training data.
+    """A strategy with its accuracy on the examples that decide.
 
     Attributes:
-        strategy: ``circuit`` or ``near-zero``.
-        size: number of heads.
-        accuracy: over all held-out examples.
+        strategy: its name.
+        size: entries that it trains; in results from before version 0.2, heads.
+        accuracy: over the examples that decide.
         behind: how far the best candidate is ahead, and the standard error of that difference
             (paired, over groups of examples; see the module's docstring).
     """
@@ -74,11 +77,11 @@ class Decision:
     """What was chosen, and why.
 
     Attributes:
-        strategy: ``circuit`` (edit) or ``near-zero`` (preserve).
-        circuit: the top heads in the number chosen.
+        strategy: its name.
+        circuit: the heads that the candidates were made from.
         candidates: all that were tried, the best first.
         why: one sentence.
-        seconds: of training.
+        seconds: of training all candidates.
     """
 
     strategy: str
@@ -111,46 +114,59 @@ class Decision:
 
 
 def decide(
-    model: HookedModel,
-    choice: Choice,
-    data: Encoded,
-    options: TrainingOptions,
-    *,
-    n_folds: int = _FOLDS,
-    checkpoints: Path | None = None,
-    quiet: bool = False,
-) -> Decision:
-    """Choose between editing and preserving, and the number of heads (module docstring).
+    model: HookedModel, choice: Choice, given: Search, label: str, scratch: Path
+) -> tuple[Decision, Found]:
+    """Train the candidates, and choose one (module docstring).
 
     Args:
         model: the proxy; left as it is.
-        choice: circuit and scores.
-        data: pool B of the target language, with its groups.
-        options: how to train; all epochs are used, at this rate.
-        n_folds: parts of the data that are held out in turn.
-        checkpoints: folder of the trainings' states, see :func:`circuitlens.transfer`.
-        quiet: no progress bar.
+        choice: circuit, scores and data.
+        given: rates, amounts of replay, validation and the rule, as for any strategy.
+        label: of progress bars and messages.
+        scratch: an empty folder, which then holds the trained tensors of the chosen strategy.
+
+    Returns:
+        The decision, and what the chosen strategy found.
 
     Raises:
-        InputError: if scores are missing, or there are fewer groups of examples than folds.
+        InputError: if scores are missing, or there are too few examples to hold any out.
+        NotFiniteError: if all trainings of a candidate diverge.
     """
-    scores = choice.ranked
-    folds = _folds(data.groups, n_folds, options.seed)
-    total = scores.n_layers * scores.n_heads
-    size = len(choice.circuit)
-    sizes = sorted({min(total, max(1, round(factor * size))) for factor in _FACTORS})
-    plans = [(name, n) for name in ("circuit", "near-zero") for n in sizes]
-    right = np.zeros((len(plans), len(data)), dtype=bool)
+    _ = choice.ranked
+    small = len(given.validation) < ENOUGH
+    folds = _folds(choice.target.groups, N_FOLDS, choice.seed) if small else []
+    groups: list[Hashable] = [("validation", g) for g in given.validation.groups]
+    if small:
+        groups += [("training", g) for g in choice.target.groups]
+    right = np.zeros((len(CANDIDATES), len(groups)), dtype=bool)
+    kept: list[Found] = []
     seconds = 0.0
-    for row, (name, n) in progress(
-        list(enumerate(plans)), "Edit or preserve", quiet=quiet, total=len(plans)
-    ):
-        sized = replace(choice, circuit=_sized(choice, n))
+    # On disk, as four copies of a large model fit into no memory.
+    places = [scratch / name for name in CANDIDATES]
+    for row, (name, place) in enumerate(zip(CANDIDATES, places, strict=True)):
+        folder = given.checkpoints and given.checkpoints / name
+        mine = replace(given, checkpoints=folder)
+        found = search(model, strategy_of(name), choice, mine, f"{label}: {name}")
+        seconds += found.seconds
+        answered = found.chosen.right[0]
+        right[row, : len(answered)] = [mark == "1" for mark in answered]
         for k, fold in enumerate(folds):
-            kept = checkpoints and checkpoints / f"{name}-{n}" / f"fold-{k}"
-            right[row, fold], took = _held_out(model, name, sized, data, fold, folds, options, kept)
+            part = folder and folder / f"fold-{k}"
+            hits, took = _held_out(model, name, choice, fold, folds, part)
+            right[row, len(answered) + np.array(fold)] = hits
             seconds += took
-    return replace(_pick(plans, right, choice, data.groups), seconds=seconds)
+        assert found.trainable is not None
+        found.trainable.write(place)
+        kept.append(replace(found, trainable=None))
+    entries = [found.n_entries for found in kept]
+    decision = _pick(CANDIDATES, entries, right, choice.circuit, groups)
+    row = CANDIDATES.index(decision.strategy)
+    for path in places[row].iterdir():
+        path.rename(scratch / path.name)
+    for place in places:
+        shutil.rmtree(place)
+    trainable = restore(model, scratch, Trained.found(scratch))
+    return replace(decision, seconds=seconds), replace(kept[row], trainable=trainable)
 
 
 def _folds(groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
@@ -177,30 +193,24 @@ def _folds(groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
     return [[i for block in fold for i in blocks[block]] for fold in order.tensor_split(n_folds)]
 
 
-def _sized(choice: Choice, n: int) -> Circuit:
-    """The circuit itself, or the top heads in another number."""
-    return choice.circuit if n == len(choice.circuit) else choice.ranked.top(n)
-
-
 def _held_out(
     model: HookedModel,
     name: str,
     choice: Choice,
-    data: Encoded,
     fold: Sequence[int],
     folds: Sequence[Sequence[int]],
-    options: TrainingOptions,
     checkpoints: Path | None,
 ) -> tuple[np.ndarray, float]:
     """Which examples of ``fold`` are answered right after training on the others, and its time."""
-    strategy = strategy_of(name)
+    assert choice.training is not None
+    strategy, data = strategy_of(name), choice.target
     trainable = strategy.make(model, choice, strategy.choose(model, choice))
     rest = [i for other in folds if other is not fold for i in other]
     log = train(
         trainable.model,
         data.take(rest),
         None,
-        options,
+        choice.training,
         trainable=trainable,
         checkpoints=checkpoints,
         quiet=True,
@@ -225,31 +235,31 @@ def _standard_error(gap: Float[np.ndarray, " examples"], groups: Sequence[Hashab
 
 
 def _pick(
-    plans: Sequence[tuple[str, int]],
-    right: Bool[np.ndarray, "plans examples"],
-    choice: Choice,
+    names: Sequence[str],
+    entries: Sequence[int],
+    right: Bool[np.ndarray, "candidates examples"],
+    circuit: Circuit,
     groups: Sequence[Hashable] | None = None,
 ) -> Decision:
     """Apply the rule to what was answered right; without ``groups`` every example is one."""
     groups = range(right.shape[1]) if groups is None else groups
     accuracy = right.mean(1)
-    # Ties in accuracy go to fewer heads, and to the circuit.
-    best = max(range(len(plans)), key=lambda i: (accuracy[i], -plans[i][1], -i))
+    # Ties in accuracy go to fewer entries.
+    best = max(range(len(names)), key=lambda i: (accuracy[i], -entries[i], -i))
     found = []
-    for row, (name, n) in enumerate(plans):
+    for row, name in enumerate(names):
         gap = right[best].astype(float) - right[row]
         error = _standard_error(gap, groups)
-        found.append(Candidate(name, n, float(accuracy[row]), (float(gap.mean()), error)))
+        behind = (float(gap.mean()), error)
+        found.append(Candidate(name, entries[row], float(accuracy[row]), behind))
     equal = [c for c in found if c.behind[0] <= c.behind[1]]
-    chosen = min(equal, key=lambda c: (c.size, c.strategy != "circuit", -c.accuracy))
+    chosen = min(equal, key=lambda c: (c.size, -c.accuracy))
     ranked = tuple(sorted(found, key=lambda c: -c.accuracy))
-    verb = "edit" if chosen.strategy == "circuit" else "preserve"
     top = ranked[0]
     why = (
-        f"{verb}: {chosen.strategy} with {chosen.size} heads has {chosen.accuracy:.1%} on "
-        f"{right.shape[1]} held-out training examples; the best candidate ({top.strategy}, "
-        f"{top.size} heads) has {top.accuracy:.1%}, and of the {len(equal)} within one standard "
-        "error of it this has the fewest heads."
+        f"{chosen.strategy} has {chosen.accuracy:.1%} on {right.shape[1]} examples that were not "
+        f"trained on; the best candidate ({top.strategy}) has {top.accuracy:.1%}, and of the "
+        f"{len(equal)} within one standard error of it this trains the fewest entries."
     )
-    logger.info("strategy='auto' decides to %s", why)
-    return Decision(chosen.strategy, _sized(choice, chosen.size), ranked, why)
+    logger.info("strategy='auto': %s", why)
+    return Decision(chosen.strategy, circuit, ranked, why)

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, get_args
 
 import torch
 
 from circuitlens.adapt.auto import Decision, decide
-from circuitlens.adapt.front import Front, front_point, points_between
 from circuitlens.adapt.merging import plain_copy
 from circuitlens.adapt.options import (
     TRANSFER,
     TrainingKeywords,
-    TrainingLog,
     TrainingOptions,
     check_keep_source,
     rank,
@@ -40,7 +36,8 @@ from circuitlens.adapt.retention import (
     retained_tasks,
     weight_drift,
 )
-from circuitlens.adapt.stages import stages_of, train_in_stages
+from circuitlens.adapt.search import Search, search
+from circuitlens.adapt.stages import stages_of
 from circuitlens.adapt.strategies import AUTO, Choice, KVPolicy, Strategy, strategy_of
 from circuitlens.adapt.text_loss import text_loss
 from circuitlens.circuit import Circuit
@@ -49,7 +46,6 @@ from circuitlens.errors import (
     MODEL,
     TASK,
     InputError,
-    NotFiniteError,
     check_types,
 )
 from circuitlens.models.hooked import HookedModel
@@ -57,7 +53,6 @@ from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Task
 from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
-from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -100,9 +95,9 @@ def transfer(
         circuit: the heads to train; other strategies take its size.
         task: the task in the target language, usually ``source_task.to(language)``.
         strategy: one of :data:`circuitlens.adapt.STRATEGIES`; a configuration of PEFT, such as
-            ``peft.ShiraConfig(…)``, or ``"peft:config.json"``; or ``"auto"``, which decides between
-            ``circuit`` and ``near-zero``, and the number of heads, by cross-validation inside the
-            training data (:mod:`circuitlens.adapt.auto`).
+            ``peft.ShiraConfig(…)``, or ``"peft:config.json"``; or ``"auto"``, which tries
+            ``circuit``, ``near-zero``, ``lora-norms`` and ``full`` and chooses on validation
+            (:mod:`circuitlens.adapt.auto`).
         scores: of all heads; needed by ``near-zero``, ``circuit-lora``, ``auto`` and
             ``rediscover``.
         source: where retention is measured; by default the task that ``task`` was made from.
@@ -192,57 +187,30 @@ def transfer(
     )
     # Before anything is trained, as replay may be refused; what auto may choose is not gradual.
     stages = {mix: stages_of(model, data, source, how.gradual, mix, seed) for mix in mixes}
-    decision: Decision | None = None
-    if strategy == AUTO:
-        decision = decide(
-            model, choice, data, middle, checkpoints=kept and kept / AUTO, quiet=quiet
-        )
-        how, choice = strategy_of(decision.strategy), replace(choice, circuit=decision.circuit)
-    began = time.perf_counter()
-    heads = how.choose(model, choice)
-    trainable = how.make(model, choice, heads)
-    # What is trained may take looking at data, or a training, to know.
-    choosing = time.perf_counter() - began
+    label = f"Transfer to {task.language} ({name})"
+    given = Search(
+        stages,
+        validation,
+        held,
+        tuple(other.full_name for other in others),
+        tries,
+        keep_source,
+        kept,
+        quiet,
+        task.prompt,
+    )
+    scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
     losses = [text_loss(model, other) for other in others]
-    seconds = choosing + (decision.seconds if decision else 0.0)
-    initial = trainable.state()
-    start = front_point(trainable.model, validation, held)
-    front = Front(
-        tuple(other.full_name for other in others),
-        (start,),
-        tuple(tuple(encoded.ids) for encoded in (validation, *held)),
-    )
-    chosen, best = start, initial
-    logs: dict[tuple[float, float], TrainingLog] = {}
-    label = f"Transfer to {task.language} ({name})"
-    both = [(option, mix) for mix in mixes for option in tries]
-    for option, mix in progress(both, label, quiet=quiet):
-        trainable.load(initial)
-        rate = option.learning_rate
-        where = f"rate-{rate:g}" if len(mixes) == 1 else f"replay-{mix:g}-rate-{rate:g}"
-        try:
-            log = train_in_stages(trainable, stages[mix], validation, option, kept and kept / where)
-            seconds, logs[rate, mix] = seconds + log.seconds, log
-            between = points_between(
-                trainable, initial, validation, held, learning_rate=rate, replay=mix
-            )
-            for point in between:
-                front = replace(front, points=(*front.points, point))
-                wanted = (
-                    point.alpha == 1 if keep_source is None else front.keeps(point, keep_source)
-                )
-                if wanted and point.rank > chosen.rank:
-                    chosen, best = point, trainable.state()
-        except NotFiniteError as error:
-            logger.warning("%s: %s", label, error)
-    if not logs:
-        rates = ", ".join(f"{option.learning_rate:g}" for option in tries)
-        raise NotFiniteError(
-            f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
-        )
-    trainable.load(best)
+    decision: Decision | None = None
+    if strategy == AUTO:
+        decision, found = decide(model, choice, given, label, Path(scratch.name))
+    else:
+        found = search(model, how, choice, given, label)
+    trainable, front, chosen, logs = found.trainable, found.front, found.chosen, found.logs
+    heads, start = found.heads, found.front.start
+    seconds = decision.seconds if decision else found.seconds
     if chosen is start:
         within = (
             "no learning rate"
@@ -260,10 +228,9 @@ def transfer(
         log = max(logs.values(), key=lambda log: rank(log.best))
     else:
         log = logs[chosen.learning_rate, chosen.replay]
-    n_trainable = trainable.n_entries
-    scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
-    trainable.model.prompt = task.prompt
-    trainable.write(Path(scratch.name))
+    assert trainable is not None
+    if decision is None:
+        trainable.write(Path(scratch.name))
     drift = weight_drift(model, trainable.model)
     adapted = trainable.adapted()
 
@@ -309,7 +276,7 @@ def transfer(
         target_before=target_before,
         target_after=target_after,
         retained=retained,
-        n_trainable=n_trainable,
+        n_trainable=found.n_entries,
         learning_rate=chosen.learning_rate,
         alpha=chosen.alpha if chosen is not start else 1.0,
         front=front if others else None,

@@ -1,0 +1,133 @@
+"""The trainings of one strategy: every rate and amount of replay, and the best point of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from circuitlens.adapt.choice import Choice
+from circuitlens.adapt.front import Front, FrontPoint, front_point, points_between
+from circuitlens.adapt.options import TrainingLog, TrainingOptions
+from circuitlens.adapt.stages import train_in_stages
+from circuitlens.adapt.strategies import Strategy
+from circuitlens.adapt.trainable import Trainable
+from circuitlens.circuit import Circuit
+from circuitlens.errors import NotFiniteError
+from circuitlens.models.hooked import HookedModel
+from circuitlens.models.prompt import Prompt
+from circuitlens.tasks import Encoded
+from circuitlens.utils.progress import progress
+
+__all__ = ["Found", "Search", "search"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What all strategies of a transfer have in common.
+
+    Attributes:
+        stages: training data of each stage, for every amount of replay.
+        validation: of the target.
+        held: validation splits of the tasks that may be forgotten.
+        tasks: their names.
+        tries: options for every rate.
+        keep_source: accuracy that may be lost on them, as a share; ``None``: any.
+        checkpoints: folder of the states of trainings.
+        quiet: no progress bar.
+        prompt: what the model is trained to answer.
+    """
+
+    stages: Mapping[float, Sequence[Encoded]]
+    validation: Encoded
+    held: Sequence[Encoded]
+    tasks: tuple[str, ...]
+    tries: Sequence[TrainingOptions]
+    keep_source: float | None
+    checkpoints: Path | None
+    quiet: bool
+    prompt: Prompt | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the trainings of a strategy gave; the trainable has the entries of the chosen point.
+
+    Attributes:
+        heads: that were trained, if it was about heads.
+        trainable: with the entries of the chosen point; ``None`` once it is on disk.
+        n_entries: number of trained entries.
+        front: all points.
+        chosen: the best of them on the target, among those that keep the source if that was asked
+            for; the start, if none does better.
+        logs: by rate and amount of replay, but for those that diverged.
+        seconds: of choosing what is trained and of training.
+    """
+
+    heads: Circuit | None
+    trainable: Trainable | None
+    n_entries: int
+    front: Front
+    chosen: FrontPoint
+    logs: Mapping[tuple[float, float], TrainingLog]
+    seconds: float
+
+
+def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, label: str) -> Found:
+    """Train at every rate and amount of replay, and choose on validation.
+
+    Args:
+        model: is left as it is.
+        how: the strategy.
+        choice: what it may choose from.
+        given: what all strategies have in common.
+        label: of the progress bar and of messages.
+
+    Raises:
+        NotFiniteError: if every training diverges.
+    """
+    began = time.perf_counter()
+    heads = how.choose(model, choice)
+    trainable = how.make(model, choice, heads)
+    # What is trained may take looking at data, or a training, to know.
+    seconds = time.perf_counter() - began
+    trainable.model.prompt = given.prompt
+    initial = trainable.state()
+    start = front_point(trainable.model, given.validation, given.held)
+    ids = tuple(tuple(encoded.ids) for encoded in (given.validation, *given.held))
+    front = Front(given.tasks, (start,), ids)
+    chosen, best = start, initial
+    logs: dict[tuple[float, float], TrainingLog] = {}
+    both = [(option, mix) for mix in given.stages for option in given.tries]
+    for option, mix in progress(both, label, quiet=given.quiet):
+        trainable.load(initial)
+        rate = option.learning_rate
+        where = f"rate-{rate:g}" if len(given.stages) == 1 else f"replay-{mix:g}-rate-{rate:g}"
+        kept = given.checkpoints and given.checkpoints / where
+        try:
+            log = train_in_stages(trainable, given.stages[mix], given.validation, option, kept)
+            seconds, logs[rate, mix] = seconds + log.seconds, log
+            between = points_between(
+                trainable, initial, given.validation, given.held, learning_rate=rate, replay=mix
+            )
+            for point in between:
+                front = replace(front, points=(*front.points, point))
+                if _wanted(front, point, given.keep_source) and point.rank > chosen.rank:
+                    chosen, best = point, trainable.state()
+        except NotFiniteError as error:
+            logger.warning("%s: %s", label, error)
+    if not logs:
+        rates = ", ".join(f"{option.learning_rate:g}" for option in given.tries)
+        raise NotFiniteError(
+            f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
+        )
+    trainable.load(best)
+    return Found(heads, trainable, trainable.n_entries, front, chosen, logs, seconds)
+
+
+def _wanted(front: Front, point: FrontPoint, keep_source: float | None) -> bool:
+    return point.alpha == 1 if keep_source is None else front.keeps(point, keep_source)
