@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,6 @@ from helpers import ALL, tiny
 
 import circuitlens as cl
 from circuitlens.adapt import stages
-from circuitlens.adapt.auto import decide
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
@@ -381,45 +379,6 @@ def test_replay_and_stages_mix_source_examples_in(toy_proxy, toy_task, toy_score
     alone = cl.load_task("toy", "near")
     with pytest.raises(cl.InputError, match="need the source task: pass source="):
         cl.transfer(toy_proxy, toy_scores.top(2), alone, replay=0.5)
-
-
-@pytest.mark.slow
-def test_auto_decides_inside_the_training_data_and_says_why(
-    tmp_path, toy_proxy, toy_task, toy_scores, monkeypatch
-):
-    monkeypatch.setattr(sys.modules["circuitlens.adapt.auto"], "_FACTORS", (0.5, 1.0))
-    target = toy_task.to("near")
-    few = replace(target.pools, pool_b=target["pool_b"][:36])
-    options = {"strategy": "auto", "scores": toy_scores, "learning_rates": [3e-3], "epochs": 1}
-    result = cl.transfer(toy_proxy, toy_scores.top(4), replace(target, pools=few), **options)
-    decision = result.decision
-    assert {(c.strategy, c.size) for c in decision.candidates} == {
-        (name, size) for name in ("circuit", "near-zero") for size in (2, 4)
-    }
-    chosen = next(
-        c
-        for c in decision.candidates
-        if (c.strategy, c.size) == (decision.strategy, len(decision.circuit))
-    )
-    assert chosen.behind[0] <= chosen.behind[1]
-    assert decision.why.startswith("edit" if decision.strategy == "circuit" else "preserve")
-    expected = strategy_of(decision.strategy).choose(Choice(decision.circuit, toy_scores))
-    assert result.heads == expected
-    assert decision.why[:4] in result._repr_html_()
-    result.save(tmp_path / "r")
-    assert cl.TransferResult.load(tmp_path / "r") == result
-    # Neither validation nor test has a say in it.
-    poisoned = replace(few, test=few.test[:5], validation=few.validation[:40])
-    again = cl.transfer(toy_proxy, toy_scores.top(4), replace(target, pools=poisoned), **options)
-    assert again.decision == decision
-    two = target.encode(toy_proxy, target["pool_b"][:2])
-    with pytest.raises(cl.InputError, match="only 2 examples for 3 parts"):
-        decide(
-            toy_proxy,
-            Choice(toy_scores.top(4), toy_scores),
-            two,
-            TrainingOptions(learning_rate=0.1),
-        )
 
 
 @pytest.mark.slow
