@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import cell
@@ -15,6 +16,7 @@ import circuitlens as cl
 from circuitlens.adapt import Front
 from circuitlens.adapt.front import FrontPoint
 from circuitlens.adapt.strategies import Choice, strategy_of
+from circuitlens.experiments.front_bootstrap import front_value, sentence_weights
 from circuitlens.view.fronts import front_frame
 
 STEPS = st.integers(0, 20)
@@ -280,3 +282,84 @@ def test_a_folder_of_a_comparison_draws_its_fronts(tmp_path):
     assert len(drawn.data) == 51
     cl.Comparison((cell("x", "circuit", 0, 0.7),)).save(tmp_path)
     assert "fronts" not in cl.view.figures_of(tmp_path)
+
+
+# -- fronts compared sentence by sentence ------------------------------------------------------
+
+
+def test_weights_draw_parallel_sentences_together():
+    a, b = ["x", "y", "z"], ["z", "w", "x", "y"]
+    first, second = sentence_weights([a, b], 50)
+    assert np.allclose(first.sum(1), 1)
+    assert np.allclose(second.sum(1), 1)
+    assert np.allclose(first[0], 1 / 3)
+    for k, name in enumerate(a):
+        assert np.allclose(3 * first[:, k], 4 * second[:, b.index(name)])
+    assert not np.allclose(first[1], first[2])
+
+
+@given(st.lists(st.tuples(STEPS, STEPS), min_size=1, max_size=7), st.integers(0, 10))
+def test_the_rule_in_a_draw_is_that_of_the_front(pairs, most):
+    front = front_of(pairs)
+    target = np.array([[p.target for p in front.points]])
+    lost = np.array([[front.lost(p) for p in front.points]])
+    value = front_value(target, lost, most / 20)
+    assert value[0] == pytest.approx(front.choose(most / 20).target)
+    area = front_value(target, lost, None, most / 20)
+    assert area[0] == pytest.approx(front.hypervolume(most / 20))
+
+
+def answered(strategy, language, marks, seed=0):
+    """A cell with a front: for every point, which of the target's and source's are right."""
+    points = [
+        FrontPoint(
+            1e-3 * n, 0.0, 1.0 if n else 0.0, t.count("1") / len(t), 0.0,
+            (s.count("1") / len(s),), (t, s),
+        )
+        for n, (t, s) in enumerate(marks)
+    ]  # fmt: skip
+    (t, s) = marks[0]
+    ids = tuple(tuple(f"{kind}{i}" for i in range(len(x))) for kind, x in (("t", t), ("s", s)))
+    front = Front(("t/src",), tuple(points), ids)
+    return cell(language, strategy, seed, 0.5, front=front.to_dict())
+
+
+def test_fronts_are_compared_on_the_same_sentences():
+    start = ("0" * 20 + "1" * 20, "1" * 40)
+    better = ("1" * 30 + "0" * 10, "1" * 39 + "0")
+    worse = ("1" * 26 + "0" * 14, "1" * 39 + "0")
+    costly = ("1" * 40, "0" * 10 + "1" * 30)
+    grid = cl.Comparison(
+        (
+            answered("a", "x", [start, better, costly]),
+            answered("b", "x", [start, worse, costly]),
+            answered("a", "y", [start, better]),
+            answered("b", "y", [start, worse]),
+        )
+    )
+    pair = grid.paired_fronts("a", "b", keep_source=0.05)
+    assert pair.difference == pytest.approx(4 / 40)
+    assert 0 <= pair.low <= pair.difference <= pair.high
+    assert (pair.n_languages, pair.n_shared, pair.n_seeds) == (2, 40, 1)
+    # Sentences of both languages are drawn together, so they are no two samples.
+    one = grid.paired_fronts("a", "b", "y", keep_source=0.05)
+    assert (pair.high - pair.low) >= 0.9 * (one.high - one.low)
+    assert grid.paired_fronts("a", "a").difference == 0
+    assert grid.paired_fronts("a", "b", keep_source=0.5, language="x").difference == 0
+    volume = grid.paired_fronts("a", "b", "y", keep_source=None)
+    fronts = [Front.from_dict(grid.cells[n]["front"]).hypervolume() for n in (2, 3)]
+    assert volume.difference == pytest.approx(fronts[0] - fronts[1])
+    with pytest.raises(cl.InputError, match="no front of a common seed"):
+        grid.paired_fronts("a", "c")
+    old = dict(grid.cells[0]["front"], ids=[])
+    with pytest.raises(cl.InputError, match="compare again"):
+        cl.Comparison((dict(grid.cells[0], front=old),)).paired_fronts("a", "a")
+
+
+def test_a_transfer_says_which_sentences_its_points_answer(toy_proxy, toy_scores, near):
+    options = {**OPTIONS, "learning_rates": [3e-3], "epochs": 1}
+    front = cl.transfer(toy_proxy, toy_scores.top(2), near, **options).front
+    assert front.ids[0] == tuple(e.id for e in near["validation"])
+    for point in front.points:
+        shares = [marks.count("1") / len(marks) for marks in point.right]
+        assert shares == pytest.approx([point.target, *point.kept])

@@ -13,6 +13,7 @@ import pandas as pd
 
 from circuitlens.adapt.front import LOSSES, Front
 from circuitlens.errors import InputError
+from circuitlens.experiments.front_bootstrap import front_values
 from circuitlens.experiments.paired import (
     PairedDifference,
     bootstrap_difference,
@@ -21,6 +22,7 @@ from circuitlens.experiments.paired import (
     shared_ids,
 )
 from circuitlens.experiments.simple_rivals import SIMPLE
+from circuitlens.utils.bootstrap import percentiles
 from circuitlens.utils.storage import read_json, replacing, write_json
 
 __all__ = ["Comparison"]
@@ -261,6 +263,73 @@ class Comparison:
             row |= {f"target at {100 * x:g}": front.choose(x).target for x in LOSSES}
             rows.append(row)
         return pd.DataFrame(rows, columns=_FRONTS)
+
+    def paired_fronts(
+        self,
+        a: str,
+        b: str,
+        language: str | None = None,
+        *,
+        keep_source: float | None = 0.01,
+        level: float = 0.95,
+        draws: int = 500,
+    ) -> PairedDifference:
+        """Compare what two strategies offer on validation, whichever points were chosen.
+
+        Args:
+            a, b: the strategies.
+            language: a target language; by default the mean over all in which both have a seed in
+                common.
+            keep_source: compare the best target accuracy of the points that lose at most this on
+                every task to keep, as a share; ``None`` compares hypervolumes.
+            level: of the interval.
+            draws: of the bootstrap over validation sentences
+                (:mod:`circuitlens.experiments.front_bootstrap`).
+
+        Raises:
+            InputError: if no seed is common, or fronts do not say which examples are right.
+        """
+        chosen = self.languages if language is None else (language,)
+        sides: tuple[dict[str, list[Front]], dict[str, list[Front]]] = ({}, {})
+        counts = []
+        for name in chosen:
+            first, second = self._fronts_of(a, name), self._fronts_of(b, name)
+            if seeds := [seed for seed in first if seed in second]:
+                for side, found in zip(sides, (first, second), strict=True):
+                    side[name] = [found[seed] for seed in seeds]
+                counts.append(len(seeds))
+        if not counts:
+            raise InputError(
+                f"{a} and {b} have no front of a common seed in {language or 'any language'}."
+            )
+        values = [front_values(side, draws, keep_source) for side in sides]
+        gap = (values[0] - values[1]).round(12)
+        difference, drawn = float(gap[0]), gap[1:]
+        low, high = percentiles(drawn.reshape(-1, 1), level)[:, 0]
+        other = min(float((drawn <= 0).mean()), float((drawn >= 0).mean()))
+        ids = [front[0].ids[0] for front in sides[0].values()]
+        return PairedDifference(
+            a=a,
+            b=b,
+            language=language,
+            difference=difference,
+            low=float(low),
+            high=float(high),
+            level=level,
+            p=min(1.0, 2 * other),
+            n_examples=sum(map(len, ids)),
+            n_seeds=min(counts),
+            n_languages=len(counts),
+            n_shared=shared_ids(ids),
+        )
+
+    def _fronts_of(self, strategy: str, language: str) -> dict[int, Front]:
+        return {
+            cell["seed"]: Front.from_dict(cell["front"])
+            for cell in self.cells
+            if (cell["strategy"], cell["target_language"]) == (strategy, language)
+            and cell.get("front")
+        }
 
     def regret(self, strategy: str = "auto") -> pd.DataFrame:
         """Return how far a strategy stays behind the best single one, chosen on the test split.

@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float
 from circuitlens.errors import InputError
 from circuitlens.utils.bootstrap import percentiles, resampled_means
 
-__all__ = ["PairedDifference", "bootstrap_difference", "differences", "holm", "shared_ids"]
+__all__ = [
+    "PairedDifference",
+    "blocks_of",
+    "bootstrap_difference",
+    "differences",
+    "holm",
+    "shared_ids",
+]
 
 # Draws that are 0 but for rounding have to count as 0.
 _DIGITS = 12
@@ -97,7 +104,7 @@ def bootstrap_difference(
         raise InputError(f"draws must be positive, but is {draws}.")
     difference = float(np.mean([values.mean() for values in languages]))
     sums = np.zeros((len(languages), draws))
-    for seed, block in enumerate(_blocks(languages, ids)):
+    for seed, block in enumerate(blocks_of(languages, ids)):
         # Rows are languages, columns the examples of the block in the same order.
         rows = np.stack([languages[n][places] for n, places in block.items()])
         drawn = resampled_means(rows, seed, draws).T * rows.shape[1]
@@ -125,7 +132,7 @@ def shared_ids(ids: Sequence[Sequence[str] | None]) -> int:
     return sum(count > 1 for count in counts.values())
 
 
-def _blocks(
+def blocks_of(
     languages: Sequence[Float[np.ndarray, "_"]], ids: Sequence[Sequence[str] | None] | None
 ) -> list[dict[int, list[int]]]:
     """Places of the examples that stand in the same languages, by language, in one order."""
