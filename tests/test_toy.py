@@ -361,3 +361,34 @@ def test_commands_give_small_models_one_thread(monkeypatch):
     monkeypatch.setattr(threads, "SMALL", 10)
     settle_threads(model)
     assert chosen == [1]
+
+
+@pytest.mark.parametrize("kind", toy.TOY_KINDS)
+def test_a_kind_differs_from_the_source_in_that_alone(kind):
+    languages = toy.ToyLanguages()
+    lexicon = languages.lexicon
+    source, other = lexicon["source"], lexicon[kind]
+    changed = {concept for concept in source if source[concept] != other[concept]}
+    content = {concept for concept in source if ":" in concept}
+    expected = {"lexicon": content, "negation": {"not"}, "order": set(), "all": content | {"not"}}
+    assert changed == expected[kind]
+    back = {word: concept for concept, word in other.items()}
+    for mine, theirs in zip(
+        languages.splits("source")["test"][:200], languages.splits(kind)["test"], strict=False
+    ):
+        assert (mine.id, mine.label) == (theirs.id, theirs.label)
+        words = [back[word] for word in theirs.fields["text"].split()]
+        meant = mine.fields["text"].split()
+        assert sorted(source[concept] for concept in words) == sorted(meant)
+        clauses = [[]]
+        for concept in words:
+            clauses.append([]) if concept in ("and", "but") else clauses[-1].append(concept)
+        for clause in clauses:
+            # Moved to the end, or where it would stand if all were said backwards.
+            if "not" in clause and kind in ("negation", "all"):
+                assert clause[-1] == "not"
+        if kind == "lexicon":
+            assert [source[concept] for concept in words] == meant
+        if kind == "order" and len(clauses) == 1:
+            assert [source[concept] for concept in words] == meant[::-1]
+    assert len(set(other.values())) == len(other)

@@ -1,4 +1,4 @@
-"""Three artificial languages with sentiment sentences, and a small model to learn them.
+"""Artificial languages with sentiment sentences, and a small model to learn them.
 
 Everything follows from a seed: the lexicon, the sentences, the tokenizer and the model's initial
 weights. The languages say the same things (example *n* has one meaning in all of them):
@@ -6,7 +6,11 @@ weights. The languages say the same things (example *n* has one meaning in all o
 * ``source``: determiner, noun, negation, intensifier, adjective;
 * ``near``: the same grammar; words changed by regular sound shifts, some of them cognates that
   the shifts leave alone;
-* ``far``: other words but for a few cognates, adjectives first and negation at the clause's end.
+* ``far``: other words but for a few cognates, adjectives first and negation at the clause's end;
+* ``lexicon``, ``negation``, ``order``: differ from the source in one thing alone, the words for
+  things and qualities, the word for ``not`` and its place (the clause's end), or the order of words
+  (each clause backwards); ``all`` differs in all three. With them one can ask which heads have to
+  change for what.
 
 A sentence has one or two clauses. Clauses state a quality that is good, bad or neither, or a
 plain fact; ``not`` turns good into bad and back; intensifiers change nothing; behind ``but`` the
@@ -29,9 +33,18 @@ from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks.examples import Example
 
-__all__ = ["TOY_FINETUNE", "TOY_PROMPT", "Lexicon", "ToyLanguages", "toy_model", "toy_tokenizer"]
+__all__ = [
+    "TOY_FINETUNE",
+    "TOY_KINDS",
+    "TOY_PROMPT",
+    "Lexicon",
+    "ToyLanguages",
+    "toy_model",
+    "toy_tokenizer",
+]
 
-TOY_LANGUAGES = ("source", "near", "far")
+TOY_KINDS = ("lexicon", "negation", "order", "all")
+TOY_LANGUAGES = ("source", "near", "far", *TOY_KINDS)
 TOY_PROMPT: dict[str, Any] = {
     "template": "{text} ->",
     "labels": {"negative": " negative", "neutral": " neutral", "positive": " positive"},
@@ -94,7 +107,7 @@ class Meaning:
 
 
 class Lexicon:
-    """Words of the three languages for one seed: ``lexicon["near"]["noun:3"]``."""
+    """Words of the languages for one seed: ``lexicon["near"]["noun:3"]``."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"toy-lexicon-{seed}")
@@ -117,7 +130,18 @@ class Lexicon:
             near[concept] = word if rng.random() < 0.25 or shifted in taken else shifted
             taken.add(near[concept])
             far[concept] = word if rng.random() < 0.1 else coin(len(word) // 2)
-        self._words = {"source": source, "near": near, "far": far}
+        # After the others, so that those are what they were.
+        other = {c: coin(2) for c in concepts}
+        no = coin(1)
+        self._words = {
+            "source": source,
+            "near": near,
+            "far": far,
+            "lexicon": source | other,
+            "negation": source | {"not": no},
+            "order": source,
+            "all": source | other | {"not": no},
+        }
 
     def __getitem__(self, language: str) -> Mapping[str, str]:
         return self._words[language]
@@ -137,7 +161,12 @@ class Lexicon:
         other = [word[clause.object], word["the"]] if clause.object else []
         if language == "far":
             return [*predicate, *strength, *other, word[clause.noun], word["the"], *negation]
-        return [word["the"], word[clause.noun], *negation, *strength, *predicate, *other[::-1]]
+        moved = language in ("negation", "all")
+        inner = [] if moved else negation
+        words = [word["the"], word[clause.noun], *inner, *strength, *predicate, *other[::-1]]
+        if language in ("order", "all"):
+            words.reverse()
+        return [*words, *negation] if moved else words
 
 
 def _meanings(seed: int, stream: str) -> Iterator[Meaning]:
@@ -193,11 +222,11 @@ class ToyLanguages:
 
     @property
     def languages(self) -> Sequence[str]:
-        """The three languages."""
+        """The source, two targets, and a target for every kind of difference."""
         return TOY_LANGUAGES
 
     def resolve(self, language: str) -> str:
-        """Accept the three names."""
+        """Accept their names."""
         if language not in TOY_LANGUAGES:
             raise InputError(
                 f"The toy task has no language {language!r}; it has {', '.join(TOY_LANGUAGES)}."

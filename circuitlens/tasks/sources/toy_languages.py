@@ -20,7 +20,7 @@ def _open(folder: Path | None) -> Source:
 
 DATA_SET = DataSet(
     name="toy",
-    description="three artificial languages, made by code",
+    description="artificial languages, made by code",
     open=_open,
     language="source",
     prompt=TOY_PROMPT,
