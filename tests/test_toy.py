@@ -12,6 +12,7 @@ from helpers import token_of_labels
 from transformers import AutoTokenizer
 
 import circuitlens as cl
+from circuitlens.tasks import toy
 from circuitlens.tasks.toy import TOY_PROMPT, Lexicon, ToyLanguages, toy_model, toy_tokenizer
 from circuitlens.utils import threads
 from circuitlens.utils.threads import settle_threads
