@@ -100,7 +100,10 @@ def _width(text: str) -> str | float:
 
 def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
     if results:
-        _out.print(strategy_table(results))
+        from circuitlens.experiments.simple_rivals import simple_rivals
+
+        rivals = simple_rivals(run.task, [r.target_language for r in results])
+        _out.print(strategy_table(results, rivals))
     _out.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from circuitlens.adapt import TransferResult
+    from circuitlens.experiments import SimpleRival
     from circuitlens.planning import Plan
 
 __all__ = ["pairs_table", "plan_table", "strategy_table", "summary_table"]
@@ -30,8 +31,8 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def strategy_table(results: Sequence[TransferResult]) -> Table:
-    """One row a transfer."""
+def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRival] = ()) -> Table:
+    """One row a transfer, and one for each simple rival."""
     table = Table(title="Transfer: test accuracy in percent")
     table.add_column("target")
     table.add_column("strategy")
@@ -57,6 +58,22 @@ def strategy_table(results: Sequence[TransferResult]) -> Table:
             f"{r.n_trainable:,}",
             f"{r.learning_rate:g}",
             f"{r.seconds:.1f}",
+        )
+    before_of = {r.target_language: r.target_before.accuracy for r in results}
+    for rival in rivals:
+        accuracy, start = rival.result.accuracy, before_of[rival.language]
+        table.add_row(
+            rival.language,
+            rival.name,
+            percent(start),
+            percent(accuracy),
+            f"{100 * (accuracy - start):+.1f}",
+            percent(rival.result.macro_f1),
+            "–",
+            "–",
+            f"{rival.n_features * len(rival.result.labels):,}",
+            "–",
+            f"{rival.seconds:.1f}",
         )
     return table
 

@@ -35,6 +35,7 @@ from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulnes
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.grid import Runner
+from circuitlens.experiments.simple_rivals import simple_rivals
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
@@ -307,8 +308,7 @@ class RunFolder:
 
     def transfers(self) -> list[TransferResult]:
         """All finished transfers of the folder, the run's own targets first."""
-        found = saved_transfers(self.path / "transfers", self._targets())
-        return [self._checked(result) for result in found]
+        return [self._checked(r) for r in saved_transfers(self.path / "transfers", self._targets())]
 
     def _targets(self) -> list[str]:
         """The run's target languages, as the source of the data names them."""
@@ -376,7 +376,8 @@ class RunFolder:
             scores=scores,
             circuit=circuit,
             curve=curve,
-            results=self.transfers(),
+            results=(results := self.transfers()),
+            rivals=simple_rivals(task, [r.target_language for r in results]),
             comparison=Comparison.load(self.path / "compare") if compared else None,
             competence=self.competence_sentence(),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,15 @@ from circuitlens.errors import check_choice
 from circuitlens.tasks import Evaluation, Example, Task
 from circuitlens.tasks.evaluation import summarise
 
-__all__ = ["SIMPLE", "SimpleRival", "simple_cell", "simple_rival"]
+__all__ = ["SIMPLE", "SimpleRival", "simple_cell", "simple_rival", "simple_rivals"]
 
 SIMPLE = ("majority", "n-grams")
 # Inverse strengths of regularisation that validation chooses from.
 _STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+
+
+# A run's table and its report show the same ones.
+_FITTED: dict[tuple[str, str, str], SimpleRival] = {}
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,24 @@ def simple_rival(task: Task, name: str = "n-grams") -> SimpleRival:
         n_features,
         time.perf_counter() - start,
     )
+
+
+def simple_rivals(task: Task, languages: Iterable[str]) -> list[SimpleRival]:
+    """Both rivals in some target languages, each fitted once in a process.
+
+    Args:
+        task: in any language.
+        languages: of the targets.
+    """
+    found = []
+    for language in dict.fromkeys(languages):
+        target = task.to(language)
+        for name in SIMPLE:
+            key = (target.fingerprint(), target.language, name)
+            if key not in _FITTED:
+                _FITTED[key] = simple_rival(target, name)
+            found.append(_FITTED[key])
+    return found
 
 
 def _ngrams(

@@ -19,6 +19,7 @@ from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
+from circuitlens.experiments.simple_rivals import SimpleRival
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import METHODS
 from circuitlens.utils.provenance import Provenance
@@ -73,6 +74,7 @@ def render_report(
     circuit: Circuit | None = None,
     curve: FaithfulnessCurve | None = None,
     results: Sequence[TransferResult] = (),
+    rivals: Sequence[SimpleRival] = (),
     comparison: Comparison | None = None,
     competence: str = "",
 ) -> str:
@@ -84,6 +86,7 @@ def render_report(
         scores, circuit: discovery; both or none.
         curve: faithfulness, if it was measured.
         results: single transfers, if there were any.
+        rivals: simple rivals in their languages (:func:`circuitlens.experiments.simple_rival`).
         comparison: strategies × languages × seeds, if they were compared.
         competence: a sentence on how competent the model is in the source language.
 
@@ -108,13 +111,14 @@ def render_report(
     if scores is not None:
         if circuit is None:
             raise InputError("A report of scores shows their circuit: pass circuit=… too.")
-        context["run"] = _run(scores, circuit, curve, results)
+        context["run"] = _run(scores, circuit, curve, results) | {"rivals": rivals}
         context["warnings"] += run_warnings(scores, curve, results)
         context["provenance"] = scores.provenance
     if comparison is not None and has_cells:
         context["comparison"] = _comparison(comparison)
         context["warnings"] += comparison_warnings(comparison)
-        cell = comparison.cells[0]["provenance"]
+        # Simple rivals have none; they stand beside strategies that do.
+        cell = next(c["provenance"] for c in comparison.cells if c.get("provenance"))
         context.setdefault("provenance", Provenance.from_dict(cell))
         if not context["settings"]:
             context["settings"] = cell["settings"]
