@@ -248,6 +248,8 @@ def test_the_figure_shows_the_best_within_every_loss(mode):
             with_front("<b>x", "full", 0, [(10, 18), (18, 16)]),
             with_front("y", "full", 0, [(10, 18), (9, 19)]),
             cell("z", "full", 0, 0.7),
+            cell("y", "n-grams", 0, 0.7, validation=[[1.0, 0.6], [10.0, 0.8]]),
+            cell("z", "n-grams", 0, 0.7, validation=[[1.0, 0.6]]),
         )
     )
     frame = front_frame(grid, most_lost=0.1).set_index(["language", "strategy"])
@@ -261,14 +263,19 @@ def test_the_figure_shows_the_best_within_every_loss(mode):
     assert list(full.iloc[[0, 24, 49]]) == [0, 0, 0]
     assert full.iloc[-1] == pytest.approx(40)
     assert (frame.loc[("y", "full")]["gain"] == 0).all()
+    # Half of what is asked for was right before, and n-grams have nothing to lose.
+    assert frame.loc[("y", "n-grams")]["gain"].to_numpy() == pytest.approx(30)
+    assert ("z", "n-grams") not in frame.index
     fig = cl.view.transfer_fronts(grid, most_lost=0.1, mode=mode)
+    (flat,) = [trace for trace in fig.data if trace.mode == "lines"]
+    assert (flat.name, flat.line.dash) == ("n-grams", "dash")
     lines = [trace for trace in fig.data if trace.mode == "lines+markers"]
     assert [trace.name for trace in lines if trace.showlegend] == ["circuit", "full"]
     low, high = fig.layout.yaxis.range
     assert low < 0
     assert high > frame["high"].max()
     # One band: the strategy with two seeds.
-    assert len(fig.data) == len(lines) + 1
+    assert len(fig.data) == len(lines) + 2
     assert "<b>x" not in fig.to_json()
     with pytest.raises(cl.InputError, match="has a front"):
         cl.view.transfer_fronts(cl.Comparison((cell("z", "full", 0, 0.7),)))

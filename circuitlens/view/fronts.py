@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from circuitlens.adapt.front import Front
 from circuitlens.errors import InputError
+from circuitlens.experiments.simple_rivals import SIMPLE
 from circuitlens.view.small_multiples import (
     Results,
     below,
@@ -25,6 +26,7 @@ from circuitlens.view.theme import Mode, look
 __all__ = ["front_frame", "transfer_fronts"]
 
 _MOST = 0.05
+_DASHES = {"majority": "dot", "n-grams": "dash"}
 
 
 def transfer_fronts(
@@ -39,7 +41,8 @@ def transfer_fronts(
 
     Further up is better. A line is the best target accuracy, on validation, of all rates and α that
     lose at most so much on every task to keep; several seeds are their mean, with a band from the
-    least to the greatest. Every language has a panel, and all have the same axes.
+    least to the greatest. Every language has a panel, and all have the same axes. Simple rivals,
+    which have nothing to lose, are dotted lines at their accuracy on validation.
 
     Args:
         results: a comparison, or single results; of those the ones with the same language and
@@ -86,11 +89,12 @@ def transfer_fronts(
                 showlegend=False,
                 **place,
             )
+        simple = strategy in SIMPLE
         fig.add_scatter(
             x=curve["lost"],
             y=curve["gain"],
-            mode="lines+markers",
-            line={"color": style.colour, "width": 1.5},
+            mode="lines" if simple else "lines+markers",
+            line={"color": style.colour, "width": 1.5, "dash": _DASHES.get(strategy, "solid")},
             marker={"symbol": style.symbol, "size": 7, "maxdisplayed": 4},
             name=shown(strategy),
             showlegend=strategy not in seen,
@@ -142,6 +146,12 @@ def front_frame(results: Results, most_lost: float = _MOST) -> pd.DataFrame:
         )
     steps = np.linspace(0.0, most_lost, 51)
     found = []
+    starts = {language: several[0].start.target for (language, _), several in fronts.items()}
+    flat = {
+        (cell["target_language"], cell["strategy"]): max(a for _, a in cell["validation"])
+        for cell in cells_of(results)
+        if cell["strategy"] in SIMPLE and cell["target_language"] in starts
+    }
     for (language, strategy), several in fronts.items():
         gains = np.array([_gains(front, steps) for front in several])
         found.append(
@@ -157,6 +167,11 @@ def front_frame(results: Results, most_lost: float = _MOST) -> pd.DataFrame:
                 }
             )
         )
+    for (language, rival), accuracy in flat.items():
+        gain = 100 * (accuracy - starts[language])
+        level = {"gain": gain, "low": gain, "high": gain, "n_seeds": 1}
+        about = {"language": language, "strategy": rival, "lost": 100 * steps}
+        found.append(pd.DataFrame(about | level))
     return pd.concat(found, ignore_index=True)
 
 
