@@ -115,7 +115,7 @@ def pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
     table = Table(title=f"Target accuracy of {reference} minus that of others, in points")
     table.add_column("target")
     table.add_column("other")
-    for name in ("difference", "95 % interval", "p", "examples", "seeds"):
+    for name in ("difference", "95 % interval", "p", "p (Holm)", "examples", "seeds"):
         table.add_column(name, justify="right")
     for row in pairs.to_dict("records"):
         table.add_row(
@@ -124,6 +124,7 @@ def pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
             f"{100 * row['difference']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
             f"{row['p']:.3f}" if row["p"] else "< 0.002",
+            f"{row['p_holm']:.3f}" if row["p_holm"] else "< 0.002",
             str(row["n_examples"]),
             str(row["n_seeds"]),
         )

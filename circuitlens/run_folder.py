@@ -41,7 +41,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
 from circuitlens.opening import load
 from circuitlens.planning import Plan, check_memory, plan_run
-from circuitlens.run_settings import RunSettings, check_run
+from circuitlens.run_settings import RunSettings, check_run, folder_of
 from circuitlens.run_transfers import transfers_by
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
@@ -251,7 +251,7 @@ class RunFolder:
         )
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
-        return self.path / "transfers" / safe_name(target) / safe_name(strategy)
+        return self.path / "transfers" / safe_name(target) / safe_name(folder_of(strategy))
 
     def transfer(self, target: str, strategy: str) -> TransferResult:
         """Adapt the model to a target language, or load the finished transfer."""

@@ -6,6 +6,7 @@ is imported, which takes seconds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks import Task
 
-__all__ = ["CHOICES", "PEFT_FILE", "SCORING", "TOY", "RunSettings", "check_run"]
+__all__ = ["CHOICES", "PEFT_FILE", "SCORING", "TOY", "RunSettings", "check_run", "folder_of"]
 
 TOY = "toy"
 
@@ -50,6 +51,20 @@ PEFT_FILE = "peft:"
 STYLE = ("readout", "bos", "chat", "system", "choices")
 # Of these come the scores, with the seed.
 SCORING = ("method", "mlps", "by_position", "path", "steps", "max_examples")
+
+
+def folder_of(strategy: str) -> str:
+    """Name of a strategy's folder; a file of a configuration counts by what it holds.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    if not strategy.startswith(PEFT_FILE):
+        return strategy
+    path = Path(strategy.removeprefix(PEFT_FILE))
+    if not path.is_file():
+        raise InputError(f"There is no file {path} of a configuration of PEFT.")
+    return f"peft-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:6]}"
 
 
 def check_run(folder: Path) -> None:

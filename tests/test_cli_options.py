@@ -18,7 +18,7 @@ from circuitlens.adapt.options import COMPETENCE, TRANSFER, TrainingKeywords, Tr
 from circuitlens.adapt.strategies import NAMES, STRATEGIES
 from circuitlens.cli import app
 from circuitlens.cli_options import documentation, settings_of
-from circuitlens.run_settings import CHOICES, RunSettings
+from circuitlens.run_settings import CHOICES, RunSettings, folder_of
 from circuitlens.tasks import data_sets
 
 FIELDS = [field.name for field in fields(TrainingOptions)]
@@ -192,3 +192,28 @@ def test_help_lists_what_the_registries_hold():
     assert all(name in options["--task"].help for name in data_sets())
     for field, flag in (("kv_policy", "--kv-policy"), ("pooling", "--pooling")):
         assert all(name in options[flag].help for name in CHOICES[field])
+
+
+def test_a_file_of_a_configuration_is_a_strategy(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}', encoding="utf-8")
+    given = {"model": "toy", "task": "toy", "strategies": ("circuit", f"peft:{path}")}
+    settings = settings_of(given)
+    settings.check_names()
+    first = folder_of(settings.strategies[1])
+    assert first.startswith("peft-mine-")
+    path.write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}', encoding="utf-8")
+    assert folder_of(settings.strategies[1]) != first
+    assert folder_of("circuit") == "circuit"
+    path.unlink()
+    with pytest.raises(cl.InputError, match=r"no file .*mine\.json of a configuration"):
+        settings.check_names()
+    with pytest.raises(cl.InputError, match="no file"):
+        folder_of(settings.strategies[1])
+
+
+def test_several_amounts_of_replay_and_the_one_of_older_runs():
+    given = {"model": "toy", "task": "toy", "replay": (0.0, 0.5, 0.5)}
+    assert settings_of(given).replay == (0.0, 0.5)
+    old = RunSettings.from_dict({"model": "toy", "task": "toy", "replay": [0.25]})
+    assert old.replay == (0.25,)
