@@ -106,7 +106,9 @@ def transfer_fronts(
         seen.add(strategy)
     axis = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1, "nticks": 6}
     fig.update_xaxes(range=[0, 100 * most_lost], **axis)
-    high, low = float(frame["high"].max()), min(0.0, float(frame["low"].min()))
+    # Far below, the most frequent label would take the room of all others.
+    seen_whole = frame[frame["strategy"] != "majority"]
+    high, low = float(seen_whole["high"].max()), min(0.0, float(seen_whole["low"].min()))
     edge = 0.06 * (high - low) or 1.0
     # Not left to plotly: beside axes that match, it takes no notice of what is drawn.
     fig.update_yaxes(range=[low - edge, high + edge], **axis)
