@@ -337,3 +337,11 @@ def result(strategy="circuit", language="x", seed=None, drift=((0.0, 2.0), (0.5,
         **more,
     }
     return cl.TransferResult(**values)
+
+
+def shortened(task: cl.Task, n: int = 60) -> cl.Task:
+    """A task with as few examples, and so its origin: for tests that train many times."""
+    pools = task.pools
+    cut = {name: getattr(pools, name)[:n] for name in ("pool_b", "validation", "test")}
+    origin = None if task.origin is None else shortened(task.origin, n)
+    return replace(task, pools=replace(pools, **cut), origin=origin)

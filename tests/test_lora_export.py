@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import shortened, tiny
 from peft import PeftModel
 
 import circuitlens as cl
@@ -92,7 +92,7 @@ def test_ranks_are_those_of_the_heads_and_no_more_than_the_matrix_has(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["circuit", "head-scale", "head-bias"])
 def test_a_transfer_is_written_as_lora(toy_proxy, toy_task, toy_scores, strategy, tmp_path):
-    near = toy_task.to("near")
+    near = shortened(toy_task.to("near"))
     result = cl.transfer(
         toy_proxy, toy_scores.top(3), near, strategy=strategy, scores=toy_scores, **FAST
     )
@@ -123,7 +123,7 @@ def test_a_transfer_is_written_as_lora(toy_proxy, toy_task, toy_scores, strategy
 
 
 def test_what_is_no_slice_or_another_model_is_refused(toy_proxy, toy_task, toy_scores, tmp_path):
-    near = toy_task.to("near")
+    near = shortened(toy_task.to("near"))
     for strategy in ("full", "lora"):
         result = cl.transfer(toy_proxy, toy_scores.top(3), near, strategy=strategy, **FAST)
         with pytest.raises(cl.InputError, match="Only adapters on slices of heads"):
@@ -142,7 +142,7 @@ def test_no_place_of_this_machine_is_published(
     base = tmp_path / "secret-place" / "my-model"
     toy_proxy.save(base)
     model = cl.load(base)
-    near = toy_task.to("near")
+    near = shortened(toy_task.to("near"))
     for strategy in ("circuit", "lora", "full"):
         result = cl.transfer(model, toy_scores.top(3), near, strategy=strategy, **FAST)
         folder = tmp_path / strategy

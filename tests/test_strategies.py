@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import shortened, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import (
@@ -38,7 +38,7 @@ FAMILIES = ("qwen2", "gpt2", "phi3", "llama", "bloom", "gpt_neox", "bert")
 
 @pytest.fixture(scope="module")
 def near(toy_task):
-    return toy_task.to("near")
+    return shortened(toy_task.to("near"))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | Non
         Natural logarithms per token; ``None`` for models that predict no next token (encoders,
         classifiers), and where no text has two tokens.
     """
-    if model.readout.peft_task_type() != "CAUSAL_LM":
+    if not model.readout.predicts_text():
         return None
     tokenizer = model.tokenizer
     texts = [" ".join(e.fields.values()) for e in task[pool][:MAX_TEXTS]]
@@ -63,6 +63,10 @@ def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | Non
 
 def _losses(model: HookedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Losses of all tokens but the first, 0 on padding at the right."""
-    logits = model.hf(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses.double() * mask[:, 1:]
+    said = model.hf(input_ids=ids, attention_mask=mask).logits.float()
+    following = ids.roll(-1, dims=1)
+    losses = F.cross_entropy(said.transpose(1, 2), following, reduction="none")
+    # The last place of a row is followed by nothing.
+    counts = mask.roll(-1, dims=1)
+    counts[:, ids.shape[1] - 1] = 0
+    return losses.double() * counts

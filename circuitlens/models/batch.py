@@ -248,6 +248,10 @@ class Readout(ABC):
     def peft_task_type(self) -> str | None:
         """PEFT's name for what the model does; ``None`` where it has none."""
 
+    def predicts_text(self) -> bool:
+        """Whether the model predicts the next token of any text."""
+        return False
+
 
 @dataclass(frozen=True)
 class Batch:

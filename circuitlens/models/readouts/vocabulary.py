@@ -46,6 +46,10 @@ class VocabularyReadout(Readout):
         """Causal language models; PEFT has no name for masked ones."""
         return None if self.is_masked else "CAUSAL_LM"
 
+    def predicts_text(self) -> bool:
+        """Causal language models do."""
+        return not self.is_masked
+
 
 def rows_of_head(
     hf: PreTrainedModel, tokens: Iterable[int] | None
