@@ -98,6 +98,8 @@ def test_two_nodes_make_the_table_of_one_process_though_one_is_killed(
     assert numbers(again) == numbers(alone)
 
 
+# So many that some are left when the driver is killed, however fast the machine is.
+MANY = {**GRID, "seeds": list(range(12))}
 DRIVER = f"""
 import sys
 import torch
@@ -109,7 +111,7 @@ model = toy.toy_model(n_layers=1)
 circuit = cl.Circuit.of(["a0.h1"], 1, model.geometry.n_heads)
 cl.compare(
     model, circuit, cl.load_task("toy"), ["near"], out=sys.argv[1],
-    executor=RayCluster(sys.argv[2]), **{GRID!r},
+    executor=RayCluster(sys.argv[2]), **{MANY!r},
 )
 """
 
@@ -137,7 +139,7 @@ def test_a_driver_that_is_killed_or_interrupted_resumes(parts, alone, cluster, t
     assert process.returncode != 0
     assert how == signal.SIGKILL or "KeyboardInterrupt" in said
     done = len(list(out.rglob("seed-*.json")))
-    assert 1 <= done < 6
+    assert 1 <= done < 2 * len(MANY["seeds"])
     found = cl.compare(*parts, ["near"], **GRID, out=out, executor=RayCluster(cluster.address))
     assert numbers(found) == numbers(alone)
 

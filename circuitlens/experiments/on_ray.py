@@ -95,7 +95,11 @@ class RayCluster:
             )
             pending = {
                 remote.remote(
-                    work, tuple(spec.key), given[spec.key.language], files, self.num_cpus
+                    work,
+                    (tuple(spec.key), spec.strategy),
+                    given[spec.key.language],
+                    files,
+                    self.num_cpus,
                 ): spec.key
                 for spec in specs
             }
@@ -275,13 +279,26 @@ def _unpacked(reference: ModelReference, files: Files) -> ModelReference:
 
 
 def _work(
-    work: Callable[[CellSpec], Any], key: tuple[Any, ...], given: CellSpec, files: Files, cpus: int
+    work: Callable[[CellSpec], Any],
+    own: tuple[tuple[Any, ...], Any],
+    given: CellSpec,
+    files: Files,
+    cpus: int,
 ) -> Any:
-    """Run one cell; what a worker of Ray does."""
+    """Run one cell; what a worker of Ray does.
+
+    Args:
+        work: what to run.
+        own: the cell's key and strategy; all else is common to the cells of a language.
+        given: a cell of the same language.
+        files: of the model.
+        cpus: number of threads.
+    """
+    key, strategy = own
     assert isinstance(given.model, ModelReference)
     torch.set_num_threads(cpus)
     model = _unpacked(given.model, files)
     if model.device != "cpu":
         # Ray lets a worker see its own GPUs only.
         model = replace(model, device="cuda:0")
-    return work(replace(given, key=Key(*key), model=model))
+    return work(replace(given, key=Key(*key), strategy=strategy, model=model))
