@@ -174,7 +174,7 @@ STRATEGIES: dict[str, Strategy] = {
             "one vector added to the output of each head of the circuit, nothing else (LoFiT)",
             of_outputs("offset"),
             heads=lambda _, c: c.circuit,
-            colour="#CC79A7",
+            colour="#8C6D46",
             symbol="star-square",
         ),
         Strategy(
