@@ -249,6 +249,7 @@ def test_pushing_uploads_the_saved_folder(monkeypatch, result):
         "adapter_config.json",
         "adapter_model.safetensors",
         "result.json",
+        "trained.json",
     }
 
     class Refusing(Api):

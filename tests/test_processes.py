@@ -236,7 +236,8 @@ def test_two_processes_make_one_comparison(begin, tmp_path):
     launched(GRID_OUT, tmp_path)
     found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
-    assert [strategy for strategy, _ in found[0]] == ["circuit", "norms"]
+    names = ["circuit", "norms", "majority", "n-grams"]
+    assert [strategy for strategy, _ in found[0]] == names
     saved = cl.Comparison.load(tmp_path / "grid")
     assert not saved.errors
     assert [c["target_after"]["accuracy"] for c in saved.cells] == [a for _, a in found[0]]

@@ -99,7 +99,7 @@ def test_two_nodes_make_the_table_of_one_process_though_one_is_killed(
 
 
 # So many that some are left when the driver is killed, however fast the machine is.
-MANY = {**GRID, "seeds": list(range(12))}
+MANY = {**GRID, "seeds": list(range(40))}
 DRIVER = f"""
 import sys
 import torch
@@ -134,8 +134,15 @@ def test_a_driver_that_is_killed_or_interrupted_resumes(parts, alone, cluster, t
     out = tmp_path / "grid"
     process = driver(out, cluster.address)
     first_cell(out)
-    process.send_signal(how)
-    _, said = process.communicate(timeout=60)
+    said = None
+    until = time.time() + 60
+    while said is None:
+        # As people do: an interrupt can fall into a callback of Ray, which loses it.
+        process.send_signal(how)
+        try:
+            _, said = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            assert time.time() < until
     assert process.returncode != 0
     assert how == signal.SIGKILL or "KeyboardInterrupt" in said
     done = len(list(out.rglob("seed-*.json")))

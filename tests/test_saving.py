@@ -27,6 +27,10 @@ def entries(toy_proxy, toy_task, toy_scores):
     )
 
 
+# Beside the trained tensors: numbers, what the tensors are, and the card.
+RECORDS = {"result.json", "trained.json", "README.md"}
+
+
 def files(folder):
     return {path.name for path in folder.iterdir()}
 
@@ -36,6 +40,7 @@ def forget_kind(folder):
     content = json.loads((folder / "result.json").read_text())
     del content["trained"]
     (folder / "result.json").write_text(json.dumps(content))
+    (folder / "trained.json").unlink()
 
 
 @pytest.mark.parametrize("first", ["adapter", "entries"])
@@ -47,7 +52,7 @@ def test_a_result_replaces_one_of_the_other_kind(tmp_path, toy_proxy, adapter, e
     (tmp_path / "adapter_model.bin").touch()
     (tmp_path / "notes.txt").write_text("mine")
     new.save(tmp_path)
-    assert files(tmp_path) == {"result.json", "README.md", "notes.txt"} | kept
+    assert files(tmp_path) == {*RECORDS, "notes.txt"} | kept
     again = cl.TransferResult.load(tmp_path, toy_proxy)
     assert again == new
     assert again.model.fingerprint() == new.model.fingerprint() != old.model.fingerprint()
@@ -64,9 +69,9 @@ def test_the_kind_is_read_and_not_guessed(tmp_path, toy_proxy, adapter, entries)
     assert again.model.fingerprint() == entries.model.fingerprint()
     # Nor are the strange files carried on.
     again.save(tmp_path / "copy")
-    assert files(tmp_path / "copy") == {"result.json", "README.md"} | ENTRIES
+    assert files(tmp_path / "copy") == RECORDS | ENTRIES
     again.save(tmp_path / "entries")
-    assert files(tmp_path / "entries") == {"result.json", "README.md"} | ENTRIES
+    assert files(tmp_path / "entries") == RECORDS | ENTRIES
     assert cl.TransferResult.load(tmp_path / "entries", toy_proxy) == entries
 
 

@@ -183,7 +183,7 @@ class TransferResult:
         return pd.DataFrame([row])
 
     def save(self, folder: str | Path) -> None:
-        """Write ``result.json``, the trained tensors and a model card, ``README.md``.
+        """Write the numbers, the trained tensors, what these are, and a model card.
 
         An adapter is written as PEFT does it, so that ``PeftModel.from_pretrained`` reads it. The
         tensors of a result that was saved there before are removed.
@@ -207,6 +207,7 @@ class TransferResult:
         for name in names:
             with replacing(folder / name) as temporary:
                 shutil.copyfile(self.folder / name, temporary)
+        self.trained.write(folder)
         with replacing(folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
         write_json(folder / "result.json", _SCHEMA, self.to_dict())

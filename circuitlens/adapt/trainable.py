@@ -97,6 +97,10 @@ class Trained:
             )
         return present
 
+    def write(self, folder: Path) -> None:
+        """Write the note that :meth:`found` reads."""
+        write_json(folder / NOTE, _NOTE_SCHEMA, self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
         return asdict(self)
@@ -276,11 +280,7 @@ class Trainable:
         else:
             self._write_entries(folder)
             kind = "entries"
-        write_json(
-            folder / NOTE,
-            _NOTE_SCHEMA,
-            Trained(kind, self.model.origin, self.base, _checkpoint(self.model)).to_dict(),
-        )
+        Trained(kind, self.model.origin, self.base, _checkpoint(self.model)).write(folder)
 
     def _add_prompt(self, path: Path) -> None:
         """Say in the adapter's configuration what it was trained to answer.
