@@ -99,10 +99,13 @@ def test_two_nodes_make_the_table_of_one_process_though_one_is_killed(
 
 
 # So many that some are left when the driver is killed, however fast the machine is.
-MANY = {**GRID, "seeds": list(range(40))}
+MANY = {**GRID, "seeds": list(range(12))}
 DRIVER = f"""
+import signal
 import sys
 import torch
+# Shells have what they start in the background ignore interrupts, and so has its offspring.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 import circuitlens as cl
 from circuitlens.experiments import RayCluster
@@ -134,15 +137,8 @@ def test_a_driver_that_is_killed_or_interrupted_resumes(parts, alone, cluster, t
     out = tmp_path / "grid"
     process = driver(out, cluster.address)
     first_cell(out)
-    said = None
-    until = time.time() + 60
-    while said is None:
-        # As people do: an interrupt can fall into a callback of Ray, which loses it.
-        process.send_signal(how)
-        try:
-            _, said = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            assert time.time() < until
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert how == signal.SIGKILL or "KeyboardInterrupt" in said
     done = len(list(out.rglob("seed-*.json")))
