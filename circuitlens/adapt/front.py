@@ -21,14 +21,14 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import label_scores, summarise
 
-__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "front_point", "points_between"]
+__all__ = ["ALPHAS", "LOSSES", "ROUNDING", "Front", "FrontPoint", "front_point", "points_between"]
 
 # Shares of the way from the start (0, which is common to all) to the trained entries.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 # Points of source accuracy that tables look at, as shares.
 LOSSES = (0.0, 0.01, 0.02, 0.05)
 # Accuracies are quotients: 0.85 - 0.84 is a little more than 0.01.
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Front:
 
     def keeps(self, point: FrontPoint, keep_source: float) -> bool:
         """Whether a point loses at most ``keep_source`` of accuracy on every task."""
-        return self.lost(point) <= keep_source + _ROUNDING
+        return self.lost(point) <= keep_source + ROUNDING
 
     def choose(self, keep_source: float) -> FrontPoint:
         """Return the best point on the target that :meth:`keeps` the tasks.

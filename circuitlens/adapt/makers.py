@@ -89,16 +89,14 @@ def by_peft(config: Any) -> Maker:
             raise InputError(
                 f"PEFT's {method} does not fit {model.name}: {first_line(error)}"
             ) from error
-        _check_begins_at_the_model(model, trainable, choice, method)
+        _check_begins_at_the_model(model, trainable, method)
         return trainable
 
     return make
 
 
 @torch.no_grad()
-def _check_begins_at_the_model(
-    model: HookedModel, trainable: Trainable, choice: Choice, method: str
-) -> None:
+def _check_begins_at_the_model(model: HookedModel, trainable: Trainable, method: str) -> None:
     """Refuse an adapter without which the model is another one.
 
     Raises:

@@ -19,10 +19,10 @@ from circuitlens.experiments.paired import (
     bootstrap_difference,
     differences,
     holm,
+    interval_of,
     shared_ids,
 )
 from circuitlens.experiments.simple_rivals import SIMPLE
-from circuitlens.utils.bootstrap import percentiles
 from circuitlens.utils.storage import read_json, replacing, write_json
 
 __all__ = ["Comparison"]
@@ -303,20 +303,18 @@ class Comparison:
                 f"{a} and {b} have no front of a common seed in {language or 'any language'}."
             )
         values = [front_values(side, draws, keep_source) for side in sides]
-        gap = (values[0] - values[1]).round(12)
-        difference, drawn = float(gap[0]), gap[1:]
-        low, high = percentiles(drawn.reshape(-1, 1), level)[:, 0]
-        other = min(float((drawn <= 0).mean()), float((drawn >= 0).mean()))
+        difference, *drawn = values[0] - values[1]
+        low, high, p = interval_of(np.array(drawn), level)
         ids = [front[0].ids[0] for front in sides[0].values()]
         return PairedDifference(
             a=a,
             b=b,
             language=language,
-            difference=difference,
-            low=float(low),
-            high=float(high),
+            difference=float(difference),
+            low=low,
+            high=high,
             level=level,
-            p=min(1.0, 2 * other),
+            p=p,
             n_examples=sum(map(len, ids)),
             n_seeds=min(counts),
             n_languages=len(counts),

@@ -14,17 +14,16 @@ strategies; that cancels where they have as many points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float
 
-from circuitlens.adapt.front import Front
+from circuitlens.adapt.front import ROUNDING, Front
 from circuitlens.errors import InputError
 from circuitlens.experiments.paired import blocks_of
 
 __all__ = ["front_value", "front_values", "sentence_weights"]
-
-_ROUNDING = 1e-9
 
 
 def front_value(
@@ -42,7 +41,7 @@ def front_value(
         most_lost: of the hypervolume, see :meth:`circuitlens.adapt.Front.hypervolume`.
     """
     if keep_source is not None:
-        allowed = lost <= keep_source + _ROUNDING
+        allowed = lost <= keep_source + ROUNDING
         return np.asarray(np.where(allowed, target, -np.inf).max(1))
     order = lost.argsort(1, kind="stable")
     gain = np.take_along_axis(target - target[:, :1], order, 1)
@@ -98,14 +97,14 @@ def front_values(
                 )
     own = sentence_weights([fronts[name][0].ids[0] for name in languages], draws)
     means = np.zeros((len(languages), draws + 1))
+    # The same draws for every language and seed: it is the same task.
+    of_task = cache(lambda ids, k: sentence_weights([ids], draws, seed=k)[0])
     for n, language in enumerate(languages):
         for front in fronts[language]:
             target = own[n] @ _right(front, 0).T
             losses = []
             for k in range(1, len(front.ids)):
-                # The same draws for every language: it is the same task.
-                (weights,) = sentence_weights([front.ids[k]], draws, seed=k)
-                kept = weights @ _right(front, k).T
+                kept = of_task(front.ids[k], k) @ _right(front, k).T
                 losses.append(kept[:, :1] - kept)
             lost = np.max(losses, axis=0) if losses else np.zeros_like(target)
             means[n] += front_value(target, lost, keep_source) / len(fronts[language])

@@ -27,6 +27,7 @@ __all__ = [
     "bootstrap_difference",
     "differences",
     "holm",
+    "interval_of",
     "shared_ids",
 ]
 
@@ -110,10 +111,15 @@ def bootstrap_difference(
         drawn = resampled_means(rows, seed, draws).T * rows.shape[1]
         sums[list(block)] += drawn
     sizes = np.array([len(values) for values in languages])
-    means = (sums / sizes[:, None]).mean(0).round(_DIGITS)
-    low, high = percentiles(means.reshape(-1, 1), level)[:, 0]
-    other_side = min(float((means <= 0).mean()), float((means >= 0).mean()))
-    return difference, float(low), float(high), min(1.0, 2 * other_side)
+    return difference, *interval_of((sums / sizes[:, None]).mean(0), level)
+
+
+def interval_of(draws: Float[np.ndarray, " draw"], level: float) -> tuple[float, float, float]:
+    """Percentile interval of the draws of a difference, and the two-sided p of no difference."""
+    draws = draws.round(_DIGITS)
+    low, high = percentiles(draws.reshape(-1, 1), level)[:, 0]
+    other_side = min(float((draws <= 0).mean()), float((draws >= 0).mean()))
+    return float(low), float(high), min(1.0, 2 * other_side)
 
 
 def holm(p: Sequence[float]) -> list[float]:
