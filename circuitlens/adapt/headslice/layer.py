@@ -172,11 +172,10 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if not self._has(adapter):
                 continue
-            regions = [(r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)]
-            sums = [region.sum(parameter) for region, parameter in regions]
+            sums = self._sums(adapter)
             if safe_merge:
                 _check_finite(adapter, sums)
-            for (region, parameter), total in zip(regions, sums, strict=True):
+            for region, parameter, total in sums:
                 self._overwritten.append((region, region.entries(parameter).clone()))
                 region.write(parameter, total)
             self.merged_adapters.append(adapter)
@@ -190,10 +189,12 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if self._has(adapter) and finite:
-                parameters = [
-                    (r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)
-                ]
-                _check_finite(adapter, [r.sum(parameter) for r, parameter in parameters])
+                _check_finite(adapter, self._sums(adapter))
+
+    def _sums(self, adapter: str) -> list[tuple[_Region, Tensor, Tensor]]:
+        """The regions of an adapter, the parameters that they are in, and what merging writes."""
+        found = [(r, getattr(self.base_layer, r.parameter)) for r in self._regions(adapter)]
+        return [(region, parameter, region.sum(parameter)) for region, parameter in found]
 
     def unmerge(self) -> None:
         """Put back what merging has overwritten, to the bit."""
@@ -396,8 +397,8 @@ _LAYERS: dict[str, type[HeadSliceLayer]] = {
 }
 
 
-def _check_finite(adapter: str, tensors: Sequence[Tensor]) -> None:
-    if not all(bool(total.isfinite().all()) for total in tensors):
+def _check_finite(adapter: str, sums: Sequence[tuple[_Region, Tensor, Tensor]]) -> None:
+    if not all(bool(total.isfinite().all()) for _, _, total in sums):
         raise InputError(
             f"Merging adapter {adapter!r} would write infinities or NaN: train it again with a "
             "smaller learning rate."
