@@ -412,7 +412,7 @@ def demo(
         source="source",
         targets=("near", "far"),
         max_examples=300,
-        training=TRANSFER.updated({"epochs": 16}),
+        training=TRANSFER.updated({"epochs": 12}),
         seed=seed,
     )
     folder = RunFolder.create(out, settings, quiet=quiet)
