@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
 import torch
@@ -18,6 +18,9 @@ from circuitlens.errors import InputError
 from circuitlens.nodes import Head
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, write_json
+
+if TYPE_CHECKING:
+    from circuitlens.models.hooked import HookedModel
 
 __all__ = ["Circuit"]
 
@@ -193,6 +196,19 @@ class Circuit:
         how = "at random, layer by layer" if by_layer else "at random"
         selection = f"{len(self)} {how} (seed {seed})"
         return Circuit(tuple(chosen), self.n_layers, self.n_heads, selection, self.provenance)
+
+    def check_model(self, model: HookedModel) -> None:
+        """Refuse a model with another grid of heads.
+
+        Raises:
+            InputError: if layers or heads differ in number.
+        """
+        g = model.geometry
+        if (self.n_layers, self.n_heads) != (g.n_layers, g.n_heads):
+            raise InputError(
+                f"The circuit is of a {self.n_layers} × {self.n_heads} model, but {model.name} has "
+                f"{g.n_layers} layers of {g.n_heads} heads: choose a circuit of this model."
+            )
 
     def overlap(self, other: Circuit) -> float:
         """Jaccard index: heads in both over heads in either (1 for two empty circuits)."""

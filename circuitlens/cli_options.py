@@ -18,7 +18,7 @@ import typer
 from circuitlens import catalogue
 from circuitlens.adapt.options import COMPETENCE, TRANSFER, TrainingOptions
 from circuitlens.errors import InputError
-from circuitlens.run_settings import CHOICES, PEFT_FILE, RunSettings
+from circuitlens.run_settings import CHOICES, PEFT_FILE, RunSettings, wants_share_kept
 
 __all__ = [
     "documentation",
@@ -53,7 +53,7 @@ _TYPES: dict[str, Any] = {
     "bool | None": bool | None,
     "int | None": int | None,
     "float | None": float | None,
-    "float | int": str,
+    "float | int | str": str,
     "tuple[str, ...]": list[str] | None,
     "tuple[float, ...]": list[float] | None,
     "tuple[float | int, ...]": list[str] | None,
@@ -109,7 +109,7 @@ def _option(
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     if default is None and not str(field.type).startswith(("tuple", "dict")):
         kind = kind | None
-    if str(field.type) == "float | int" and default not in (None, inspect.Parameter.empty):
+    if str(field.type) == "float | int | str" and default not in (None, inspect.Parameter.empty):
         default = str(default)
     return inspect.Parameter(
         field.name,
@@ -237,8 +237,8 @@ def parsed(values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = tuple(size_of(item, flag) for item in value)
         elif kinds[name].startswith("tuple"):
             found[name] = tuple(str(item) if isinstance(item, StrEnum) else item for item in value)
-        elif kinds[name] == "float | int":
-            found[name] = size_of(value, flag)
+        elif kinds[name] == "float | int | str":
+            found[name] = value if wants_share_kept(value) else size_of(value, flag)
         else:
             found[name] = str(value) if isinstance(value, StrEnum) else value
     return found

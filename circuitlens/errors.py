@@ -68,12 +68,13 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
         raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
 
 
-def check_types(verb: str, **arguments: tuple[object, type, str]) -> None:
+def check_types(verb: str, **arguments: tuple[object, type | tuple[type, ...], str]) -> None:
     """Refuse arguments of another type, such as two that were swapped.
 
     Args:
         verb: the function that was called.
-        arguments: by name, the value, the type that it must have, and how to get such a value.
+        arguments: by name, the value, the type (or one of the types) that it must have, and how to
+            get such a value.
 
     Raises:
         InputError: naming the first wrong argument, what it is, and what was expected.
@@ -85,8 +86,9 @@ def check_types(verb: str, **arguments: tuple[object, type, str]) -> None:
         hint = remedy
         if swapped:
             hint = f"it looks like {swapped[0]}; the order is {', '.join(arguments)}"
+        kinds = " or a ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InputError(
-            f"{verb}: {name} must be a {kind.__name__}, but is a {type(value).__name__}: {hint}."
+            f"{verb}: {name} must be a {kinds}, but is a {type(value).__name__}: {hint}."
         )
 
 

@@ -41,7 +41,8 @@ from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
 from circuitlens.run_settings import RunSettings
 from circuitlens.scoring.head_scores import head_count
-from circuitlens.scoring.scorers import Request, scorer
+from circuitlens.scoring.request import Request
+from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Task
 from circuitlens.utils.peak_memory import PeakMemory
 from circuitlens.utils.progress import spoken
@@ -166,6 +167,7 @@ def plan(
     replay: float | Sequence[float] = 0.0,
     rediscover: bool = False,
     seeds: int = 1,
+    checked: int = 0,
     probe: bool = True,
 ) -> Plan:
     """Say what competence, discovery, faithfulness and transfers will take, without running them.
@@ -181,6 +183,7 @@ def plan(
         strategies, learning_rates, training, retain, replay, rediscover: of
             :func:`circuitlens.transfer`.
         seeds: how many times each transfer is run (:func:`circuitlens.compare`).
+        checked: heads that are ablated one by one (:func:`circuitlens.head_effects`).
         probe: measure two batches; without it there are no seconds, and no memory of activations.
 
     Returns:
@@ -216,6 +219,10 @@ def plan(
     stages.append(
         costs.stage("faithfulness", task, held_out, len(task["pool_b"]) + len(task["validation"]))
     )
+    if checked:
+        # A head of layer l is ablated in a run of the layers from l on.
+        runs = 1 + checked * (layers + 1) / (2 * layers)
+        stages.append(costs.stage("effects", task, {"pool_a": runs * scored / n}, scored))
     others = [task, *(task.to(name) for name in retain)]
     mixes = replays_of(replay)
     trainings = len(set(learning_rates)) * len(mixes)
@@ -269,7 +276,9 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
         settings.competence == "auto" and is_competent(model, task)[0]
     )
     total = len(model.geometry)
-    sizes = [*default_sizes(total), head_count(settings.size, total), *settings.sizes]
+    # How many heads keep a share of the margin is not known before.
+    chosen = head_count(0.5 if isinstance(settings.size, str) else settings.size, total)
+    sizes = [*default_sizes(total), chosen, *settings.sizes]
     names = ("method", "mlps", "steps", "max_examples", "n_random", "strategies", "rediscover")
     shared = {name: getattr(settings, name) for name in names}
     # Neither changes what has to be run.
@@ -281,6 +290,7 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
         settings.targets,
         finetuning=None if competent else settings.competence_options({}),
         sizes=sizes,
+        checked=chosen,
         **shared,
         **transferring,
         **settings.batch_size,

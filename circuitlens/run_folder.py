@@ -5,6 +5,7 @@
     DIR/baseline.safetensors           means of the heads
     DIR/scores.safetensors             relevance of the heads
     DIR/circuit.json                   the circuit
+    DIR/effects.safetensors            what ablating each of its heads does
     DIR/faithfulness.safetensors       its faithfulness
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
@@ -19,7 +20,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -31,28 +32,27 @@ from circuitlens.adapt.result import saved_transfers
 from circuitlens.baseline import MeanBaseline, Pooling, label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.effects import HeadEffects, head_effects
 from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
+from circuitlens.circuits.smallest import smallest_circuit
 from circuitlens.errors import InputError
-from circuitlens.experiments import Comparison
 from circuitlens.experiments.grid import Runner
-from circuitlens.experiments.simple_rivals import simple_rivals
 from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
 from circuitlens.opening import load
 from circuitlens.planning import Plan, check_memory, plan_run
-from circuitlens.run_settings import RunSettings, check_run, folder_of
+from circuitlens.run_output import Found, log_checks, record_of, report_of
+from circuitlens.run_settings import RunSettings, check_run, folder_of, share_kept
 from circuitlens.run_transfers import transfers_by
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
 from circuitlens.settings_files import settings_file
 from circuitlens.tasks import Task
 from circuitlens.utils.progress import RunClock, interactive
-from circuitlens.utils.provenance import library_versions, machine
 from circuitlens.utils.shared_files import SharedFiles
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, safe_name, write_json
 from circuitlens.utils.threads import settle_threads
-from circuitlens.view import write_report
 
 __all__ = ["RunFolder"]
 
@@ -128,7 +128,8 @@ class RunFolder:
         """Find mistakes in the settings before any work is done."""
         for target in self.settings.targets:
             self.task.to(target)
-        if not head_count(self.settings.size, len(self._start.geometry)):
+        size = self.settings.size
+        if not isinstance(size, str) and not head_count(size, len(self._start.geometry)):
             raise InputError("A circuit of no heads was asked for: give a larger size.")
         # Encoding one example checks the tokenizer and the label words.
         self.task.encode(self._start, self.task["validation"][:1])
@@ -224,7 +225,41 @@ class RunFolder:
     def circuit(self) -> Circuit:
         """The circuit."""
         path = self.path / "circuit.json"
-        return self._shared.kept(path, Circuit.load, lambda: self.scores.top(self.settings.size))
+        return self._shared.kept(
+            path, Circuit.load, lambda: self._choose(self.scores, self.settings.size)
+        )
+
+    def _choose(self, scores: HeadScores, size: int | float | str) -> Circuit:
+        if not isinstance(size, str):
+            return scores.top(size)
+        return smallest_circuit(
+            self.model,
+            self.task,
+            scores,
+            self.baseline,
+            f=share_kept(size),
+            **self.settings.batch_size,
+            quiet=self.quiet,
+        )
+
+    @cached_property
+    def effects(self) -> HeadEffects:
+        """What ablating each head of the circuit does."""
+        return self._shared.kept(
+            self.path / "effects.safetensors",
+            HeadEffects.load,
+            lambda: head_effects(
+                self.model,
+                self.task,
+                self.circuit,
+                self.baseline,
+                max_examples=self.settings.max_examples,
+                seed=self.settings.seed,
+                **self.settings.batch_size,
+                quiet=self.quiet,
+            ),
+            self._clock.stage("effects"),
+        )
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
@@ -331,82 +366,60 @@ class RunFolder:
         All that came of the old ones is removed, once the new circuit is there.
         """
         scores = self._score(settings)
-        circuit = scores.top(settings.size)
+        circuit = self._choose(scores, settings.size)
         if self._shared.writes:
             self._discard_discovery()
             scores.save(self.path / "scores.safetensors")
             circuit.save(self.path / "circuit.json")
-        for name in ("scores", "circuit", "curve"):
+        for name in ("scores", "circuit", "effects", "curve"):
             self.__dict__.pop(name, None)
         self.settings = settings
         self.write_record()
 
     def _discard_discovery(self) -> None:
-        files = ("scores.safetensors", "circuit.json", "faithfulness.safetensors", "report.html")
-        for name in files:
+        for name in ("scores", "effects", "faithfulness"):
+            (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+        for name in ("circuit.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("transfers", "compare"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     # -- output ----------------------------------------------------------------------------
 
-    def competence_sentence(self) -> str:
-        """Say how competent the model is."""
-        b = self.baseline
-        trained = (self.path / "proxy").is_dir()
-        how = "after fine-tuning on pool A" if trained else "as it was loaded"
-        return (
-            f"The model ({how}) answers {b.accuracy:.1%} of the pool-A examples of "
-            f"{b.provenance.task} correctly; discovery uses those."
+    def _found(self, **wanted: bool) -> Found:
+        """Discovery; stages named as wanted are made, others given if they are there."""
+
+        def stage(name: str, file: str) -> Any:
+            there = wanted.get(name) or self._shared.there(self.path / file)
+            return getattr(self, name) if there else None
+
+        return Found(
+            self.baseline,
+            self.scores,
+            self.circuit,
+            stage("effects", "effects.safetensors"),
+            stage("curve", "faithfulness.safetensors"),
         )
 
     def report(self) -> Path:
         """Write the report of what is there."""
-        page, task = self.path / "report.html", self.task
-        has_curve = self._shared.there(self.path / "faithfulness.safetensors")
-        compared = self._shared.there(self.path / "compare" / "comparison.json")
+        page = self.path / "report.html"
         # All of it may be a stage that processes share.
-        scores, circuit, curve = self.scores, self.circuit, self.curve if has_curve else None
-        if not self._shared.writes:
-            return page
-        return write_report(
-            page,
-            title=f"{task.name}: a circuit for {task.language}",
-            settings=self.settings.to_flat(),
-            scores=scores,
-            circuit=circuit,
-            curve=curve,
-            results=(results := self.transfers()),
-            rivals=simple_rivals(task, [r.target_language for r in results]),
-            comparison=Comparison.load(self.path / "compare") if compared else None,
-            competence=self.competence_sentence(),
-        )
+        found, results = self._found(effects=True), self.transfers()
+        trained = self._shared.there(self.path / "proxy")
+        compared = self._shared.there(self.path / "compare" / "comparison.json")
+        if self._shared.writes:
+            folder = self.path / "compare" if compared else None
+            given = self.task, self.settings, found, results
+            report_of(page, *given, trained=trained, comparison=folder)
+        return page
 
     def write_record(self) -> None:
         """Write ``run.json`` with all numbers that are there."""
-        record: dict[str, Any] = {
-            "finished": self.finished,
-            "settings": asdict(self.settings),
-            "versions": library_versions(),
-            "machine": machine(),
-        }
-        if self._shared.there(self.path / "circuit.json"):
-            record["model_fingerprint"] = self.baseline.provenance.model_fingerprint
-            record["data_fingerprint"] = self.baseline.provenance.data_fingerprint
-            record["baseline"] = {
-                "accuracy": self.baseline.accuracy,
-                "n_per_label": self.baseline.n_per_label,
-            }
-            record["scores"] = self.scores.to_frame().to_dict("records")
-            record["circuit"] = self.circuit.to_dict()
-        if self._shared.there(self.path / "faithfulness.safetensors"):
-            table = self.curve.to_frame()
-            record["faithfulness"] = (
-                table.astype(object).where(table.notna(), None).to_dict("records")
-            )
-            record["faithfulness_caveat"] = self.curve.caveat
-        if self._shared.there(self.path / "transfers"):
-            record["transfers"] = [result.to_dict() for result in self.transfers()]
+        there = self._shared.there
+        found = self._found() if there(self.path / "circuit.json") else None
+        results = self.transfers() if there(self.path / "transfers") else None
+        record = record_of(self.settings, found, results, finished=self.finished)
         if self._shared.writes:
             write_json(self.path / "run.json", RUN_SCHEMA, record)
         self._shared.wait()
@@ -423,20 +436,7 @@ class RunFolder:
             planned = plan_run(self._start, self.task, self.settings).stages
             self._clock.begin({stage.name: stage.seconds for stage in planned})
         logger.info("Discovery: %r", self.circuit)
-        at = self.curve.at(len(self.circuit))
-        logger.info(
-            "Faithfulness: the circuit alone keeps f = %.2f (95 %% interval %.2f to %.2f; random "
-            "circuits %.2f, layer-matched %.2f) and accuracy %.3f (whole model %.3f).",
-            at["faithfulness"],
-            at["faithfulness_low"],
-            at["faithfulness_high"],
-            at["random_faithfulness"],
-            at["layer_matched_faithfulness"],
-            at["accuracy"],
-            self.curve.accuracy[-1],
-        )
-        if self.curve.caveat:
-            logger.warning("Faithfulness: %s", self.curve.caveat)
+        log_checks(self.circuit, self.curve, self.effects)
         self.write_record()
         if executor is not None:
             self.transfers_by(executor, self.settings.targets, self.settings.strategies)

@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks import Task
 
-__all__ = ["CHOICES", "PEFT_FILE", "SCORING", "TOY", "RunSettings", "check_run", "folder_of"]
+__all__ = [
+    "CHOICES",
+    "PEFT_FILE",
+    "SCORING",
+    "TOY",
+    "RunSettings",
+    "check_run",
+    "folder_of",
+    "share_kept",
+    "wants_share_kept",
+]
+
+# The size of the smallest circuit that keeps 0.8 of the margin.
+FAITHFUL = "faithful"
 
 TOY = "toy"
 
@@ -51,6 +64,29 @@ PEFT_FILE = "peft:"
 STYLE = ("readout", "bos", "chat", "system", "choices")
 # Of these come the scores, with the seed.
 SCORING = ("method", "mlps", "by_position", "path", "steps", "max_examples")
+
+
+def wants_share_kept(size: object) -> bool:
+    """Whether a size is the share of the margin to keep, and not a number or share of heads."""
+    return isinstance(size, str) and (size == FAITHFUL or size.startswith("f="))
+
+
+def share_kept(size: str) -> float:
+    """Read the share of the margin that a circuit is to keep: ``faithful`` or ``f=0.9``.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        share = 0.8 if size == FAITHFUL else float(size.removeprefix("f="))
+    except ValueError:
+        share = 0.0
+    if not (wants_share_kept(size) and 0 < share <= 1):
+        raise InputError(
+            f"A size is a number of heads (8), a share of them (0.25), {FAITHFUL!r}, or a share "
+            f"of the margin to keep ('f=0.9'), but is {size!r}."
+        )
+    return share
 
 
 def folder_of(strategy: str) -> str:
@@ -117,7 +153,8 @@ class RunSettings:
         path: let relevance pass through later heads (total), or not (direct).
         steps: of integrated-gradients.
         max_examples: maximum number of examples for discovery; default: all correct ones.
-        size: heads in the circuit: a number (8) or a share (0.25).
+        size: heads in the circuit: a number (8) or a share (0.25), or ``faithful`` for the fewest
+            that keep f = 0.8 of the margin (``f=0.9`` for another share).
         sizes: further circuit sizes in the faithfulness curve.
         n_random: random circuits for each size, and as many matched layer by layer.
         analysis_batch_size: examples per forward pass in discovery and faithfulness; sets memory,
@@ -169,7 +206,7 @@ class RunSettings:
     path: str = "total"
     steps: int = 5
     max_examples: int | None = None
-    size: float | int = 0.25
+    size: float | int | str = 0.25
     sizes: tuple[float | int, ...] = ()
     n_random: int = 30
     analysis_batch_size: int | None = None
@@ -194,6 +231,8 @@ class RunSettings:
                 f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_columns())}; "
                 "texts are the columns that the template names."
             )
+        if isinstance(self.size, str):
+            share_kept(self.size)
         if self.n_random < 1:
             raise InputError(f"n_random must be positive, but is {self.n_random}.")
         # Runs from before version 0.2 have one number.

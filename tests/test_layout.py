@@ -119,7 +119,7 @@ def test_only_what_puts_everything_together_draws():
         if any(other.startswith("circuitlens.view") for other in others)
         and not name.startswith("circuitlens.view")
     }
-    allowed = ("circuitlens.run_folder", "circuitlens.cli", "circuitlens.explorer")
+    allowed = ("circuitlens.run_output", "circuitlens.cli", "circuitlens.explorer")
     assert {name for name in users if not name.startswith(allowed)} == set()
 
 

@@ -216,7 +216,9 @@ def test_the_report_works_in_a_browser_from_disk(tmp_path, toy_scores, results, 
         page.wait_for_selector("#fig-heads .heatmaplayer image, #fig-heads .hm")
         assert page.title() == evil
         # Hovering over a head says which it is.
-        box = page.locator("#fig-heads .nsewdrag").first.bounding_box()
+        plot = page.locator("#fig-heads .nsewdrag").first
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2, steps=4)
         page.wait_for_selector("#fig-heads .hoverlayer .hovertext")
         assert re.search(r"a\d\.h\d", page.text_content("#fig-heads .hoverlayer"))

@@ -31,8 +31,9 @@ from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.scoring.request import Request
 from circuitlens.scoring.score_heads import score_encoded
-from circuitlens.scoring.scorers import Request, scorer
+from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Encoded, Example, Task
 
 __all__ = [

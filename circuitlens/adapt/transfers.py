@@ -328,11 +328,7 @@ def check_circuit(model: HookedModel, circuit: Circuit) -> None:
             "The circuit has no heads, so there is nothing to train: choose some with scores.top, "
             "or a lower threshold."
         )
-    if (circuit.n_layers, circuit.n_heads) != (model.geometry.n_layers, model.geometry.n_heads):
-        raise InputError(
-            f"The circuit is of a model with {circuit.n_layers} × {circuit.n_heads} heads, but "
-            f"{model.name} has {model.geometry.n_layers} × {model.geometry.n_heads}."
-        )
+    circuit.check_model(model)
 
 
 def check_scores(model: HookedModel, scores: HeadScores | None) -> None:

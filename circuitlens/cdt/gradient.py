@@ -33,6 +33,7 @@ from circuitlens.models.families import ActivationSite
 from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import Forward, HookedModel
 from circuitlens.models.hooks import Hook, then
+from circuitlens.models.passes import count_backward
 
 __all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
 
@@ -117,6 +118,7 @@ class LinearisedRun:
 
     def gradients(self, objective: Float[Tensor, ""], *, keep: bool = False) -> dict[str, Tensor]:
         """Gradients of a scalar at the nodes' outputs, by hook name (0 where it has none)."""
+        count_backward(len(next(iter(self.leaves.values()))))
         found = torch.autograd.grad(
             objective,
             list(self.leaves.values()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,8 +20,10 @@ class Relevances:
         heads: of heads that deviate at all chosen positions together.
         mlps: the same of MLPs, if asked for.
         by_position: of heads at single positions (0 where a head does not deviate), if asked for.
+        details: how they came about, for JSON.
     """
 
     heads: Float[Tensor, "batch layer head"]
     mlps: Float[Tensor, "batch layer"] | None = None
     by_position: Float[Tensor, "batch pos layer head"] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)

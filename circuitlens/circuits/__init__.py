@@ -1,15 +1,23 @@
 """Circuits, measured: faithfulness, minimality, and the circuits that scorers find side by side."""
 
 from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.effects import HeadEffects, head_effects
 from circuitlens.circuits.measure_faithfulness import faithfulness
 from circuitlens.circuits.measure_minimality import Minimality, minimality
+from circuitlens.circuits.published import PublishedCircuit, published_circuit
 from circuitlens.circuits.scorer_comparison import ScorerComparison, compare_scorers
+from circuitlens.circuits.smallest import smallest_circuit
 
 __all__ = [
     "FaithfulnessCurve",
+    "HeadEffects",
     "Minimality",
+    "PublishedCircuit",
     "ScorerComparison",
     "compare_scorers",
     "faithfulness",
+    "head_effects",
     "minimality",
+    "published_circuit",
+    "smallest_circuit",
 ]

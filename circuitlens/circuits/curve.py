@@ -191,6 +191,19 @@ class FaithfulnessCurve:
         """
         return float(trapezoid(np.abs(1 - self.faithfulness), self.shares))
 
+    def smallest(self, f: float = 0.8) -> int:
+        """The smallest of the sizes whose circuit keeps a share ``f`` of the margin.
+
+        Raises:
+            InputError: if none does, or f has no meaning here (:attr:`caveat`).
+        """
+        if self.caveat:
+            raise InputError(self.caveat)
+        reached = [n for n, found in zip(self.sizes, self.faithfulness, strict=True) if found >= f]
+        if not reached:
+            raise InputError(f"No circuit of this curve keeps f = {f:g}: ask for less.")
+        return reached[0]
+
     def at(self, size: int) -> dict[str, float]:
         """Return all columns of :meth:`to_frame` but ``heads`` at one of the sizes.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.ablation import circuit_label_logits, head_mask
+from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
 from circuitlens.errors import BASELINE, MODEL, SCORES, TASK, InputError, check_types
@@ -45,7 +46,7 @@ def default_sizes(n_heads: int) -> list[int]:
 def faithfulness(
     model: HookedModel,
     task: Task,
-    scores: HeadScores,
+    scores: HeadScores | Circuit,
     baseline: MeanBaseline,
     *,
     sizes: Sequence[int | float] | None = None,
@@ -56,16 +57,18 @@ def faithfulness(
     seed: int = 0,
     quiet: bool = False,
 ) -> FaithfulnessCurve:
-    """Measure circuits of growing size, all other heads mean-ablated.
+    """Measure circuits of growing size, or one circuit, all other heads mean-ablated.
 
     Args:
         model: the model that was scored.
         task: gives the held-out examples (pool B and validation of the source language).
-        scores: their ranking is followed, the most supporting head first.
+        scores: their ranking is followed, the most supporting head first. Or a circuit, wherever
+            it comes from: found by another tool, in the explorer, or made by hand. Its curve has
+            three sizes, no head, the circuit and all heads.
         baseline: the means that replace the ablated heads, and the positions where they do.
         sizes: how many heads to keep (integers) or which shares of all heads (floats), as in
             :meth:`HeadScores.top`; default: :func:`default_sizes`. No head and all heads are
-            always included.
+            always included. A circuit has its own size.
         n_random: random circuits for each size; as many more are matched layer by layer.
         examples: use these instead of the held-out ones.
         batch_size: examples that are padded to one width and share a clean run.
@@ -74,40 +77,40 @@ def faithfulness(
         quiet: no progress bar.
 
     Raises:
-        InputError: if there are no examples or one was used for discovery, the baseline or the
-            scores are of another model, the baseline is of another task, or a size or
-            ``n_random`` is impossible.
+        InputError: if there are no examples or one was used for discovery, the baseline, the
+            scores or the circuit are of another model, the baseline is of another task, or a size
+            or ``n_random`` is impossible. (What a circuit of your own was chosen by, only you
+            know: leave those examples out.)
     """
     check_types(
         "faithfulness",
         model=(model, HookedModel, MODEL),
         task=(task, Task, TASK),
-        scores=(scores, HeadScores, SCORES),
+        scores=(scores, (HeadScores, Circuit), SCORES),
         baseline=(baseline, MeanBaseline, BASELINE),
     )
     baseline.check_task(task)
     baseline.check_model(model)
-    g = model.geometry
-    total = len(g)
-    if (scores.n_layers, scores.n_heads) != (g.n_layers, g.n_heads):
-        raise InputError(
-            f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
-            f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."
-        )
-    if scores.provenance.model_fingerprint != baseline.provenance.model_fingerprint:
-        raise InputError(
-            f"The scores are of other weights than those of {model.name}: call cl.relevance on "
-            "this model."
-        )
     if n_random < 0:
         raise InputError(f"n_random cannot be negative, but is {n_random}.")
-    wanted = default_sizes(total) if sizes is None else sizes
-    counts = sorted({0, total, *(len(scores.top(size)) for size in wanted)})
-    examples = unseen_examples(task, examples, {*scores.example_ids, *baseline.example_ids})
-    encoded = task.encode(model, examples)
+    g = model.geometry
+    if isinstance(scores, Circuit):
+        if sizes is not None:
+            raise InputError("A circuit has its own size: leave sizes out, or give scores.")
+        scores.check_model(model)
+        seen, method = set(baseline.example_ids), scores.selection
+        circuits = {0: (), len(scores): scores.heads, len(g): tuple(g)}
+    else:
+        check_scores(model, scores, baseline)
+        seen, method = {*scores.example_ids, *baseline.example_ids}, scores.method
+        wanted = default_sizes(len(g)) if sizes is None else sizes
+        ranking = scores.ranking()
+        numbers = {0, len(g), *(len(scores.top(size)) for size in wanted)}
+        circuits = {n: tuple(ranking[:n]) for n in numbers}
+    counts = sorted(circuits)
+    encoded = task.encode(model, unseen_examples(task, examples, seen))
     generator = torch.Generator().manual_seed(seed)
-    ranking = scores.ranking()
-    kept = torch.stack([head_mask(ranking[:n], g.n_layers, g.n_heads) for n in counts])
+    kept = torch.stack([head_mask(circuits[n], g.n_layers, g.n_heads) for n in counts])
     masks = {
         "": kept,
         "random_": random_masks(counts, g.n_layers, g.n_heads, n_random, generator),
@@ -135,12 +138,12 @@ def faithfulness(
         "n_random": n_random,
         "positions": baseline.positions,
         "pooling": baseline.pooling,
-        "scores": scores.method,
+        "scores": method,
     }
     return FaithfulnessCurve(
         sizes=tuple(counts),
-        n_heads=total,
-        method=scores.method,
+        n_heads=len(g),
+        method=method,
         example_ids=encoded.ids,
         provenance=Provenance(
             model.name,
@@ -152,6 +155,25 @@ def faithfulness(
         ),
         **found,
     )
+
+
+def check_scores(model: HookedModel, scores: HeadScores, baseline: MeanBaseline) -> None:
+    """Refuse scores of another model.
+
+    Raises:
+        InputError: if sizes or weights differ.
+    """
+    g = model.geometry
+    if (scores.n_layers, scores.n_heads) != (g.n_layers, g.n_heads):
+        raise InputError(
+            f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
+            f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."
+        )
+    if scores.provenance.model_fingerprint != baseline.provenance.model_fingerprint:
+        raise InputError(
+            f"The scores are of other weights than those of {model.name}: call cl.relevance on "
+            "this model."
+        )
 
 
 def _measure(

@@ -193,11 +193,7 @@ def minimality(
     baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry
-    if (circuit.n_layers, circuit.n_heads) != (g.n_layers, g.n_heads):
-        raise InputError(
-            f"The circuit is of a {circuit.n_layers} × {circuit.n_heads} model, but {model.name} "
-            f"has {g.n_layers} layers of {g.n_heads} heads: choose one of this model's scores."
-        )
+    circuit.check_model(model)
     if not len(circuit):
         raise InputError("The circuit has no heads to take away: choose a larger one.")
     examples = unseen_examples(task, examples, set(baseline.example_ids))

@@ -32,6 +32,7 @@ from circuitlens.models.fingerprint import Fingerprints
 from circuitlens.models.freezing import evaluating
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
+from circuitlens.models.passes import beginning_at, count_forward
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import readout_of
 from circuitlens.models.tokens import token_texts
@@ -242,6 +243,7 @@ class HookedModel(Views):
         """
         arguments |= self._arguments(batch)
         tokens = arguments.pop("input_ids")
+        count_forward(len(tokens))
         with self.hooked(hooks):
             return self.bridge(tokens, **arguments)
 
@@ -333,7 +335,8 @@ class HookedModel(Views):
                 block.__dict__["forward"] = skip
             if z is not None:
                 attention.__dict__["forward"] = write
-            yield
+            with beginning_at(layer, len(self.bridge.blocks)):
+                yield
         finally:
             for module in replaced:
                 del module.__dict__["forward"]
@@ -407,13 +410,9 @@ class HookedModel(Views):
         weights = torch.stack([g.output_weight(self.hf, head) for head in g]).unflatten(
             0, (g.n_layers, g.n_heads)
         )
-        written: Tensor = einsum(
-            self.head_outputs(batch),
-            weights,
-            "layer batch pos head d_head, layer head d_head d_model"
-            " -> layer batch pos head d_model",
-        )
-        return written
+        shape = "layer batch pos head d_head, layer head d_head d_model"
+        shape += " -> layer batch pos head d_model"
+        return cast(Tensor, einsum(self.head_outputs(batch), weights, shape))
 
     def unlabelled(self, tokens: Int[Tensor, "batch pos"]) -> Batch:
         """Wrap unpadded token ids as a :class:`Batch` without labels."""

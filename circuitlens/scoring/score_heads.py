@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -19,8 +20,10 @@ from circuitlens.errors import (
 )
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import counting
 from circuitlens.scoring.head_scores import HeadScores
-from circuitlens.scoring.scorers import Request, Scorer, scorer
+from circuitlens.scoring.request import Request
+from circuitlens.scoring.scorers import Scorer, scorer
 from circuitlens.tasks import Encoded, Example, Task
 from circuitlens.utils.processes import mine, n_processes, summed
 from circuitlens.utils.progress import progress
@@ -40,6 +43,9 @@ def relevance(
     by_position: bool = False,
     path: Path = "total",
     steps: int = 5,
+    rounds: int = 8,
+    share: float = 0.4,
+    candidates: Sequence[str] = ("cdt-linear", "sampled"),
     max_examples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -63,6 +69,9 @@ def relevance(
         path: by gradient, let β pass through later heads and MLPs (``"total"``), or hold later
             nodes at their clean values (``"direct"``); MLPs are held if ``mlps`` is true.
         steps: of ``integrated-gradients``.
+        rounds: of ``sampled``.
+        share: of the heads that are left, which ``iterative`` takes away in a round.
+        candidates: what ``auto`` chooses from: methods by name.
         max_examples: use a random subset of this size.
         batch_size: examples per forward pass; the scores do not depend on it. It halves, with a
             line in the log, when memory runs out.
@@ -86,6 +95,10 @@ def relevance(
         by_position=by_position,
         path=path,
         steps=steps,
+        rounds=rounds,
+        share=share,
+        candidates=tuple(candidates),
+        seed=seed,
         # Patched runs: few rows stay in a processor's caches, many keep an accelerator busy.
         budget=RowBudget(batch_size * (2 if model.device.type == "cpu" else 16)),
     )
@@ -101,9 +114,10 @@ def relevance(
             f"with {encoded.n_rows} beginnings of answers: leave by_position out, or take words "
             "that readout='token' tells apart."
         )
-    found = score_encoded(
-        model, encoded, baseline, by, request, batch_size=batch_size, seed=seed, quiet=quiet
-    )
+    with counting() as count:
+        found = score_encoded(
+            model, encoded, baseline, by, request, batch_size=batch_size, seed=seed, quiet=quiet
+        )
     for scores in (found.heads, found.mlps, found.by_position):
         if scores is not None and not bool(torch.isfinite(scores).all()):
             raise CircuitLensError(
@@ -122,8 +136,12 @@ def relevance(
     }
     if isinstance(method, RuleSet):
         settings["rules"] = asdict(method)
-    if by.name == "integrated-gradients":
-        settings["steps"] = steps
+    own = {"integrated-gradients": ["steps"], "sampled": ["rounds"], "iterative": ["share"]}
+    own["auto"] = ["rounds", "candidates"]
+    settings |= {name: getattr(request, name) for name in own.get(by.name, ())}
+    settings |= found.details
+    rows = len(encoded) * encoded.n_rows
+    settings["passes"] = {"forward": count.forward / rows, "backward": count.backward / rows}
     return HeadScores(
         per_example=found.heads,
         method=by.name,
@@ -140,7 +158,7 @@ def relevance(
         mlps=found.mlps,
         by_position=found.by_position,
         unit=by.unit,
-        whole=by.batch is None,
+        whole=by.shared,
     )
 
 
@@ -198,15 +216,20 @@ def _whole(
     batch_size: int,
     seed: int,
 ) -> Relevances:
-    """Score all examples together: each has the same score."""
+    """Score all examples together."""
     g = model.geometry
     if by.whole is None:
         generator = torch.Generator().manual_seed(seed)
         scores = torch.randn(g.n_layers, g.n_heads, generator=generator)
-    else:
-        batches = [batch for _, batch in encoded.batches(batch_size, model.device)]
-        scores = by.whole(model, batches, baseline.means(model.device), request)
-    return Relevances(scores.float().expand(len(encoded), -1, -1).clone())
+        return Relevances(scores.expand(len(encoded), -1, -1).clone())
+    numbered = list(encoded.batches(batch_size, model.device))
+    batches = [batch for _, batch in numbered]
+    found = by.whole(model, batches, baseline.means(model.device), request)
+    # Batches are of prompts of one length, so examples do not come in their order.
+    order = torch.cat([index for index, _ in numbered]).argsort()
+    heads = found.heads.float().expand(len(encoded), -1, -1)[order]
+    mlps = None if found.mlps is None else found.mlps[order]
+    return Relevances(heads.clone(), mlps, details=found.details)
 
 
 def _batched(

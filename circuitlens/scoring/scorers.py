@@ -7,18 +7,16 @@ engine (:data:`circuitlens.RULES`) are scorers too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import get_args
+from math import ceil, isnan, log
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import (
     RULES,
-    Path,
     Relevances,
     RuleSet,
     decompose,
@@ -28,42 +26,19 @@ from circuitlens.cdt import (
 )
 from circuitlens.cdt.ablation import PrefixCache, ablated_label_logits
 from circuitlens.errors import InputError, check_choice
-from circuitlens.models.batch import Batch, Positions, Readout, margin
+from circuitlens.models.batch import Batch, Readout, margin
 from circuitlens.models.hooked import HookedModel
-from circuitlens.utils.row_budget import RowBudget
+from circuitlens.scoring.choosing import SHARES, areas, mlp_effects
+from circuitlens.scoring.request import Request, Scored
+from circuitlens.scoring.rounds import iterative, sampled
 
-__all__ = ["METHODS", "SCORERS", "Request", "Scorer", "scorer"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a scorer.
-
-    Attributes:
-        positions: where nodes deviate from their means.
-        mlps: score MLPs too.
-        by_position: score every head at every single position too.
-        path: ``"total"`` or ``"direct"``, for scorers by gradient.
-        steps: of integrated gradients.
-        budget: prompts that go through the model at once in patched runs.
-    """
-
-    positions: Positions = "all"
-    mlps: bool = False
-    by_position: bool = False
-    path: Path = "total"
-    steps: int = 5
-    budget: RowBudget = field(default_factory=lambda: RowBudget(32))
-
-    def __post_init__(self) -> None:
-        check_choice("positions", self.positions, get_args(Positions))
-        check_choice("path", self.path, get_args(Path))
+__all__ = ["METHODS", "SCORERS", "Scorer", "scorer"]
 
 
 BatchScorer = Callable[[HookedModel, Batch, NodeMeans, Request], Relevances]
 # Of the number of layers, of heads in a layer, and what is asked.
 Passes = Callable[[int, int, Request], tuple[float, float]]
-SetScorer = Callable[[HookedModel, list[Batch], NodeMeans, Request], Float[Tensor, "layer head"]]
+SetScorer = Callable[[HookedModel, list[Batch], NodeMeans, Request], Scored]
 
 
 @dataclass(frozen=True)
@@ -73,7 +48,8 @@ class Scorer:
     Attributes:
         name, description: for tables and reports.
         batch: scores the examples of a batch, or
-        whole: ranks heads on all batches together (one score for all examples).
+        whole: scores all batches together.
+        shared: all examples have the same score, so that there is no spread over them.
         mlps, by_position, direct: whether it can do what these requests ask.
         joint: scoring MLPs too changes the scores of heads, because both are moved together.
         unit: of the scores.
@@ -89,6 +65,7 @@ class Scorer:
     description: str
     batch: BatchScorer | None = None
     whole: SetScorer | None = None
+    shared: bool = False
     mlps: bool = False
     by_position: bool = False
     direct: bool = False
@@ -220,9 +197,7 @@ def _published(model: HookedModel, batch: Batch, means: NodeMeans, request: Requ
     return Relevances(torch.stack(scores).unflatten(1, (g.n_layers, g.n_heads)))
 
 
-def _greedy(
-    model: HookedModel, batches: list[Batch], means: NodeMeans, request: Request
-) -> Float[Tensor, "layer head"]:
+def _greedy(model: HookedModel, batches: list[Batch], means: NodeMeans, request: Request) -> Scored:
     """Take heads away one by one, each time the one whose loss costs the margin least.
 
     The score of a head is the share of heads that were taken away before it, so the ranking is the
@@ -253,13 +228,58 @@ def _greedy(
         cheapest = left[int(total.argmax())]
         keep[cheapest.layer, cheapest.index] = False
         scores[cheapest.layer, cheapest.index] = step / len(heads)
-    return scores
+    return Scored(scores)
+
+
+def _auto(model: HookedModel, batches: list[Batch], means: NodeMeans, request: Request) -> Scored:
+    """Take the candidate whose circuits keep most (:mod:`circuitlens.scoring.choosing`)."""
+    plain = replace(request, mlps=False)
+    values: dict[str, Tensor] = {}
+    # Those of all examples first: what comes on their way need not be computed again.
+    for name in sorted(request.candidates, key=lambda name: SCORERS[name].whole is None):
+        by = SCORERS[name]
+        if by.whole is not None:
+            found = by.whole(model, batches, means, plain)
+            values |= {**found.stages, name: found.heads}
+        elif name not in values:
+            assert by.batch is not None
+            values[name] = torch.cat([by.batch(model, b, means, plain).heads for b in batches])
+    mean = {name: v.float().cpu().view(-1, *v.shape[-2:]).mean(0) for name, v in values.items()}
+    measured = areas(model, batches, means, request, mean)
+    # The first, where f has no meaning.
+    best = max(measured, key=lambda name: -1.0 if isnan(measured[name]) else measured[name])
+    mlps = None
+    if request.mlps:
+        mlps = torch.cat([mlp_effects(model, b, means, request) for b in batches]).float().cpu()
+    details = {"chosen": best, "mean_f": measured}
+    return Scored(values[best].detach().float().cpu(), mlps=mlps, details=details)
 
 
 def _by_head(layers: int, heads: int, request: Request) -> tuple[float, float]:
-    # A head of layer l is moved in a run of the layers from l on.
+    # A head of layer l is moved in a run of the layers from l on. The clean run comes twice: where
+    # parts are held, it is run with these too.
     moved = heads + int(request.mlps)
-    return 1 + moved * (layers + 1) / 2, 0.0
+    return 2 + moved * (layers + 1) / 2, 0.0
+
+
+def _sampled(layers: int, heads: int, request: Request) -> tuple[float, float]:
+    return request.rounds + 1.0, request.rounds + 1.0
+
+
+def _iterative(layers: int, heads: int, request: Request) -> tuple[float, float]:
+    # Until a tenth of the heads is left.
+    rounds = 1.0 + ceil(log(0.1) / log(1 - request.share))
+    return rounds, rounds
+
+
+def _choosing(layers: int, heads: int, request: Request) -> tuple[float, float]:
+    names = request.candidates
+    each = [SCORERS[name].passes(layers, heads, request) for name in names]
+    forward, backward = (sum(passes) for passes in zip(*each, strict=True))
+    # The clean run, that without heads, and the circuits; ``sampled`` gives three rankings.
+    rankings = len({*names, "cdt-linear"}) + 1 if "sampled" in names else len(names)
+    measured = 2.0 + len(SHARES) * rankings
+    return forward + measured + request.mlps * (2 + (layers + 1) / 2), backward
 
 
 def _along_path(layers: int, heads: int, request: Request) -> tuple[float, float]:
@@ -326,11 +346,33 @@ SCORERS: dict[str, Scorer] = {
             by_position=True,
             cheap=True,
         ),
+        Scorer(
+            "sampled",
+            "gradient × deviation in random circuits of the ranking so far",
+            whole=sampled,
+            passes=_sampled,
+        ),
+        Scorer(
+            "iterative",
+            "cdt-linear, with the worst heads set to their means, round after round",
+            whole=iterative,
+            shared=True,
+            unit="share of heads taken away before",
+            passes=_iterative,
+        ),
+        Scorer(
+            "auto",
+            "of cdt-linear and sampled, the one whose circuits keep most on discovery examples",
+            whole=_auto,
+            mlps=True,
+            passes=_choosing,
+        ),
         _rule_scorer("ablation", "exact mean ablation, one head at a time"),
         Scorer(
             "greedy",
             "backward elimination by exact mean ablation; scores are ranks (small models)",
             whole=_greedy,
+            shared=True,
             unit="share of heads taken away before",
             most_heads=64,
             passes=lambda layers, heads, _: (1 + layers * heads * (layers * heads + 1) / 2, 0.0),
@@ -340,6 +382,7 @@ SCORERS: dict[str, Scorer] = {
             "random numbers, as a control",
             unit="random numbers",
             control=True,
+            shared=True,
             passes=lambda *_: (0.0, 0.0),
         ),
     )

@@ -9,10 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from circuitlens.circuit import Circuit
+from circuitlens.circuits.effects import HeadEffects
 from circuitlens.errors import InputError
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
-from circuitlens.view.theme import LEGEND_BELOW, Mode, colour_bar, figure, look, plain
+from circuitlens.view.theme import LEGEND_BELOW, Look, Mode, colour_bar, figure, look, plain
 from circuitlens.view.tokens import short_tokens, token_axis, visible
 
 __all__ = ["head_bars", "head_heatmap", "head_positions", "overlap_matrix"]
@@ -120,17 +121,21 @@ def head_bars(
     circuit: Circuit | None = None,
     title: str = "",
     *,
+    effects: HeadEffects | None = None,
     mode: Mode = "light",
 ) -> go.Figure:
     """Draw the heads with the largest relevance of either sign as bars, the largest on top.
 
     Whiskers are 95 % bootstrap intervals. With a circuit, the bars of other heads are hollow.
+    Diamonds are what ablating the head does to the margin: relevance is an attribution, and where
+    the two differ, ablation is right about the head.
 
     Args:
         scores: relevance in logits.
         n: how many heads; all, if the model has fewer.
         circuit: of the same model.
         title: of the figure.
+        effects: of some of the heads (:func:`circuitlens.head_effects`).
         mode: ``"light"`` or ``"dark"``.
 
     Raises:
@@ -189,6 +194,8 @@ def head_bars(
         if circuit is not None:
             marker = {"color": fill, "line": {"color": colours.quiet, "width": 1.5}}
             fig.add_bar(x=[None], y=[None], name=name, marker=marker)
+    if effects is not None:
+        _add_effects(fig, effects, chosen, colours)
     spread = "" if scores.whole else ", 95 % interval"
     fig.update_xaxes(title=f"relevance ({scores.unit}){spread}", nticks=6, zeroline=True)
     fig.update_yaxes(
@@ -199,6 +206,34 @@ def head_bars(
     )
     fig.update_layout(bargap=0.25, barmode="overlay", legend=LEGEND_BELOW)
     return fig
+
+
+def _add_effects(
+    fig: go.Figure, effects: HeadEffects, shown: Sequence[Head], colours: Look
+) -> None:
+    """Mark the ablation effect of the heads that are shown."""
+    found = [(str(head), effect) for head in shown if (effect := effects.of(head)) is not None]
+    values = [effect[0] for _, effect in found]
+    fig.add_scatter(
+        x=values,
+        y=[name for name, _ in found],
+        mode="markers",
+        name="ablation effect",
+        marker={"symbol": "diamond", "size": 8, "color": colours.ink},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - mean for _, (mean, _, high) in found],
+            "arrayminus": [mean - low for _, (mean, low, _) in found],
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=[effect[1:] for _, effect in found],
+        hovertemplate=(
+            "<b>%{y}</b><br>the margin loses %{x:.4f} when it is ablated<br>"
+            "95 % interval %{customdata[0]:.4f} to %{customdata[1]:.4f}<extra></extra>"
+        ),
+    )
 
 
 def head_positions(

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.effects import HeadEffects
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.simple_rivals import SimpleRival
@@ -31,6 +32,7 @@ from circuitlens.view.heads import head_bars, head_heatmap
 from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import training_curves, weight_drift
+from circuitlens.view.verdict import verdicts
 
 __all__ = ["render_report", "write_report"]
 
@@ -72,6 +74,7 @@ def render_report(
     settings: Mapping[str, Any] | None = None,
     scores: HeadScores | None = None,
     circuit: Circuit | None = None,
+    effects: HeadEffects | None = None,
     curve: FaithfulnessCurve | None = None,
     results: Sequence[TransferResult] = (),
     rivals: Sequence[SimpleRival] = (),
@@ -84,6 +87,7 @@ def render_report(
         title: heading.
         settings: name and value of everything that was set, shown as a table.
         scores, circuit: discovery; both or none.
+        effects: what ablating each head of the circuit does, if it was measured.
         curve: faithfulness, if it was measured.
         results: single transfers, if there were any.
         rivals: simple rivals in their languages (:func:`circuitlens.experiments.simple_rival`).
@@ -105,13 +109,15 @@ def render_report(
         "settings": {k: v for k, v in (settings or {}).items() if v is not None},
         "competence": competence,
         "run": None,
+        "verdicts": [],
         "comparison": None,
         "warnings": [],
     }
     if scores is not None:
         if circuit is None:
             raise InputError("A report of scores shows their circuit: pass circuit=… too.")
-        context["run"] = _run(scores, circuit, curve, results) | {"rivals": rivals}
+        context["run"] = _run(scores, circuit, effects, curve, results) | {"rivals": rivals}
+        context["verdicts"] = verdicts(scores, circuit, effects, curve, results, rivals)
         context["warnings"] += run_warnings(scores, curve, results)
         context["provenance"] = scores.provenance
     if comparison is not None and has_cells:
@@ -128,11 +134,17 @@ def render_report(
 def _run(
     scores: HeadScores,
     circuit: Circuit,
+    effects: HeadEffects | None,
     curve: FaithfulnessCurve | None,
     results: Sequence[TransferResult],
 ) -> dict[str, Any]:
     """What the sections of discovery, faithfulness and single transfers show."""
-    figures = {"heads": head_heatmap(scores, circuit), "bars": head_bars(scores, circuit=circuit)}
+    # Ranks and shares cannot stand on one axis with logits.
+    shown = effects if scores.unit == "logits" else None
+    figures = {
+        "heads": head_heatmap(scores, circuit),
+        "bars": head_bars(scores, circuit=circuit, effects=shown),
+    }
     if circuit.edges:
         figures["graph"] = circuit_graph(circuit)
     if curve is not None:
@@ -149,8 +161,9 @@ def _run(
     return {
         "scores": scores,
         "method": METHODS.get(scores.method, "a rule set of your own"),
-        "table": scores.to_frame().head(15).to_dict("records"),
+        "table": _table(scores, effects),
         "circuit": circuit,
+        "effects": effects,
         "total": scores.n_layers * scores.n_heads,
         "curve": curve,
         "at": at,
@@ -159,6 +172,13 @@ def _run(
         "strategies": {s.name: s.description for s in STRATEGIES.values()},
         "figures": _embed(figures),
     }
+
+
+def _table(scores: HeadScores, effects: HeadEffects | None) -> list[dict[Any, Any]]:
+    rows = scores.to_frame().head(15)
+    if effects is not None:
+        rows = rows.merge(effects.to_frame(), on="head", how="left")
+    return rows.astype(object).where(rows.notna(), None).to_dict("records")
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from circuitlens.tasks.sources.data_set import DataSet
 __all__ = ["DATA_SET"]
 
 _NOUNS = (
-    "war strike siege famine voyage treaty rebellion drought campaign expedition conflict reign "
-    "dispute festival trial project epidemic journey embargo truce"
-).split()
+    "war strike siege famine voyage treaty rebellion drought campaign expedition conflict "
+    "reign dispute festival trial project epidemic journey embargo truce"
+)
 
 
 def _make(rng: random.Random) -> Made:
-    noun, century = rng.choice(_NOUNS), rng.randint(11, 17)
+    noun, century = rng.choice(_NOUNS.split()), rng.randint(11, 17)
     start = rng.randint(2, 98)
     later, earlier = rng.randint(start + 1, 99), rng.randint(2, start)
 

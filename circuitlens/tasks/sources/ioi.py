@@ -12,13 +12,14 @@ __all__ = ["DATA_SET"]
 
 # One token each, behind a blank, for GPT-2's tokenizer.
 _NAMES = (
-    "Alice Amy Anna Anthony Brian Charles Chris Daniel David Emily Emma Eric Frank George Grace "
-    "Henry Jack Jacob James Jason Jennifer John Joseph Julia Kate Kevin Laura Linda Lisa Lucy "
-    "Maria Mark Martin Mary Michael Michelle Nick Oliver Patrick Paul Peter Rachel Richard Robert "
-    "Ruth Samuel Sarah Simon Steven Susan Thomas Tom Victoria William"
-).split()
-_PLACES = "school park station garden hospital restaurant office house store library beach".split()
-_OBJECTS = "book drink ring letter basketball computer bone necklace kiss snack key".split()
+    "Alice Amy Anna Anthony Brian Charles Chris Daniel David Emily Emma Eric Frank George "
+    "Grace Henry Jack Jacob James Jason Jennifer John Joseph Julia Kate Kevin Laura Linda "
+    "Lisa Lucy Maria Mark Martin Mary Michael Michelle Nick Oliver Patrick Paul Peter "
+    "Rachel Richard Robert Ruth Samuel Sarah Simon Steven Susan Thomas Tom Victoria "
+    "William"
+)
+_PLACES = "school park station garden hospital restaurant office house store library beach"
+_OBJECTS = "book drink ring letter basketball computer bone necklace kiss snack key"
 # Both orders of the two names, as in the paper: {first} is the name that comes first.
 _TEMPLATES = (
     "When {first} and {second} went to the {place}, {giver} gave a {thing} to",
@@ -31,9 +32,9 @@ _TEMPLATES = (
 
 
 def _make(rng: random.Random) -> Made:
-    giver, receiver, other, third, fourth = rng.sample(_NAMES, 5)
+    giver, receiver, other, third, fourth = rng.sample(_NAMES.split(), 5)
     template = rng.choice(_TEMPLATES)
-    words = {"place": rng.choice(_PLACES), "thing": rng.choice(_OBJECTS)}
+    words = {"place": rng.choice(_PLACES.split()), "thing": rng.choice(_OBJECTS.split())}
     first, second = rng.sample([giver, receiver], 2)
     text = template.format(first=first, second=second, giver=giver, **words)
     # Three other names, none of them twice: nothing says who receives (the paper's ABC prompts).

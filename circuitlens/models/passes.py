@@ -1,0 +1,55 @@
+"""Counting what goes through a model, in passes of one prompt through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+__all__ = ["PassCount", "beginning_at", "count_backward", "count_forward", "counting"]
+
+
+@dataclass
+class PassCount:
+    """Prompts that went forward and backward; a run of the upper half of the layers is half one."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+_COUNTS: ContextVar[tuple[PassCount, ...]] = ContextVar("counts", default=())
+_SHARE: ContextVar[float] = ContextVar("share", default=1.0)
+
+
+@contextmanager
+def counting() -> Iterator[PassCount]:
+    """Count the passes of every model in this block."""
+    count = PassCount()
+    token = _COUNTS.set((*_COUNTS.get(), count))
+    try:
+        yield count
+    finally:
+        _COUNTS.reset(token)
+
+
+@contextmanager
+def beginning_at(layer: int, n_layers: int) -> Iterator[None]:
+    """Passes in this block begin at a layer."""
+    token = _SHARE.set(1 - layer / n_layers)
+    try:
+        yield
+    finally:
+        _SHARE.reset(token)
+
+
+def count_forward(rows: int) -> None:
+    """Add prompts that went forward."""
+    for count in _COUNTS.get():
+        count.forward += rows * _SHARE.get()
+
+
+def count_backward(rows: int) -> None:
+    """Add prompts that went backward."""
+    for count in _COUNTS.get():
+        count.backward += rows

@@ -1,0 +1,210 @@
+"""Effects of single heads, the smallest circuit, circuits of one's own, and published ones."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import circuitlens as cl
+from circuitlens.circuits.published import PUBLISHED
+from circuitlens.models.passes import counting
+
+
+@pytest.fixture(scope="module")
+def effects(toy_proxy, toy_task, toy_scores, toy_baseline):
+    return cl.head_effects(toy_proxy, toy_task, toy_scores.top(5), toy_baseline, quiet=True)
+
+
+def test_effects_are_the_scores_of_exact_ablation(effects, toy_proxy, toy_task, toy_baseline):
+    exact = cl.relevance(toy_proxy, toy_task, toy_baseline, method="ablation", quiet=True)
+    assert effects.example_ids == exact.example_ids
+    for place, head in enumerate(effects.heads):
+        torch.testing.assert_close(
+            effects.per_example[:, place].float(),
+            exact.per_example[:, head.layer, head.index],
+            atol=1e-4,
+            rtol=1e-3,
+        )
+
+
+def test_effects_are_read_back_whole(effects, toy_scores, tmp_path):
+    effects.save(tmp_path / "effects.safetensors")
+    again = cl.HeadEffects.load(tmp_path / "effects.safetensors")
+    assert again.heads == effects.heads
+    assert torch.equal(again.per_example, effects.per_example)
+    frame = again.to_frame(toy_scores)
+    assert list(frame["effect"]) == sorted(frame["effect"], reverse=True)
+    row = frame.iloc[0]
+    head = cl.Head.parse(row["head"])
+    assert row["relevance"] == pytest.approx(float(toy_scores.mean[head.layer, head.index]))
+    assert row["effect_low"] <= row["effect"] <= row["effect_high"]
+
+
+def test_a_head_that_does_nothing_is_contradicted(effects):
+    silent = cl.HeadEffects(
+        effects.heads,
+        torch.cat([effects.per_example[:, :-1], torch.zeros(len(effects.per_example), 1)], dim=1),
+        effects.example_ids,
+        effects.provenance,
+    )
+    assert effects.heads[-1] in silent.contradicted()
+    assert silent.of(cl.Head(1, 7)) is None or cl.Head(1, 7) in silent.heads
+
+
+def test_effects_need_heads_of_this_model(toy_proxy, toy_task, toy_baseline):
+    with pytest.raises(cl.InputError, match="no heads to ablate"):
+        cl.head_effects(toy_proxy, toy_task, [], toy_baseline)
+    other = cl.Circuit.of(["a0.h0"], 5, 5)
+    with pytest.raises(cl.InputError, match="is of a 5 × 5 model"):
+        cl.head_effects(toy_proxy, toy_task, other, toy_baseline)
+
+
+def test_the_smallest_circuit_reaches_its_share_and_smaller_ones_do_not(
+    toy_proxy, toy_task, toy_scores, toy_baseline
+):
+    found = cl.smallest_circuit(toy_proxy, toy_task, toy_scores, toy_baseline, f=0.6, quiet=True)
+    examples = [e for e in toy_task["pool_a"] if e.id in toy_scores.example_ids]
+    ranking = toy_scores.ranking()
+    reached = {}
+    for n in (len(found) - 1, len(found)):
+        top = cl.Circuit.of(ranking[:n], toy_scores.n_layers, toy_scores.n_heads)
+        reached[n] = by_hand(toy_proxy, toy_task, toy_baseline, examples, top)
+    assert set(found) == set(ranking[: len(found)])
+    assert reached[len(found)] >= 0.6 - 0.05
+    assert reached[len(found)] > reached[len(found) - 1]
+    with pytest.raises(cl.InputError, match="between 0 and 1"):
+        cl.smallest_circuit(toy_proxy, toy_task, toy_scores, toy_baseline, f=1.5)
+
+
+def by_hand(model, task, baseline, examples, circuit):
+    """f of a circuit, by hooks that are written here."""
+    encoded = task.encode(model, examples[:120])
+    g, means = model.geometry, baseline.means()
+
+    def mean_margin(kept):
+        total = 0.0
+        for _, batch in encoded.batches(32, model.device):
+            where = batch.mask("all")
+
+            def hook(layer, where=where):
+                def set_to_mean(z):
+                    z = z.clone()
+                    for index in range(g.n_heads):
+                        if cl.Head(layer, index) not in kept:
+                            mu = means.of_heads(layer, z)[..., index, :].expand_as(z[:, :, index])
+                            z[:, :, index][where] = mu[where]
+                    return z
+
+                return set_to_mean
+
+            hooks = {model.z_hook(layer): hook(layer) for layer in range(g.n_layers)}
+            with torch.no_grad():
+                logits = model.label_logits(batch, hooks)
+            right = logits.gather(1, batch.gold[:, None])[:, 0]
+            others = (logits.sum(1) - right) / (logits.shape[1] - 1)
+            total += float((right - others).sum())
+        return total / len(encoded)
+
+    empty, full = mean_margin(set()), mean_margin(set(g))
+    return (mean_margin(set(circuit)) - empty) / (full - empty)
+
+
+def test_a_circuit_has_the_faithfulness_of_its_place_in_the_ranking(
+    toy_proxy, toy_task, toy_scores, toy_baseline
+):
+    options = {"n_random": 2, "quiet": True}
+    curve = cl.faithfulness(toy_proxy, toy_task, toy_scores, toy_baseline, sizes=[4], **options)
+    own = cl.Circuit.of(map(str, toy_scores.top(4)), toy_scores.n_layers, toy_scores.n_heads)
+    one = cl.faithfulness(toy_proxy, toy_task, own, toy_baseline, **options)
+    assert one.sizes == (0, 4, len(toy_proxy.geometry))
+    assert one.method == "by hand"
+    place = curve.sizes.index(4)
+    np.testing.assert_allclose(one.faithfulness[1], curve.faithfulness[place], atol=1e-6)
+    np.testing.assert_allclose(one.completeness[1], curve.completeness[place], atol=1e-6)
+    assert one.random_margin.shape == (2, 3)
+    assert one.smallest(min(0.99, float(one.faithfulness[1]))) == 4
+    cl.view.faithfulness_curve([curve, one])
+    with pytest.raises(cl.InputError, match="leave sizes out"):
+        cl.faithfulness(toy_proxy, toy_task, own, toy_baseline, sizes=[3])
+    with pytest.raises(cl.InputError, match="No circuit of this curve keeps f = 5"):
+        one.smallest(5.0)
+
+
+def test_an_empty_and_a_whole_circuit_can_be_measured(toy_proxy, toy_task, toy_baseline):
+    g = toy_proxy.geometry
+    for heads in ([], list(g)):
+        own = cl.Circuit.of(heads, g.n_layers, g.n_heads)
+        curve = cl.faithfulness(toy_proxy, toy_task, own, toy_baseline, n_random=1, quiet=True)
+        assert curve.sizes == (0, len(g))
+
+
+# -- counting ------------------------------------------------------------------------------------
+
+
+def test_passes_are_counted_and_stay_below_what_plans_say(toy_proxy, toy_task, toy_baseline):
+    from circuitlens.scoring.scorers import SCORERS, Request
+
+    g, n = toy_proxy.geometry, 6
+    for name, by in SCORERS.items():
+        if by.only or by.control:
+            continue
+        with counting() as count:
+            cl.relevance(toy_proxy, toy_task, toy_baseline, method=name, max_examples=n, quiet=True)
+        most = by.passes(g.n_layers, g.n_heads, Request())
+        assert count.forward / n <= most[0] + 1e-6, name
+        assert count.forward / n >= 0.4 * most[0], name
+        assert count.backward / n <= most[1] + 1e-6, name
+        assert count.backward / n >= 0.6 * most[1], name
+
+
+# -- published circuits --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_circuits_belong_to_a_task_that_can_be_loaded(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        task = cl.load_task(name)
+    assert not caplog.records
+    for pool in ("pool_a", "pool_b", "validation", "test"):
+        for e in task[pool]:
+            right, wrong = (
+                e.fields[e.label],
+                e.fields["second" if e.label == "first" else "first"],
+            )
+            assert right != wrong
+            assert len(e.fields["counterfactual"].split()) == len(e.fields["text"].split())
+    published = cl.published_circuit(name)
+    everything = published.overlap(published.circuit).set_index("group")
+    assert (everything["found"] == everything["published"]).all()
+    assert everything.loc["all", "published"] == sum(map(len, published.groups.values()))
+    nothing = published.overlap(published.circuit.complement()).set_index("group")
+    assert not nothing["found"].any()
+    with pytest.raises(cl.InputError, match="12 × 12"):
+        published.overlap(cl.Circuit.of([], 3, 8))
+
+
+def test_the_receiver_is_whoever_does_not_give():
+    for e in cl.load_task("ioi")["test"]:
+        names = [e.fields["first"], e.fields["second"]]
+        text = e.fields["text"]
+        giver = next(n for n in names if text.count(n) == 2)
+        assert e.fields[e.label] != giver
+        assert text.count(e.fields[e.label]) == 1
+        assert not any(n in e.fields["counterfactual"].split() for n in names)
+
+
+def test_the_right_year_comes_after_the_first():
+    for e in cl.load_task("greater-than")["test"]:
+        start = int(e.fields["text"].split()[6])
+        wrong = "second" if e.label == "first" else "first"
+        assert int(e.fields[e.label]) > start >= int(e.fields[wrong])
+
+
+def test_templates_know_english_only():
+    with pytest.raises(cl.InputError, match="no language 'german'"):
+        cl.load_task("ioi", "german")
+    with pytest.raises(cl.InputError, match="makes its own data"):
+        cl.load_task("ioi", data=".")
