@@ -38,6 +38,7 @@ _FLAGS = {
     "columns": "--column",
     "sizes": "--curve-size",
     "strategies": "--strategy",
+    "candidates": "--candidate",
     "learning_rates": "--rate",
 }
 _FINETUNE = {"learning_rate": "--finetune-rate"}

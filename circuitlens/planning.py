@@ -281,9 +281,9 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
     sizes = [*default_sizes(total), chosen, *settings.sizes]
     names = ("method", "mlps", "steps", "max_examples", "n_random", "strategies", "rediscover")
     shared = {name: getattr(settings, name) for name in names}
-    # Neither changes what has to be run.
-    free = ("kv_policy", "keep_source")
-    transferring = {k: v for k, v in settings.transferring.items() if k not in free}
+    # These change nothing that has to be run.
+    unused = ("kv_policy", "keep_source")
+    shared |= {k: v for k, v in settings.transferring.items() if k not in unused}
     return plan(
         model,
         task,
@@ -292,7 +292,6 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
         sizes=sizes,
         checked=chosen,
         **shared,
-        **transferring,
         **settings.batch_size,
     )
 

@@ -63,7 +63,10 @@ PEFT_FILE = "peft:"
 # How a model is asked, beside template and words.
 STYLE = ("readout", "bos", "chat", "system", "choices")
 # Of these come the scores, with the seed.
-SCORING = ("method", "mlps", "by_position", "path", "steps", "max_examples")
+SCORING = (
+    *("method", "mlps", "by_position", "path", "steps", "rounds", "share", "candidates"),
+    "max_examples",
+)
 
 
 def wants_share_kept(size: object) -> bool:
@@ -134,6 +137,7 @@ class RunSettings:
         system: system prompt of the chat.
         choices: column that holds one of the possible answers, where each example brings its own.
         columns: columns of a data file: label=NAME, id=NAME or group=NAME.
+        encoding: of a data file that is neither in UTF-8 nor says so itself, such as cp1252.
         share_a: share of the training data for discovery (pool A); the rest is for transfer.
         max_text_tokens: longer texts lose their end.
         classifier: use a classification head for the labels of the task, in their order; a
@@ -152,6 +156,9 @@ class RunSettings:
         by_position: score heads at every single position too.
         path: let relevance pass through later heads (total), or not (direct).
         steps: of integrated-gradients.
+        rounds: of sampled.
+        share: of the heads that are left, which iterative takes away in a round.
+        candidates: scorers that auto chooses from.
         max_examples: maximum number of examples for discovery; default: all correct ones.
         size: heads in the circuit: a number (8) or a share (0.25), or ``faithful`` for the fewest
             that keep f = 0.8 of the margin (``f=0.9`` for another share).
@@ -189,6 +196,7 @@ class RunSettings:
     system: str = ""
     choices: tuple[str, ...] = ()
     columns: dict[str, str] | None = None
+    encoding: str | None = None
     share_a: float | None = None
     max_text_tokens: int | None = None
     classifier: bool = False
@@ -205,6 +213,9 @@ class RunSettings:
     by_position: bool = False
     path: str = "total"
     steps: int = 5
+    rounds: int = 8
+    share: float = 0.4
+    candidates: tuple[str, ...] = ("cdt-linear", "sampled")
     max_examples: int | None = None
     size: float | int | str = 0.25
     sizes: tuple[float | int, ...] = ()
@@ -310,7 +321,7 @@ class RunSettings:
 
         options: dict[str, Any] = {"seed": self.seed, **(self.columns or {})}
         usual = {f.name: f.default for f in fields(self)}
-        for name in ("template", "labels", "share_a", "max_text_tokens", *STYLE):
+        for name in ("template", "labels", "share_a", "max_text_tokens", "encoding", *STYLE):
             if (value := getattr(self, name)) != usual[name]:
                 options[name] = value
         return load_task(self.task, self.source, data=self.data, **options)

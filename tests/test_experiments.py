@@ -409,7 +409,7 @@ def test_mistakes_are_found_before_any_work(parts, fake, tmp_path):
         "'near-zero' chooses by the heads' scores": {"strategies": ["norms", "near-zero"]},
         "epochs must be a whole number of at least 1, but is 0": {"epochs": 0},
         "replay is a number": {"replay": -1.0},
-        "model with 3 × 4 heads": {"circuit": cl.Circuit.of(["a0.h0"], 3, 4)},
+        "is of a 3 × 4 model": {"circuit": cl.Circuit.of(["a0.h0"], 3, 4)},
         "Retention of toy/source was asked for twice": {"retain": [task]},
         "Retention of toy/far was asked for twice": {"retain": ["far", task.to("far")]},
         r"languages is a list: give \['near'\]": {"languages": "near"},

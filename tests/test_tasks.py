@@ -737,7 +737,7 @@ def test_records_become_a_task_with_words_of_their_labels():
 def test_records_without_id_are_numbered_within_their_split():
     rows = records()
     splits = {"train": rows[:80], "dev": rows[80:90], "test": rows[90:100]}
-    task = Task.from_records(splits)
+    task = Task.from_records(splits, id="")
     assert [e.id for e in task["validation"]] == [f"validation:{n}" for n in range(10)]
     assert [e.fields["text"] for e in task["test"]] == [row["text"] for row in rows[90:100]]
     training = {e.id: e.fields["text"] for e in (*task["pool_a"], *task["pool_b"])}
@@ -1042,11 +1042,12 @@ def test_files_in_another_encoding_are_told_from_those_in_utf8(name, encoding, t
     rows = [{**row, "text": f"ñandú {row['id']}"} for row in records()]
     path = write(tmp_path / name, rows)
     path.write_bytes(path.read_bytes().decode("utf-8").encode(encoding))
-    if encoding.startswith("utf-8"):
+    if encoding.startswith("utf-8") or encoding == "utf-16":
         assert content(Task.from_file(path, id="id")) == as_content(rows)
     else:
         with pytest.raises(cl.InputError, match=rf"{name} is not in UTF-8: save it as UTF-8"):
             Task.from_file(path)
+        assert content(Task.from_file(path, id="id", encoding=encoding)) == as_content(rows)
 
 
 def test_utf16_without_a_mark_is_found_even_if_it_decodes(tmp_path):

@@ -62,8 +62,7 @@ class Scored:
 
     Attributes:
         heads: one score for all examples, or one for each.
-        stages: other scores that came on the way: those of a method under its name, those of an
-            earlier round under a name for people.
+        stages: scores of other methods that came on the way, by name.
         mlps: of MLPs on each example, if asked for.
         details: what the result should tell of how it came about, for JSON.
     """

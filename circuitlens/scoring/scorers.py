@@ -276,8 +276,8 @@ def _choosing(layers: int, heads: int, request: Request) -> tuple[float, float]:
     names = request.candidates
     each = [SCORERS[name].passes(layers, heads, request) for name in names]
     forward, backward = (sum(passes) for passes in zip(*each, strict=True))
-    # The clean run, that without heads, and the circuits; ``sampled`` gives three rankings.
-    rankings = len({*names, "cdt-linear"}) + 1 if "sampled" in names else len(names)
+    # The clean run, that without heads, and the circuits; ``sampled`` brings ``cdt-linear``.
+    rankings = len({*names, "cdt-linear"}) if "sampled" in names else len(names)
     measured = 2.0 + len(SHARES) * rankings
     return forward + measured + request.mlps * (2 + (layers + 1) / 2), backward
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from circuitlens.errors import InputError
 
-__all__ = ["POOLS", "Example", "Pool", "Pools", "split_pools"]
+__all__ = ["POOLS", "Example", "Pool", "Pools", "normal_text", "split_pools"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,13 @@ class Pools:
             validation=keep(self.validation, training | test),
             test=keep(self.test, training | validation),
         )
-        if dropped := self.size - kept.size:
-            logger.warning(
-                "%d examples were left out because their ids stand on the other side of the "
-                "pools in the source language.",
-                dropped,
-            )
+        dropped = self.size - kept.size
+        logger.log(
+            logging.WARNING if dropped else logging.INFO,
+            "%d examples were left out because their ids stand on the other side of the pools in "
+            "the source language.",
+            dropped,
+        )
         return kept
 
     @property
@@ -124,7 +126,10 @@ def split_pools(
     for name, examples in have.items():
         for example in examples:
             if example.id in seen:
-                raise InputError(f"The id {example.id!r} occurs twice (again in {name}).")
+                raise InputError(
+                    f"The id {example.id!r} occurs twice (again in {name}): make ids unique over "
+                    "all splits, or have rows numbered within their split, id='' (--column id=)."
+                )
             seen.add(example.id)
     train = have.get("train", ())
     for name, share in (("test", 0.2), ("validation", 0.1)):
@@ -133,25 +138,28 @@ def split_pools(
             taken = {e.id for e in chosen}
             have[name] = chosen
             train = tuple(e for e in train if e.id not in taken)
-    test_groups, test_texts = {e.group for e in have["test"]}, {_normal(e) for e in have["test"]}
+    test_groups, test_texts = (
+        {e.group for e in have["test"]},
+        {normal_text(e) for e in have["test"]},
+    )
     have["validation"] = _leave_out(
         have["validation"],
-        lambda e: e.group in test_groups or _normal(e) in test_texts,
+        lambda e: e.group in test_groups or normal_text(e) in test_texts,
         "validation examples were left out: the same text or group stands in test",
     )
     held_out = (*have["validation"], *have["test"])
-    groups, texts = {e.group for e in held_out}, {_normal(e) for e in held_out}
+    groups, texts = {e.group for e in held_out}, {normal_text(e) for e in held_out}
     train = _leave_out(
         train,
-        lambda e: e.group in groups or _normal(e) in texts,
+        lambda e: e.group in groups or normal_text(e) in texts,
         "training examples were left out: the same text or group stands in validation or test",
     )
     in_a = {e.group: _unit_hash(seed, e.group) < share_a for e in train}
     pool_a = tuple(e for e in train if in_a[e.group])
-    seen_texts = {_normal(e) for e in pool_a}
+    seen_texts = {normal_text(e) for e in pool_a}
     pool_b = _leave_out(
         tuple(e for e in train if not in_a[e.group]),
-        lambda e: _normal(e) in seen_texts,
+        lambda e: normal_text(e) in seen_texts,
         "pool-B examples were left out: the same text stands in pool A",
     )
     return Pools(pool_a, pool_b, have["validation"], have["test"])
@@ -166,5 +174,13 @@ def _leave_out(
     return kept
 
 
-def _normal(example: Example) -> tuple[str, ...]:
-    return tuple(" ".join(text.lower().split()) for text in example.fields.values())
+def normal_text(example: Example) -> tuple[str, ...]:
+    """Texts as they are compared: whatever Unicode form, case, blanks and invisible characters."""
+    return tuple(map(_normal, example.fields.values()))
+
+
+def _normal(text: str) -> str:
+    # Folding may undo the form, so it comes in between (Unicode's caseless compatibility match).
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    visible = "".join(c for c in folded if unicodedata.category(c) != "Cf")
+    return " ".join(visible.split())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +13,18 @@ import pandas as pd
 
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
+from circuitlens.tasks.reading import SUFFIXES, data_suffix, read_rows, refuse_doubled, stem
 
 __all__ = [
     "FileSource",
     "RecordSource",
     "Rows",
     "dataset_records",
-    "delimited_rows",
-    "not_utf8",
-    "read_rows",
+    "sorted_labels",
     "to_examples",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -32,90 +33,11 @@ _SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-
 Rows = Iterable[Mapping[str, Any]] | pd.DataFrame
 
 
-def read_rows(
-    path: Path, *, quoting: bool = True, columns: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """Read a CSV, TSV, JSONL or Parquet file as one dictionary a row.
-
-    Args:
-        path: the file; its suffix tells the format. Cells of CSV and TSV stay strings.
-        quoting: whether a TSV or CSV file quotes cells.
-        columns: names for a file without a header line.
-
-    Raises:
-        InputError: if the file is missing, of another kind, not in UTF-8, or cannot be parsed; if
-            a CSV or TSV file has two columns of one name, or a line with more or fewer cells than
-            the header (the line is named).
-    """
-    if not path.is_file():
-        raise InputError(f"There is no data file {path}.")
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            return list(delimited_rows(path, quoting=quoting, columns=columns))
-        if suffix in (".jsonl", ".ndjson"):
-            frame = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
-        elif suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            known = ", ".join(_SUFFIXES)
-            raise InputError(f"{path} is no data file of a known kind: give one of {known}.")
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise not_utf8(path) from error
-    except (ValueError, OSError, csv.Error) as error:
-        raise InputError(f"The data file {path} could not be read ({error}).") from error
-    return cast(list[dict[str, Any]], frame.to_dict("records"))
-
-
-def not_utf8(path: Path) -> InputError:
-    """The error that names a file in another encoding."""
-    return InputError(f"The data file {path} is not in UTF-8: save it as UTF-8.")
-
-
-def delimited_rows(
-    path: Path, *, quoting: bool = True, columns: Sequence[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV or TSV file; arguments and errors as of :func:`read_rows`."""
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
-    # The csv module and not pandas, which takes surplus cells for an index and shifts the rest.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(
-            file,
-            fieldnames=columns,
-            delimiter=separator,
-            quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE,
-        )
-        if reader.fieldnames is None:
-            raise InputError(f"The data file {path} is empty.")
-        # UTF-16 without a mark at its beginning decodes as UTF-8, with zeros between the letters.
-        if any("\0" in name for name in reader.fieldnames):
-            raise not_utf8(path)
-        _refuse_doubled(reader.fieldnames, str(path))
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path} has {'more' if None in row else 'fewer'} cells in line "
-                    f"{reader.line_num} than its header: put quotes round texts that hold "
-                    f"{separator!r}."
-                )
-            yield dict(row)
-
-
-def _refuse_doubled(columns: Iterable[Any], where: str) -> None:
-    # Spreadsheets leave columns without a name at the end, which no field can mean.
-    counts = Counter(name for name in columns if name != "")
-    if doubled := [name for name, count in counts.items() if count > 1]:
-        raise InputError(
-            f"{where} has {counts[doubled[0]]} columns named {doubled[0]!r}: rename or remove all "
-            "but one."
-        )
+# Columns that hold an id, where none is named.
+_ID_COLUMNS = ("id", "index_id", "idx", "sentence_id", "example_id", "guid", "uid", "pairid")
 
 
 def to_examples(
@@ -130,6 +52,9 @@ def to_examples(
 ) -> list[Example]:
     """Turn rows into examples; without an id column they are numbered within their split.
 
+    Where none is named (``None``), a column called ``id``, ``index_id``, ``idx`` or the like is
+    taken, which the log says; ``""`` numbers the rows whatever columns there are.
+
     Row numbers are shared by the languages of a parallel corpus, so its pools stay leak-safe.
 
     Raises:
@@ -143,36 +68,92 @@ def to_examples(
                 f"Row {number + 1} of {where} is {row!r}, but must map column names to values, "
                 f"such as {{{fields[0]!r}: …, {label!r}: …}}."
             )
+        if number == 0 and id is None:
+            id = _id_column(row, {*fields, label, group}, where)  # noqa: A001
         for column in (*fields, label, *(c for c in (id, group) if c)):
             if column not in row:
-                raise InputError(f"{where} has no column {column!r}; its columns are {list(row)}.")
+                raise InputError(
+                    f"{where} has no column {column!r}; its columns are {list(row)} (its first "
+                    "row, if it has no header: add one)."
+                )
+        texts = {name: _text(row[name], name, number, where) for name in fields}
         examples.append(
             Example(
-                id=_cell(row[id]) if id else f"{split}:{number}",
-                fields={name: _cell(row[name]) for name in fields},
-                label=_cell(row[label]),
-                group=_cell(row[group]) if group else "",
+                id=_text(row[id], id, number, where) if id else f"{split}:{number}",
+                fields=texts,
+                label=_text(row[label], label, number, where),
+                group=_text(row[group], group, number, where) if group else "",
             )
         )
         for needed, value in ((id, examples[-1].id), (label, examples[-1].label)):
             if not value:
+                hint = "fill it in or remove the row"
+                if needed == label:
+                    hint += (
+                        "; where pandas took a word such as None, NA or null for a missing cell, "
+                        "read the file with keep_default_na=False"
+                    )
                 raise InputError(
-                    f"{where} has no {needed!r} in row {number + 1}: every row needs one; fill it "
-                    "in or remove the row."
+                    f"{where} has no {needed!r} in row {number + 1}: every row needs one; {hint}."
                 )
     return examples
 
 
-def _cell(value: Any) -> str:
-    """Text of a cell; what is missing (None, NaN, NA) is empty, not the word for it."""
-    missing = pd.api.types.is_scalar(value) and pd.isna(value)
-    return "" if missing else str(value).strip()
+def _id_column(row: Mapping[str, Any], taken: set[str | None], where: str) -> str | None:
+    """The column that holds ids by its name, if there is one."""
+    found = [name for name in row if str(name).lower() in _ID_COLUMNS and name not in taken]
+    if not found:
+        return None
+    logger.info("Ids of %s are those of its column %r.", where, found[0])
+    return found[0]
+
+
+def _text(value: Any, column: str, number: int, where: str) -> str:
+    """Text of a cell; what is missing (None, NaN, NA) is empty, not the word for it.
+
+    Numbers are written as whole ones where they are: a column of whole numbers with a gap becomes
+    one of floating-point numbers on its way through pandas.
+
+    Raises:
+        InputError: for a cell that holds several values.
+    """
+    if isinstance(value, str):
+        return value.strip()
+    # Scalars of numpy, torch and Arrow.
+    for method in ("item", "as_py"):
+        if callable(plain := getattr(value, method, None)) and getattr(value, "ndim", 0) == 0:
+            value = plain()
+            break
+    if not pd.api.types.is_scalar(value):
+        raise InputError(
+            f"Column {column!r} of {where} holds a {type(value).__name__} in row {number + 1}: "
+            "name a column whose cells are single texts or numbers."
+        )
+    if pd.isna(value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """Labels in order: numbers as numbers, then words."""
+
+    def key(label: str) -> tuple[bool, float, str]:
+        try:
+            return False, float(label), label
+        except ValueError:
+            return True, 0.0, label
+
+    return sorted(set(labels), key=key)
 
 
 def _records(rows: Rows, where: str) -> Iterable[Mapping[str, Any]]:
     if not isinstance(rows, pd.DataFrame):
-        return rows
-    _refuse_doubled(rows.columns, where)
+        # Polars frames.
+        to_dicts = getattr(rows, "to_dicts", None)
+        return cast(Iterable[Mapping[str, Any]], to_dicts()) if callable(to_dicts) else rows
+    refuse_doubled(rows.columns, where)
     return cast(list[dict[str, Any]], rows.to_dict("records"))
 
 
@@ -214,7 +195,7 @@ class RecordSource:
 
     def labels(self) -> list[str]:
         """All labels that occur, sorted."""
-        return sorted({e.label for examples in self._splits.values() for e in examples})
+        return sorted_labels(e.label for examples in self._splits.values() for e in examples)
 
     @property
     def languages(self) -> Sequence[str]:
@@ -237,7 +218,10 @@ class RecordSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file, or a folder with a file per split; ``{language}`` in the path is filled in."""
+    """A file, several, or a folder with a file per split; ``{language}`` in the path is filled in.
+
+    Several files are named by a pattern, such as ``data/{language}/*.csv.gz``.
+    """
 
     path: str
     fields: Sequence[str]
@@ -245,6 +229,7 @@ class FileSource:
     id: str | None
     group: str | None
     language: str
+    encoding: str | None = None
 
     @property
     def languages(self) -> Sequence[str]:
@@ -262,57 +247,73 @@ class FileSource:
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
         """Read the file, or the files of the folder."""
-        path = Path(self.path.replace("{language}", language)).expanduser()
-        files = {"train": path}
-        if path.is_dir():
-            found = [f for f in sorted(path.iterdir()) if f.suffix.lower() in _SUFFIXES]
-            files = {}
-            for file in (f for f in found if f.stem in _SPLIT_NAMES):
-                name = _SPLIT_NAMES[file.stem]
-                if name in files:
-                    raise InputError(
-                        f"The folder {path} has two {name} files, {files[name].name} and "
-                        f"{file.name}: remove one."
-                    )
-                files[name] = file
-            if "train" not in files:
-                raise InputError(
-                    f"The folder {path} has no train file (train, valid and test as "
-                    f"{', '.join(_SUFFIXES)})."
-                )
-        return {
-            name: to_examples(
-                read_rows(file),
+        found: dict[str, list[Example]] = {}
+        for name, files in self._files(language).items():
+            rows = [row for file in files for row in read_rows(file, encoding=self.encoding)]
+            found[name] = to_examples(
+                rows,
                 fields=self.fields,
                 label=self.label,
                 id=self.id,
                 group=self.group,
                 split=name,
-                where=str(file),
+                where=str(files[0]) if len(files) == 1 else f"{files[0]} and others",
             )
-            for name, file in files.items()
-        }
+        return found
+
+    def _files(self, language: str) -> dict[str, list[Path]]:
+        """The files of each split."""
+        path = Path(self.path.replace("{language}", language)).expanduser()
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+        elif not path.exists() and any(sign in str(path) for sign in "*?["):
+            inside = sorted(Path(name) for name in glob(str(path), recursive=True))
+            if not inside:
+                raise InputError(f"No file is named like {path}.")
+        else:
+            return {"train": [path]}
+        known = [f for f in inside if data_suffix(f) in SUFFIXES]
+        splits = [f for f in known if stem(f) in _SPLIT_NAMES]
+        if not splits and not path.is_dir():
+            return {"train": known}
+        files: dict[str, list[Path]] = {}
+        for file in splits:
+            name = _SPLIT_NAMES[stem(file)]
+            if name in files:
+                raise InputError(
+                    f"The folder {file.parent} has two {name} files, {files[name][0].name} and "
+                    f"{file.name}: remove one."
+                )
+            files[name] = [file]
+        if "train" not in files:
+            raise InputError(
+                f"The folder {path} has no train file (train, valid and test as "
+                f"{', '.join(SUFFIXES)})."
+            )
+        return files
 
     def labels(self, language: str) -> list[str]:
         """All labels that occur, sorted."""
         splits = self.splits(language)
-        return sorted({e.label for examples in splits.values() for e in examples})
+        return sorted_labels(e.label for examples in splits.values() for e in examples)
 
 
 def dataset_records(dataset: Any, label: str) -> Any:
-    """Turn a ``Dataset`` or ``DatasetDict`` into what from_records takes.
+    """Turn a ``Dataset`` or ``DatasetDict``, streamed or not, into what from_records takes.
 
     Labels that the data set withholds, such as those of a public test split, are ``None``.
     """
     import datasets
 
-    if isinstance(dataset, datasets.DatasetDict):
+    if isinstance(dataset, Mapping):
         return {name: dataset_records(part, label) for name, part in dataset.items()}
-    feature = dataset.features.get(label)
+    # As plain Python, whatever format was set.
+    rows = list(dataset.with_format(None))
+    feature = (dataset.features or {}).get(label)
     if not isinstance(feature, datasets.ClassLabel):
-        return list(dataset)
+        return rows
 
     def name(number: int | None) -> str | None:
-        return None if number is None or number < 0 else str(feature.int2str(number))
+        return None if number is None or number < 0 else str(feature.int2str(int(number)))
 
-    return [{**row, label: name(row[label])} for row in dataset]
+    return [{**row, label: name(row[label])} for row in rows]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from circuitlens.errors import InputError
-from circuitlens.tasks.files import delimited_rows, not_utf8
+from circuitlens.tasks.reading import SUFFIXES, data_suffix, delimited_rows, json_rows
 from circuitlens.utils.storage import replacing
 
 __all__ = ["Table", "chunks", "stream_rows"]
@@ -27,8 +27,8 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
         InputError: for another kind of file, one that is missing, or a row that cannot be read,
             which is named.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (*_DELIMITERS, *_LINES, ".parquet"):
+    suffix = data_suffix(path)
+    if suffix not in SUFFIXES:
         raise InputError(
             f"{path} is no file of texts of a known kind: give .csv, .tsv, .jsonl or .parquet."
         )
@@ -39,27 +39,10 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
 
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-        return
-    try:
-        if suffix in _DELIMITERS:
-            yield from delimited_rows(path)
-            return
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parsed(line, f"line {number} of {path}")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path) from error
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where} holds no JSON object: give one with the texts by name.")
-    return row
+    elif suffix in _DELIMITERS:
+        yield from delimited_rows(path)
+    else:
+        yield from json_rows(path)
 
 
 def chunks(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -17,6 +17,7 @@ from circuitlens.errors import InputError
 from circuitlens.models.batch import Words
 from circuitlens.models.prompt import Prompt, label_words, template_fields
 from circuitlens.models.readouts import DEFAULT
+from circuitlens.tasks.comparing_languages import compare_languages
 from circuitlens.tasks.encoding import Encoded, encode
 from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
 from circuitlens.utils.storage import digest
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
     from circuitlens.tasks.files import Rows
 
-__all__ = ["COLUMNS", "OPTIONS", "Source", "Task", "check_options"]
+__all__ = ["COLUMNS", "FILE_OPTIONS", "OPTIONS", "Source", "Task", "check_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ Splits = Mapping[str, Sequence[Example]]
 STYLE = ("readout", "bos", "chat", "system", "choices")
 OPTIONS = ("template", "labels", "seed", "share_a", "max_text_tokens", "tokenizer", *STYLE)
 COLUMNS = ("label", "id", "group")
+# What only files have.
+FILE_OPTIONS = ("encoding",)
 
 
 def check_options(given: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -205,8 +208,9 @@ class Task:
             name, language: what to call it.
             template: prompt template; its fields are the names of the text columns.
             labels: answer word by label; by default a blank and the label itself.
-            label, id, group: names of the columns. Without an id column, ids are numbered; a
-                group column names what pools may not tear apart.
+            label, id, group: names of the columns. If no id column is named, one called ``id``,
+                ``index_id``, ``idx`` or the like is taken; if there is none, or with ``id=""``,
+                rows are numbered. A group column names what pools may not tear apart.
             options: ``seed``, ``share_a``, ``max_text_tokens``, ``tokenizer``.
 
         Raises:
@@ -240,20 +244,22 @@ class Task:
         """Make a task from a CSV, TSV, JSONL or Parquet file, or a folder of such splits.
 
         Args:
-            path: a file (the splits are made by id) or a folder with ``train``, ``valid`` and
-                ``test`` files. ``{language}`` in it stands for the language, which lets
-                :meth:`to` find the other languages.
+            path: a file (the splits are made by id), a pattern of several such as
+                ``data/*.csv``, or a folder with ``train``, ``valid`` and ``test`` files; they may
+                be compressed (``.csv.gz``). ``{language}`` in it stands for the language, which
+                lets :meth:`to` find the other languages.
             language: language of the examples.
-            options: as of :meth:`from_records`.
+            options: as of :meth:`from_records`, and ``encoding`` of text files, if it is neither
+                UTF-8 nor said by a byte order mark.
 
         Raises:
             InputError: for files that cannot be read, and as :meth:`from_records`.
         """
         from circuitlens.tasks.files import FileSource
 
-        check_options(options, ("name", *COLUMNS, *OPTIONS), str(path))
+        check_options(options, ("name", *FILE_OPTIONS, *COLUMNS, *OPTIONS), str(path))
         template = options.pop("template", "{text} label:")
-        columns = {key: options.pop(key, None) for key in ("id", "group")}
+        columns = {key: options.pop(key, None) for key in ("id", "group", *FILE_OPTIONS)}
         source = FileSource(
             str(path),
             fields=[*template_fields(template), *options.get("choices", ())],
@@ -281,7 +287,8 @@ class Task:
     ) -> Task:
         """Make a task from a ``datasets.Dataset`` or ``DatasetDict``; options as from_records.
 
-        Integer labels of a ``ClassLabel`` column are read by their names.
+        Integer labels of a ``ClassLabel`` column are read by their names. A format that was set
+        (``with_format("torch")``) makes no difference, and streamed data sets are read whole.
         """
         from circuitlens.tasks.files import dataset_records
 
@@ -311,6 +318,7 @@ class Task:
             max_text_tokens=self.max_text_tokens,
             **{name: getattr(self, name) for name in STYLE},
         )
+        compare_languages(self.full_name, self.pools, other.full_name, other.pools)
         pools = other.pools
         ancestor: Task | None = self
         while ancestor is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from circuitlens.catalogue import check_task
 from circuitlens.errors import InputError
 from circuitlens.tasks.sources.data_set import DataSet
-from circuitlens.tasks.task import COLUMNS, OPTIONS, Task, check_options
+from circuitlens.tasks.task import COLUMNS, FILE_OPTIONS, OPTIONS, Task, check_options
 
 __all__ = ["DataSet", "data_sets", "load_task"]
 
@@ -37,11 +37,11 @@ def load_task(
         name: one of :func:`circuitlens.tasks.data_sets`, such as ``nusax``, or the path of a CSV,
             TSV, JSONL or Parquet file (see :meth:`Task.from_file`).
         language: a name or a code; the default is the data set's usual source language.
-        data: local folder of the data set; without it, all but SmSA, AmericasNLI and toy come from
-            the hub.
+        data: local folder of the data set; without it, all but SmSA, AmericasNLI and those that
+            code makes (toy, ioi, greater-than) come from the hub.
         options: ``template``, ``labels``, ``seed``, ``share_a``, ``max_text_tokens``,
             ``tokenizer`` (checks the label words at once); for a file, also its columns, as
-            ``label``, ``id`` and ``group``.
+            ``label``, ``id`` and ``group``, and its ``encoding``.
 
     Raises:
         InputError: for an unknown task, language or option (the known ones are listed), a missing
@@ -59,7 +59,7 @@ def load_task(
     if name not in known:
         if data is not None:
             raise InputError(f"{name} is a data file itself: leave data (--data) out.")
-        check_options(options, (*COLUMNS, *OPTIONS), name)
+        check_options(options, (*FILE_OPTIONS, *COLUMNS, *OPTIONS), name)
         return Task.from_file(name, language=language or "unnamed", **options)
     check_options(options, OPTIONS, name)
     chosen = known[name]

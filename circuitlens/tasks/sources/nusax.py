@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.files import dataset_records, read_rows, to_examples
+from circuitlens.tasks.files import dataset_records, to_examples
+from circuitlens.tasks.reading import read_rows
 from circuitlens.tasks.sources.data_set import (
     CONVERTED,
     SENTIMENT,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.files import dataset_records, read_rows, to_examples
+from circuitlens.tasks.files import dataset_records, to_examples
+from circuitlens.tasks.reading import read_rows
 from circuitlens.tasks.sources.data_set import (
     DataSet,
     from_hub,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.files import read_rows, to_examples
+from circuitlens.tasks.files import to_examples
+from circuitlens.tasks.reading import read_rows
 from circuitlens.tasks.sources.data_set import SENTIMENT, DataSet, needed, open_folder, pick
 
 __all__ = ["DATA_SET", "SmSA"]
