@@ -55,6 +55,7 @@ _SCHEMA = "circuitlens.baseline/2"
 _TENSORS = ("mean", "mlp_mean", "by_position", "mlp_by_position")
 
 Pooling = Literal["pooled", "position"]
+Reference = Literal["label-balanced", "mean", "zero"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class MeanBaseline:
     def pooling(self) -> Pooling:
         """Whether means are taken over positions or for each by itself."""
         return "pooled" if self.by_position is None else "position"
+
+    @property
+    def reference(self) -> str:
+        """What the means are: ``"label-balanced"``, ``"mean"`` or ``"zero"``."""
+        return str(self.provenance.settings.get("reference", "label-balanced"))
 
     def means(self, device: torch.device | None = None) -> NodeMeans:
         """Return the means as the engine takes them."""
@@ -238,6 +244,7 @@ def label_balanced_mean(
     *,
     positions: Positions = "all",
     pooling: Pooling = "pooled",
+    reference: Reference = "label-balanced",
     examples: Sequence[Example] | None = None,
     batch_size: int = 32,
     allow_chance: bool = False,
@@ -253,6 +260,10 @@ def label_balanced_mean(
             ``"decision"`` position only; or average over ``"all+first"``, the sink included.
         pooling: one mean for all these positions, or one for each ``"position"``, counted from
             the decision (of use where prompts are aligned there, as templates are).
+        reference: what heads are measured from and set to. ``"label-balanced"`` is the method's;
+            ``"mean"`` counts every example the same, so that what labels have in unequal numbers
+            stays in it; ``"zero"`` is zero ablation, which takes a head's constant part away too.
+            The last two are there to set results beside those of other tools.
         examples: use these instead of pool A. Those of other pools of the task can be scored by
             :func:`circuitlens.relevance` too; others, with ids of their own, give means only.
         batch_size: examples per forward pass; the result does not depend on it.
@@ -262,9 +273,9 @@ def label_balanced_mean(
     Raises:
         CompetenceError: if the accuracy is near chance.
         NotFiniteError: if a mean is NaN or infinite, naming the head or MLP.
-        InputError: for unknown positions or pooling; if there are no examples, or one has the id
-            of another of the task; or if no example of a label is answered correctly, which is
-            named.
+        InputError: for unknown positions, pooling or reference; if there are no examples, or one
+            has the id of another of the task; or if no example of a label is answered correctly,
+            which is named.
     """
     check_types(
         "label_balanced_mean",
@@ -273,6 +284,7 @@ def label_balanced_mean(
     )
     check_choice("positions", positions, get_args(Positions))
     check_choice("pooling", pooling, get_args(Pooling))
+    check_choice("reference", reference, get_args(Reference))
     if pooling == "position" and positions == "decision":
         raise InputError(
             "pooling='position' has nothing to tell apart at positions='decision': leave one out."
@@ -316,14 +328,16 @@ def label_balanced_mean(
             )
     g = model.geometry
     dtype = torch.promote_types(model.dtype, torch.float32)
-    pooled, by_position = (means.to(dtype).cpu() for means in sums.means())
+    found = sums.means(balanced=reference == "label-balanced")
+    scale = 0.0 if reference == "zero" else 1.0
+    pooled, by_position = ((scale * means).to(dtype).cpu() for means in found)
     _check_finite(model, torch.cat([pooled[None], by_position]))
     # Heads and MLPs were laid side by side.
     split = [g.n_heads * g.d_head, g.d_model]
     heads, mlps = pooled.split(split, dim=-1)
     heads_at, mlps_at = by_position.split(split, dim=-1)
     each = pooling == "position"
-    settings = {"positions": positions, "pooling": pooling, "n_examples": len(encoded)}
+    settings = {"positions": positions, "pooling": pooling, "reference": reference}
     return MeanBaseline(
         mean=heads.unflatten(-1, (g.n_heads, g.d_head)),
         mlp_mean=mlps,
@@ -337,7 +351,7 @@ def label_balanced_mean(
             task.full_name,
             task.fingerprint(),
             task.seed,
-            settings,
+            {**settings, "n_examples": len(encoded)},
         ),
         by_position=heads_at.unflatten(-1, (g.n_heads, g.d_head)) if each else None,
         mlp_by_position=mlps_at if each else None,

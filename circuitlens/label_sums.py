@@ -65,10 +65,18 @@ class LabelSums:
             setattr(self, name, summed(getattr(self, name), device))
 
     def means(
-        self,
+        self, balanced: bool = True
     ) -> tuple[Float[Tensor, "layer node_outputs"], Float[Tensor, "pos layer node_outputs"]]:
-        """Label-balanced means over positions and at each; where none reaches, the former."""
-        pooled = (self.pooled / self.examples[:, None, None]).mean(0)
-        at = (self.at / self.reach[:, :, None, None]).mean(0)
+        """Means over positions and at each; where none reaches, the former.
+
+        Args:
+            balanced: labels count the same, however many examples they have.
+        """
+        if balanced:
+            pooled = (self.pooled / self.examples[:, None, None]).mean(0)
+            at = (self.at / self.reach[:, :, None, None]).mean(0)
+        else:
+            pooled = self.pooled.sum(0) / self.examples.sum()
+            at = self.at.sum(0) / self.reach.sum(0)[:, None, None]
         reached = (self.reach > 0).all(0)[:, None, None]
         return pooled, torch.where(reached, at, pooled)

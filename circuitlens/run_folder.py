@@ -1,4 +1,4 @@
-"""The whole line on a folder: every stage writes its result there, whole, and is never redone.
+"""A run in a folder: every stage writes its result there once it is whole, and is never redone.
 
     DIR/run.json                       settings, versions, fingerprints, all numbers
     DIR/proxy/                         the competent model, if the competence stage trained one
@@ -11,8 +11,7 @@
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
     DIR/report.html                    all of it to look at
 
-A stage whose files are there is loaded instead of computed, so an interrupted run goes on where
-it stopped.
+A stage whose files are there is loaded, not computed, so an interrupted run resumes there.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 
 from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
 from circuitlens.adapt.result import saved_transfers
-from circuitlens.baseline import MeanBaseline, Pooling, label_balanced_mean
+from circuitlens.baseline import MeanBaseline, Pooling, Reference, label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects, head_effects
@@ -73,7 +72,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, settings: RunSettings, *, quiet: bool = False) -> RunFolder:
-        """Begin a run in a new folder, or go on with an unfinished one of the same settings.
+        """Begin a run in a new folder, or resume an unfinished one of the same settings.
 
         Raises:
             InputError: if the folder holds anything else, or a finished run.
@@ -108,7 +107,7 @@ class RunFolder:
                 f"{path} holds an unfinished run with other settings ({name} was "
                 f"{stored[name]!r}, now {mine[name]!r}): choose another --out, or the old settings."
             )
-        logger.info("Going on with the unfinished run in %s.", path)
+        logger.info("Resuming the unfinished run in %s.", path)
         run.check()
         return run
 
@@ -200,6 +199,7 @@ class RunFolder:
                 self.task,
                 positions=cast(Positions, self.settings.positions),
                 pooling=cast(Pooling, self.settings.pooling),
+                reference=cast(Reference, self.settings.reference),
                 allow_chance=self.settings.allow_chance,
                 **self.settings.batch_size,
                 quiet=self.quiet,
@@ -210,9 +210,8 @@ class RunFolder:
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
-        path = self.path / "scores.safetensors"
         return self._shared.kept(
-            path,
+            self.path / "scores.safetensors",
             HeadScores.load,
             lambda: self._score(self.settings),
             self._clock.stage("relevance"),
@@ -224,9 +223,10 @@ class RunFolder:
     @cached_property
     def circuit(self) -> Circuit:
         """The circuit."""
-        path = self.path / "circuit.json"
         return self._shared.kept(
-            path, Circuit.load, lambda: self._choose(self.scores, self.settings.size)
+            self.path / "circuit.json",
+            Circuit.load,
+            lambda: self._choose(self.scores, self.settings.size),
         )
 
     def _choose(self, scores: HeadScores, size: int | float | str) -> Circuit:

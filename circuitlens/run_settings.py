@@ -52,6 +52,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "readout": catalogue.choices("models/prompt.py", "READOUTS"),
     "positions": catalogue.choices("models/batch.py", "Positions"),
     "pooling": catalogue.choices("baseline.py", "Pooling"),
+    "reference": catalogue.choices("baseline.py", "Reference"),
     "method": tuple(catalogue.scorers()),
     "path": catalogue.choices("cdt/gradient.py", "Path"),
     "strategies": tuple(catalogue.strategies()),
@@ -150,6 +151,8 @@ class RunSettings:
         finetuning: of the competence stage.
         positions: where heads deviate from their means.
         pooling: one mean for all positions, or one for each position.
+        reference: what heads are measured from and set to: means in which every label counts the
+            same, plain means, or zero.
         allow_chance: continue although the model does no better than chance.
         method: scorer of the heads.
         mlps: score MLPs too.
@@ -207,6 +210,7 @@ class RunSettings:
     finetuning: TrainingOptions | None = None
     positions: str = "all"
     pooling: str = "pooled"
+    reference: str = "label-balanced"
     allow_chance: bool = False
     method: str = "cdt-linear"
     mlps: bool = False

@@ -208,3 +208,172 @@ def test_templates_know_english_only():
         cl.load_task("ioi", "german")
     with pytest.raises(cl.InputError, match="makes its own data"):
         cl.load_task("ioi", data=".")
+
+
+# -- references ----------------------------------------------------------------------------------
+
+
+def test_references_are_what_they_say(toy_proxy, toy_task):
+    few = toy_task["pool_a"][:60]
+    options = {"examples": few, "quiet": True, "allow_chance": True}
+    balanced, plain, zero = (
+        cl.label_balanced_mean(toy_proxy, toy_task, reference=name, **options)
+        for name in ("label-balanced", "mean", "zero")
+    )
+    assert not zero.mean.any()
+    assert zero.reference == "zero"
+    by_label = {
+        label: cl.label_balanced_mean(
+            toy_proxy,
+            toy_task,
+            examples=[e for e in few if e.label == label] + list(_one_of_each(toy_task, label)),
+            reference="mean",
+            quiet=True,
+            allow_chance=True,
+        )
+        for label in toy_task.labels
+    }
+    assert set(by_label) == set(toy_task.labels)
+    # By hand: the mean over examples of each example's own mean.
+    encoded = toy_task.encode(toy_proxy, few)
+    total, n = torch.zeros_like(plain.mean, dtype=torch.float64), 0
+    for _, batch in encoded.batches(16, toy_proxy.device):
+        z = toy_proxy.head_outputs(batch)
+        right = toy_proxy.label_logits(batch).argmax(1) == batch.gold
+        where = batch.mask("all")
+        for row in right.nonzero()[:, 0].tolist():
+            total += z[:, row, where[row]].double().mean(1)
+            n += 1
+    torch.testing.assert_close(plain.mean.double(), total / n, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain.mean, balanced.mean, atol=1e-6)
+
+
+def _one_of_each(task, but):
+    for label in task.labels:
+        if label != but:
+            yield next(e for e in task["pool_a"][60:] if e.label == label)
+
+
+# -- scorers that look again ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chosen(toy_proxy, toy_task, toy_baseline):
+    return cl.relevance(
+        toy_proxy, toy_task, toy_baseline, method="auto", max_examples=60, mlps=True, quiet=True
+    )
+
+
+def test_auto_takes_the_ranking_whose_circuits_keep_most(chosen, toy_proxy, toy_task, toy_baseline):
+    said = chosen.provenance.settings
+    assert set(said["mean_f"]) == {"cdt-linear", "sampled"}
+    assert said["mean_f"][said["chosen"]] == max(said["mean_f"].values())
+    scored = [e for e in toy_task["pool_a"] if e.id in chosen.example_ids]
+    for name, f in said["mean_f"].items():
+        own = cl.relevance(
+            toy_proxy, toy_task, toy_baseline, method=name, max_examples=60, quiet=True
+        )
+        by_size = [
+            by_hand(toy_proxy, toy_task, toy_baseline, scored, own.top(n)) for n in (4, 8, 12)
+        ]
+        assert np.mean(by_size) == pytest.approx(f, abs=1e-3), name
+        if name == said["chosen"]:
+            torch.testing.assert_close(own.per_example, chosen.per_example)
+
+
+def test_auto_scores_mlps_by_exact_ablation(chosen, toy_proxy, toy_task, toy_baseline):
+    exact = cl.relevance(
+        toy_proxy,
+        toy_task,
+        toy_baseline,
+        method="ablation",
+        mlps=True,
+        max_examples=60,
+        quiet=True,
+    )
+    torch.testing.assert_close(chosen.mlps, exact.mlps, atol=1e-4, rtol=1e-3)
+
+
+def test_relevance_in_circuits_is_a_gradient(toy_proxy, toy_task, toy_baseline):
+    """Beside differences of the margin by the gates themselves."""
+    from circuitlens.cdt import RULES
+    from circuitlens.cdt.gated import relevance_in_circuits
+    from circuitlens.models.batch import margin
+
+    encoded = toy_task.encode(toy_proxy, toy_task["pool_a"][:4])
+    ((_, batch),) = encoded.batches(4, toy_proxy.device)
+    g, means = toy_proxy.geometry, toy_baseline.means()
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.rand(4, g.n_layers, g.n_heads, generator=generator)
+    found = relevance_in_circuits(toy_proxy, batch, means, gates, RULES["attribution"]).heads
+
+    def margins(gates):
+        where = batch.mask("all")[:, :, None, None]
+
+        def hook(layer):
+            def scale(z):
+                mean = means.of_heads(layer, z)
+                return torch.where(where, mean + gates[:, layer][:, None, :, None] * (z - mean), z)
+
+            return scale
+
+        hooks = {toy_proxy.z_hook(layer): hook(layer) for layer in range(g.n_layers)}
+        with torch.no_grad():
+            return margin(toy_proxy.label_logits(batch, hooks), batch.gold)
+
+    step = 1e-2
+    for head in (cl.Head(0, 1), cl.Head(1, 3), cl.Head(1, 6)):
+        more, less = gates.clone(), gates.clone()
+        more[:, head.layer, head.index] += step
+        less[:, head.layer, head.index] -= step
+        slope = (margins(more) - margins(less)) / (2 * step)
+        torch.testing.assert_close(
+            found[:, head.layer, head.index], slope.float(), atol=2e-3, rtol=2e-2
+        )
+
+
+def test_scorers_that_look_again_follow_from_the_seed_and_not_from_batches(
+    toy_proxy, toy_task, toy_baseline
+):
+    def score(method, **options):
+        return cl.relevance(
+            toy_proxy, toy_task, toy_baseline, method=method, max_examples=24, quiet=True, **options
+        )
+
+    first, again = score("sampled", rounds=2), score("sampled", rounds=2)
+    assert torch.equal(first.per_example, again.per_example)
+    other = score("sampled", rounds=2, batch_size=5)
+    assert other.example_ids == first.example_ids
+    order = score("iterative")
+    torch.testing.assert_close(order.mean, score("iterative", batch_size=5).mean)
+    assert order.whole
+    assert sorted(order.mean.flatten().tolist()) == pytest.approx(
+        [i / len(toy_proxy.geometry) for i in range(len(toy_proxy.geometry))]
+    )
+    for wrong in ({"rounds": 0}, {"share": 1.0}, {"candidates": []}):
+        with pytest.raises(cl.InputError):
+            score("auto", **wrong)
+    with pytest.raises(cl.InputError, match="candidates"):
+        score("auto", candidates=["nonsense"])
+
+
+def test_samples_of_examples_have_areas_of_their_own(toy_proxy, toy_task, toy_baseline):
+    compared = cl.compare_scorers(
+        toy_proxy,
+        toy_task,
+        toy_baseline,
+        methods=["cdt-linear", "greedy"],
+        max_examples=20,
+        samples=2,
+        sizes=[4, 8],
+        examples=toy_task["validation"][:40],
+        n_random=1,
+        quiet=True,
+    )
+    table = compared.table.set_index("scorer")
+    assert table.loc["greedy", "of_greedy_f"] == pytest.approx(1)
+    row = table.loc["cdt-linear"]
+    assert row["area_f_min"] <= row["area_f"] <= row["area_f_max"]
+    assert (row["forward"], row["backward"]) == (1, 1)
+    with pytest.raises(cl.InputError, match="give max_examples"):
+        cl.compare_scorers(toy_proxy, toy_task, toy_baseline, samples=2)

@@ -138,6 +138,7 @@ def faithfulness(
         "n_random": n_random,
         "positions": baseline.positions,
         "pooling": baseline.pooling,
+        "reference": baseline.reference,
         "scores": method,
     }
     return FaithfulnessCurve(

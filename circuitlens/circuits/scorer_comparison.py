@@ -52,8 +52,11 @@ class ScorerComparison:
         table: by scorer: ``spearman`` with exact ablation over heads, with a 95 % bootstrap
             interval over examples (``low``, ``high``); ``overlap``, the share of the top
             ``n_top`` heads that are among ablation's; ``area_f`` and ``area_accuracy``, the areas
-            under the faithfulness curve over the share of heads; ``mlp_spearman`` with its
-            interval, if MLPs were scored; ``seconds`` and ``peak_mib`` of scoring. The row
+            under the faithfulness curve over the share of heads (of several samples the mean, with
+            least and largest, ``_min`` and ``_max``), and ``of_greedy_f`` and
+            ``of_greedy_accuracy``, their share of ``greedy``'s on the same samples;
+            ``mlp_spearman`` with its interval, if MLPs were scored; ``forward`` and ``backward``,
+            passes of an example that scoring took, counted; ``seconds`` and ``peak_mib``. The row
             ``random circuits`` holds areas of circuits drawn at random.
         n_top: number of top heads that ``overlap`` speaks of.
         n_examples: examples scored.
@@ -146,6 +149,7 @@ def compare_scorers(
     mlps: bool = True,
     examples: Sequence[Example] | None = None,
     max_examples: int | None = None,
+    samples: int = 1,
     batch_size: int = 16,
     seed: int = 0,
     quiet: bool = False,
@@ -165,6 +169,8 @@ def compare_scorers(
         mlps: score MLPs too, where the scorer can.
         examples: measure faithfulness on these instead of the held-out ones.
         max_examples: score a random subset of this size.
+        samples: how many such subsets, each with its own ranking of every scorer; areas are then
+            means over them, with the least and the largest.
         batch_size: examples per forward pass.
         seed: for subsets, random circuits and intervals.
         quiet: no progress bar.
@@ -188,14 +194,19 @@ def compare_scorers(
     # Faithfulness would say so too, but only after the first scoring.
     unseen_examples(task, examples, baseline.example_ids)
     names = list(dict.fromkeys(["ablation", *(s.name for s in chosen)]))
+    if samples < 1:
+        raise InputError(f"samples must be 1 at least, but is {samples}.")
+    if samples > 1 and max_examples is None:
+        raise InputError("Several samples need a size: give max_examples.")
     scores: dict[str, HeadScores] = {}
     curves: dict[str, FaithfulnessCurve] = {}
     costs: dict[str, dict[str, float]] = {}
+    areas: dict[str, list[tuple[float, float]]] = {}
     for number, name in enumerate(names):
         method: str | RuleSet = own.get(name, name)
         by = scorer(method)
 
-        def score(with_mlps: bool, method: str | RuleSet = method) -> HeadScores:
+        def score(with_mlps: bool, sample: int = 0, method: str | RuleSet = method) -> HeadScores:
             return relevance(
                 model,
                 task,
@@ -204,6 +215,19 @@ def compare_scorers(
                 mlps=with_mlps,
                 max_examples=max_examples,
                 batch_size=batch_size,
+                seed=seed + sample,
+                quiet=quiet,
+            )
+
+        def measure(scores: HeadScores, random: int = 0) -> FaithfulnessCurve:
+            return faithfulness(
+                model,
+                task,
+                scores,
+                baseline,
+                sizes=sizes,
+                n_random=random,
+                examples=examples,
                 seed=seed,
                 quiet=quiet,
             )
@@ -212,21 +236,15 @@ def compare_scorers(
             start = time.perf_counter()
             scores[name] = score(mlps and by.mlps and not by.joint)
             seconds = time.perf_counter() - start
+        passes = scores[name].provenance.settings["passes"]
         if mlps and by.mlps and by.joint:
             scores[name] = replace(scores[name], mlps=score(True).mlps)
-        costs[name] = {"seconds": seconds, "peak_mib": memory.mib}
-        curves[name] = faithfulness(
-            model,
-            task,
-            scores[name],
-            baseline,
-            sizes=sizes,
-            # The same random circuits for every scorer, so they are measured once.
-            n_random=n_random if number == 0 else 0,
-            examples=examples,
-            seed=seed,
-            quiet=quiet,
-        )
+        costs[name] = {**passes, "seconds": seconds, "peak_mib": memory.mib}
+        # The same random circuits for every scorer, so they are measured once.
+        curves[name] = measure(scores[name], n_random if number == 0 else 0)
+        measured = [curves[name]]
+        measured += [measure(score(False, sample)) for sample in range(1, samples)]
+        areas[name] = [(c.area("faithfulness"), c.area("accuracy")) for c in measured]
         logger.info("%s scored in %.1f s.", name, seconds)
     exact = scores["ablation"]
     best = set(exact.top(n_top))
@@ -237,9 +255,7 @@ def compare_scorers(
         row["overlap"] = len(best & set(scores[name].top(n_top))) / n_top
         if mlps:
             row |= _agreement(scores[name], exact, lambda s: s.mlps, "mlp_", seed)
-        row["area_f"] = curves[name].area("faithfulness")
-        row["area_accuracy"] = curves[name].area("accuracy")
-        rows.append(row | costs[name])
+        rows.append(row | _areas(areas[name], areas.get("greedy")) | costs[name])
     if n_random:
         rows.append(_random_row(curves[names[0]]))
     return ScorerComparison(
@@ -251,6 +267,23 @@ def compare_scorers(
         scores,
         curves,
     )
+
+
+def _areas(
+    own: list[tuple[float, float]], greedy: list[tuple[float, float]] | None
+) -> dict[str, float]:
+    """Areas over the samples, and their share of ``greedy``'s on the same samples."""
+    found: dict[str, float] = {}
+    for place, name in enumerate(("f", "accuracy")):
+        values = np.array([area[place] for area in own])
+        found[f"area_{name}"] = float(values.mean())
+        if len(values) > 1:
+            found[f"area_{name}_min"] = float(values.min())
+            found[f"area_{name}_max"] = float(values.max())
+        if greedy is not None:
+            best = np.array([area[place] for area in greedy])
+            found[f"of_greedy_{name}"] = float((values / best).mean())
+    return found
 
 
 def _default(model: HookedModel, task: Task) -> list[str]:

@@ -128,6 +128,7 @@ def relevance(
         "method": by.name,
         "positions": baseline.positions,
         "pooling": baseline.pooling,
+        "reference": baseline.reference,
         "path": path,
         # Some scorers move heads and MLPs together.
         "mlps": mlps,

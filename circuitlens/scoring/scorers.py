@@ -111,6 +111,10 @@ class Scorer:
             "by_position": request.by_position,
             "direct": request.path == "direct",
         }
+        if self.name == "auto":
+            known = [s.name for s in SCORERS.values() if s.name != "auto" and not s.control]
+            for name in request.candidates:
+                check_choice("candidates", name, known)
         for what, wanted in asked.items():
             if wanted and not getattr(self, what):
                 able = ", ".join(s.name for s in SCORERS.values() if getattr(s, what))
