@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -175,7 +176,6 @@ def discover(
             f"{folder} has a circuit already: add --redo to replace it, which also removes the "
             "faithfulness, the transfers, the comparison and the report that came of it."
         )
-    from dataclasses import replace
 
     from circuitlens.run_folder import RunFolder
 
@@ -216,7 +216,6 @@ def transfer(
     _begin(quiet)
     chosen = parsed(values)
     check_run(folder)
-    from dataclasses import replace
 
     from circuitlens.run_folder import RunFolder
 
@@ -410,11 +409,19 @@ def demo(
         model="toy",
         task="toy",
         source="source",
-        targets=("near", "far"),
-        max_examples=300,
+        targets=("negation", "lexicon"),
+        strategies=("circuit", "near-zero", "random-by-layer", "lora", "full"),
+        method="auto",
+        size="f=0.9",
+        max_examples=200,
+        learning_rates=(1e-3, 3e-3),
+        replay=(0.5,),
         training=TRANSFER.updated({"epochs": 12}),
         seed=seed,
     )
+    # Weight decay leaves the task to the heads that it needs.
+    trained = settings.competence_options({"weight_decay": 1.0})
+    settings = replace(settings, finetuning=trained)
     folder = RunFolder.create(out, settings, quiet=quiet)
     _finish(folder, folder.run_all("processes"))
 

@@ -6,6 +6,7 @@
     DIR/scores.safetensors             relevance of the heads
     DIR/circuit.json                   the circuit
     DIR/effects.safetensors            what ablating each of its heads does
+    DIR/roles.json                     what they look at, and which labels they raise
     DIR/faithfulness.safetensors       its faithfulness
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +29,15 @@ import torch
 
 from circuitlens.adapt import TransferResult, finetune, is_competent, transfer
 from circuitlens.adapt.result import saved_transfers
-from circuitlens.baseline import MeanBaseline, Pooling, Reference, label_balanced_mean
+from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects, head_effects
+from circuitlens.circuits.looking import HeadRoles, head_roles
 from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
 from circuitlens.circuits.smallest import smallest_circuit
 from circuitlens.errors import InputError
 from circuitlens.experiments.grid import Runner
-from circuitlens.models.batch import Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
 from circuitlens.opening import load
@@ -188,37 +189,32 @@ class RunFolder:
         # From the folder, so that an interrupted run and a whole one go on with the same model.
         return load(proxy, device=self.settings.device)
 
+    def _stage(
+        self, name: str, kind: Any, make: Callable[..., Any], *given: Any, **more: Any
+    ) -> Any:
+        """A result from its file, or made by ``make``, with model and task, and written there."""
+
+        def made() -> Any:
+            shared = {**self.settings.batch_size, "quiet": self.quiet}
+            return make(self.model, self.task, *given, **{**shared, **more})
+
+        clock = self._clock.stage(name.split(".")[0])
+        return self._shared.kept(self.path / name, kind.load, made, clock)
+
     @cached_property
     def baseline(self) -> MeanBaseline:
         """Means of the heads."""
-        return self._shared.kept(
-            self.path / "baseline.safetensors",
-            MeanBaseline.load,
-            lambda: label_balanced_mean(
-                self.model,
-                self.task,
-                positions=cast(Positions, self.settings.positions),
-                pooling=cast(Pooling, self.settings.pooling),
-                reference=cast(Reference, self.settings.reference),
-                allow_chance=self.settings.allow_chance,
-                **self.settings.batch_size,
-                quiet=self.quiet,
-            ),
-            self._clock.stage("baseline"),
-        )
+        names = ("positions", "pooling", "reference", "allow_chance")
+        more = {name: getattr(self.settings, name) for name in names}
+        file = "baseline.safetensors"
+        return cast(MeanBaseline, self._stage(file, MeanBaseline, label_balanced_mean, **more))
 
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
-        return self._shared.kept(
-            self.path / "scores.safetensors",
-            HeadScores.load,
-            lambda: self._score(self.settings),
-            self._clock.stage("relevance"),
-        )
-
-    def _score(self, settings: RunSettings) -> HeadScores:
-        return relevance(self.model, self.task, self.baseline, **settings.scoring, quiet=self.quiet)
+        given = (HeadScores, relevance, self.baseline)
+        scoring = self.settings.scoring
+        return cast(HeadScores, self._stage("scores.safetensors", *given, **scoring))
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -232,58 +228,34 @@ class RunFolder:
     def _choose(self, scores: HeadScores, size: int | float | str) -> Circuit:
         if not isinstance(size, str):
             return scores.top(size)
-        return smallest_circuit(
-            self.model,
-            self.task,
-            scores,
-            self.baseline,
-            f=share_kept(size),
-            **self.settings.batch_size,
-            quiet=self.quiet,
-        )
+        given = (self.model, self.task, scores, self.baseline)
+        options = {**self.settings.batch_size, "quiet": self.quiet}
+        return smallest_circuit(*given, f=share_kept(size), **options)
+
+    @property
+    def _checking(self) -> dict[str, Any]:
+        return {name: getattr(self.settings, name) for name in ("max_examples", "seed")}
 
     @cached_property
     def effects(self) -> HeadEffects:
         """What ablating each head of the circuit does."""
-        return self._shared.kept(
-            self.path / "effects.safetensors",
-            HeadEffects.load,
-            lambda: head_effects(
-                self.model,
-                self.task,
-                self.circuit,
-                self.baseline,
-                max_examples=self.settings.max_examples,
-                seed=self.settings.seed,
-                **self.settings.batch_size,
-                quiet=self.quiet,
-            ),
-            self._clock.stage("effects"),
-        )
+        given = (HeadEffects, head_effects, self.circuit, self.baseline)
+        return cast(HeadEffects, self._stage("effects.safetensors", *given, **self._checking))
+
+    @cached_property
+    def roles(self) -> HeadRoles:
+        """What the heads of the circuit look at, and which labels they raise."""
+        given = (HeadRoles, head_roles, self.circuit, self.baseline)
+        return cast(HeadRoles, self._stage("roles.json", *given, **self._checking))
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
-        return self._shared.kept(
-            self.path / "faithfulness.safetensors",
-            FaithfulnessCurve.load,
-            lambda: faithfulness(
-                self.model,
-                self.task,
-                self.scores,
-                self.baseline,
-                sizes=[
-                    *default_sizes(len(self.model.geometry)),
-                    len(self.circuit),
-                    *self.settings.sizes,
-                ],
-                n_random=self.settings.n_random,
-                seed=self.settings.seed,
-                **self.settings.batch_size,
-                quiet=self.quiet,
-            ),
-            self._clock.stage("faithfulness"),
-        )
+        usual = default_sizes(len(self.model.geometry))
+        more: dict[str, Any] = {"sizes": [*usual, len(self.circuit), *self.settings.sizes]}
+        more |= {name: getattr(self.settings, name) for name in ("n_random", "seed")}
+        given = (FaithfulnessCurve, faithfulness, self.scores, self.baseline)
+        return cast(FaithfulnessCurve, self._stage("faithfulness.safetensors", *given, **more))
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
         return self.path / "transfers" / safe_name(target) / safe_name(folder_of(strategy))
@@ -365,13 +337,14 @@ class RunFolder:
 
         All that came of the old ones is removed, once the new circuit is there.
         """
-        scores = self._score(settings)
+        options = {**settings.scoring, "quiet": self.quiet}
+        scores = relevance(self.model, self.task, self.baseline, **options)
         circuit = self._choose(scores, settings.size)
         if self._shared.writes:
             self._discard_discovery()
             scores.save(self.path / "scores.safetensors")
             circuit.save(self.path / "circuit.json")
-        for name in ("scores", "circuit", "effects", "curve"):
+        for name in ("scores", "circuit", "effects", "roles", "curve"):
             self.__dict__.pop(name, None)
         self.settings = settings
         self.write_record()
@@ -379,7 +352,7 @@ class RunFolder:
     def _discard_discovery(self) -> None:
         for name in ("scores", "effects", "faithfulness"):
             (self.path / f"{name}.safetensors").unlink(missing_ok=True)
-        for name in ("circuit.json", "report.html"):
+        for name in ("circuit.json", "roles.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for name in ("transfers", "compare"):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -398,6 +371,7 @@ class RunFolder:
             self.scores,
             self.circuit,
             stage("effects", "effects.safetensors"),
+            stage("roles", "roles.json"),
             stage("curve", "faithfulness.safetensors"),
         )
 
@@ -405,7 +379,7 @@ class RunFolder:
         """Write the report of what is there."""
         page = self.path / "report.html"
         # All of it may be a stage that processes share.
-        found, results = self._found(effects=True), self.transfers()
+        found, results = self._found(effects=True, roles=True), self.transfers()
         trained = self._shared.there(self.path / "proxy")
         compared = self._shared.there(self.path / "compare" / "comparison.json")
         if self._shared.writes:

@@ -13,6 +13,7 @@ from circuitlens.baseline import MeanBaseline
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects
+from circuitlens.circuits.looking import HeadRoles
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.simple_rivals import simple_rivals
 from circuitlens.run_settings import RunSettings
@@ -34,6 +35,7 @@ class Found:
     scores: HeadScores
     circuit: Circuit
     effects: HeadEffects | None
+    roles: HeadRoles | None
     curve: FaithfulnessCurve | None
 
 
@@ -66,6 +68,7 @@ def report_of(
         scores=found.scores,
         circuit=found.circuit,
         effects=found.effects,
+        roles=found.roles,
         curve=found.curve,
         results=results,
         rivals=simple_rivals(task, [r.target_language for r in results]),

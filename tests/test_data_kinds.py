@@ -254,7 +254,7 @@ def test_a_column_of_ids_is_found_so_that_translations_stay_apart(column, tmp_pa
     target = [{**r, "text": f"tulisan {r[column]}"} for r in reversed(source)]
     csv(tmp_path / "ind.csv", source)
     csv(tmp_path / "jav.csv", target)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         task = cl.Task.from_file(tmp_path / "{language}.csv", language="ind")
         other = task.to("jav")
     assert f"column {column!r}" in caplog.text

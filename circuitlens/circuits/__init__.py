@@ -2,6 +2,7 @@
 
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects, head_effects
+from circuitlens.circuits.looking import HeadRole, HeadRoles, head_roles
 from circuitlens.circuits.measure_faithfulness import faithfulness
 from circuitlens.circuits.measure_minimality import Minimality, minimality
 from circuitlens.circuits.published import PublishedCircuit, published_circuit
@@ -11,12 +12,15 @@ from circuitlens.circuits.smallest import smallest_circuit
 __all__ = [
     "FaithfulnessCurve",
     "HeadEffects",
+    "HeadRole",
+    "HeadRoles",
     "Minimality",
     "PublishedCircuit",
     "ScorerComparison",
     "compare_scorers",
     "faithfulness",
     "head_effects",
+    "head_roles",
     "minimality",
     "published_circuit",
     "smallest_circuit",

@@ -86,7 +86,7 @@ class Pools:
         )
         dropped = self.size - kept.size
         logger.log(
-            logging.WARNING if dropped else logging.INFO,
+            logging.WARNING if dropped else logging.DEBUG,
             "%d examples were left out because their ids stand on the other side of the pools in "
             "the source language.",
             dropped,

@@ -18,6 +18,7 @@ from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects
+from circuitlens.circuits.looking import HeadRoles
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.simple_rivals import SimpleRival
@@ -75,6 +76,7 @@ def render_report(
     scores: HeadScores | None = None,
     circuit: Circuit | None = None,
     effects: HeadEffects | None = None,
+    roles: HeadRoles | None = None,
     curve: FaithfulnessCurve | None = None,
     results: Sequence[TransferResult] = (),
     rivals: Sequence[SimpleRival] = (),
@@ -88,6 +90,7 @@ def render_report(
         settings: name and value of everything that was set, shown as a table.
         scores, circuit: discovery; both or none.
         effects: what ablating each head of the circuit does, if it was measured.
+        roles: what its heads look at, and which labels they raise.
         curve: faithfulness, if it was measured.
         results: single transfers, if there were any.
         rivals: simple rivals in their languages (:func:`circuitlens.experiments.simple_rival`).
@@ -116,7 +119,8 @@ def render_report(
     if scores is not None:
         if circuit is None:
             raise InputError("A report of scores shows their circuit: pass circuit=… too.")
-        context["run"] = _run(scores, circuit, effects, curve, results) | {"rivals": rivals}
+        context["run"] = _run(scores, circuit, effects, curve, results)
+        context["run"] |= {"rivals": rivals, "roles": roles}
         context["verdicts"] = verdicts(scores, circuit, effects, curve, results, rivals)
         context["warnings"] += run_warnings(scores, curve, results)
         context["provenance"] = scores.provenance
