@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test slow docs figures lint bench clean
+.PHONY: demo test slow fuzz docs figures lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/circuitlens demo
@@ -15,6 +15,10 @@ test: $(STAMP)
 # What takes long: several processes, kills, a notebook in a browser, whole trainings.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Ten thousand random inputs; a few of each kind are among the tests.
+fuzz: $(STAMP)
+	FUZZ=1000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # Builds the site, runs every block of the README and of the site, and every notebook.
 docs: $(STAMP)

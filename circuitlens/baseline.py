@@ -46,7 +46,7 @@ from circuitlens.tasks.examples import POOLS
 from circuitlens.utils.processes import gathered, mine, n_processes
 from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_tensors, write_tensors
+from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
 __all__ = ["MeanBaseline", "NodeMeans", "examples_by_id", "label_balanced_mean"]
 
@@ -169,15 +169,16 @@ class MeanBaseline:
     @classmethod
     def load(cls, path: str | Path) -> MeanBaseline:
         """Read what :meth:`save` wrote."""
-        tensors, meta = read_tensors(Path(path), _SCHEMA)
-        return cls(
-            **tensors,
-            positions=meta["positions"],
-            example_ids=tuple(meta["example_ids"]),
-            n_per_label=meta["n_per_label"],
-            accuracy=meta["accuracy"],
-            provenance=Provenance.from_dict(meta["provenance"]),
-        )
+        with whole(path):
+            tensors, meta = read_tensors(Path(path), _SCHEMA)
+            return cls(
+                **tensors,
+                positions=meta["positions"],
+                example_ids=tuple(meta["example_ids"]),
+                n_per_label=meta["n_per_label"],
+                accuracy=meta["accuracy"],
+                provenance=Provenance.from_dict(meta["provenance"]),
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """Return the norm of every head's mean."""

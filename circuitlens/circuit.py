@@ -17,7 +17,7 @@ import torch
 from circuitlens.errors import InputError
 from circuitlens.nodes import Head
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_json, write_json
+from circuitlens.utils.storage import read_json, whole, write_json
 
 if TYPE_CHECKING:
     from circuitlens.models.hooked import HookedModel
@@ -250,10 +250,8 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Read what :meth:`save` wrote."""
-        try:
+        with whole(path):
             return cls.from_dict(read_json(Path(path), _SCHEMA))
-        except KeyError as error:
-            raise InputError(f"{path} lacks the entry {error}, so it is no circuit.") from error
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a head, with its level if there are levels."""

@@ -377,3 +377,81 @@ def test_samples_of_examples_have_areas_of_their_own(toy_proxy, toy_task, toy_ba
     assert (row["forward"], row["backward"]) == (1, 1)
     with pytest.raises(cl.InputError, match="give max_examples"):
         cl.compare_scorers(toy_proxy, toy_task, toy_baseline, samples=2)
+
+
+# -- what heads do -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def roles(toy_proxy, toy_task, toy_scores, toy_baseline):
+    circuit = toy_scores.top(3)
+    return cl.head_roles(toy_proxy, toy_task, circuit, toy_baseline, max_examples=24, quiet=True)
+
+
+def test_roles_are_means_of_attention(roles, toy_proxy, toy_task, toy_scores, toy_baseline):
+    """By hand, prompt by prompt and without padding."""
+    from circuitlens.models.hooks import pattern_hook, recording
+
+    scored = [e for e in toy_task["pool_a"] if e.id in toy_scores.example_ids]
+    ids = set(_ids_of(roles, toy_task, toy_baseline))
+    role = roles.roles[0]
+    first, previous, itself, queries, later = 0.0, 0.0, 0.0, 0, 0
+    looked: dict[int, list[float]] = {}
+    for example in (e for e in scored if e.id in ids):
+        ((_, batch),) = toy_task.encode(toy_proxy, [example]).batches(1, toy_proxy.device)
+        hooks, found = recording([pattern_hook(role.head.layer)])
+        with torch.no_grad():
+            toy_proxy.label_logits(batch, hooks)
+        pattern = found[pattern_hook(role.head.layer)][0, role.head.index].double()
+        n = len(pattern)
+        for q in range(n):
+            itself += float(pattern[q, q])
+            queries += 1
+            if q:
+                first += float(pattern[q, 0])
+                previous += float(pattern[q, q - 1])
+                later += 1
+        for k, token in enumerate(batch.input_ids[0].tolist()):
+            looked.setdefault(token, []).append(float(pattern[-1, k]))
+    assert role.itself == pytest.approx(itself / queries, abs=1e-5)
+    assert role.first == pytest.approx(first / later, abs=1e-5)
+    assert role.previous == pytest.approx(previous / later, abs=1e-5)
+    means = {t: np.mean(found) for t, found in looked.items() if len(found) >= 5}
+    best = max(means, key=lambda t: means[t])
+    assert role.looked_at[0][0] == toy_proxy.tokens([best])[0]
+    assert role.looked_at[0][1] == pytest.approx(means[best], abs=1e-5)
+
+
+def _ids_of(roles, task, baseline):
+    from circuitlens.scoring.score_heads import discovery_examples
+
+    return [e.id for e in discovery_examples(task, baseline, roles.n_examples, 0)]
+
+
+def test_what_a_head_raises_adds_up_to_its_effect(
+    roles, toy_proxy, toy_task, toy_scores, toy_baseline
+):
+    effects = cl.head_effects(
+        toy_proxy, toy_task, toy_scores.top(3), toy_baseline, max_examples=24, quiet=True
+    )
+    labels = {e.id: e.label for e in toy_task["pool_a"]}
+    gold = np.array([labels[i] for i in effects.example_ids])
+    n = len(toy_task.labels)
+    for place, role in enumerate(roles.roles):
+        assert role.head == effects.heads[place]
+        for label, row in role.raises.items():
+            assert sum(row.values()) == pytest.approx(0, abs=1e-6)
+            of_class = effects.per_example[:, place].numpy()[gold == label].mean()
+            # The margin is the logit of the right label minus the mean of the others.
+            assert row[label] * n / (n - 1) == pytest.approx(of_class, abs=1e-4)
+
+
+def test_roles_are_read_back_whole(roles, tmp_path):
+    roles.save(tmp_path / "roles.json")
+    again = cl.HeadRoles.load(tmp_path / "roles.json")
+    assert again.roles == roles.roles
+    assert again.of(str(roles.roles[1].head)) == roles.roles[1]
+    assert list(again.to_frame()["head"]) == [str(r.head) for r in roles.roles]
+    assert "From the decision it looks at" in roles.roles[0].summary
+    with pytest.raises(cl.InputError, match=r"Head a9\.h9 is none of"):
+        roles.of("a9.h9")

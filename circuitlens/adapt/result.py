@@ -27,7 +27,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.models.prompt import Prompt
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance, without_folder
-from circuitlens.utils.storage import read_json, replacing, write_json
+from circuitlens.utils.storage import read_json, replacing, whole, write_json
 
 if TYPE_CHECKING:
     from circuitlens.adapt.lora_export import LoraExport
@@ -293,12 +293,13 @@ class TransferResult:
         """
         folder = Path(folder)
         content = read_json(folder / "result.json", _SCHEMA)
-        provenance = Provenance.from_dict(content["provenance"])
-        # Results saved before this was recorded have none.
-        recorded = content.get("trained")
-        trained = Trained.from_dict(recorded) if recorded else Trained.found(folder)
-        asked = content.get("prompt")
-        prompt = Prompt.from_dict(asked) if asked else None
+        with whole(folder / "result.json"):
+            provenance = Provenance.from_dict(content["provenance"])
+            # Results saved before this was recorded have none.
+            recorded = content.get("trained")
+            trained = Trained.from_dict(recorded) if recorded else Trained.found(folder)
+            asked = content.get("prompt")
+            prompt = Prompt.from_dict(asked) if asked else None
         adapted = None
         if model is not None:
             if model.fingerprint() != provenance.model_fingerprint:
@@ -308,32 +309,33 @@ class TransferResult:
                 )
             adapted = restore(model, folder, trained).adapted()
             adapted.prompt = prompt
-        return cls(
-            strategy=content["strategy"],
-            heads=None if content["heads"] is None else Circuit.from_dict(content["heads"]),
-            target_language=content["target_language"],
-            source_language=content["source_language"],
-            target_before=Evaluation(**content["target_before"]),
-            target_after=Evaluation(**content["target_after"]),
-            retained=tuple(map(Retained.from_dict, content["retained"])),
-            n_trainable=content["n_trainable"],
-            learning_rate=content["learning_rate"],
-            alpha=content.get("alpha", 1.0),
-            front=Front.from_dict(content["front"]) if content.get("front") else None,
-            validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
-            history=tuple(content["history"]),
-            seconds=content["seconds"],
-            target_right=tuple(map(bool, content["target_right"])),
-            drift=tuple(map(tuple, content["drift"])),
-            shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
-            decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
-            target_ids=tuple(content.get("target_ids", ())),
-            prompt=prompt,
-            provenance=provenance,
-            model=adapted,
-            folder=folder,
-            trained=trained,
-        )
+        with whole(folder / "result.json"):
+            return cls(
+                strategy=content["strategy"],
+                heads=None if content["heads"] is None else Circuit.from_dict(content["heads"]),
+                target_language=content["target_language"],
+                source_language=content["source_language"],
+                target_before=Evaluation(**content["target_before"]),
+                target_after=Evaluation(**content["target_after"]),
+                retained=tuple(map(Retained.from_dict, content["retained"])),
+                n_trainable=content["n_trainable"],
+                learning_rate=content["learning_rate"],
+                alpha=content.get("alpha", 1.0),
+                front=Front.from_dict(content["front"]) if content.get("front") else None,
+                validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
+                history=tuple(content["history"]),
+                seconds=content["seconds"],
+                target_right=tuple(map(bool, content["target_right"])),
+                drift=tuple(map(tuple, content["drift"])),
+                shift=CircuitShift.from_dict(content["shift"]) if content["shift"] else None,
+                decision=Decision.from_dict(content["decision"]) if content["decision"] else None,
+                target_ids=tuple(content.get("target_ids", ())),
+                prompt=prompt,
+                provenance=provenance,
+                model=adapted,
+                folder=folder,
+                trained=trained,
+            )
 
     def _repr_html_(self) -> str:
         table = self.to_frame().T.to_html(header=False)

@@ -32,7 +32,7 @@ from scipy.integrate import trapezoid
 from circuitlens.errors import InputError, check_choice
 from circuitlens.utils.bootstrap import check_level, percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_tensors, write_tensors
+from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
 __all__ = [
     "LEAST",
@@ -267,15 +267,16 @@ class FaithfulnessCurve:
     @classmethod
     def load(cls, path: str | Path) -> FaithfulnessCurve:
         """Read what :meth:`save` wrote."""
-        tensors, meta = read_tensors(Path(path), _SCHEMA)
-        return cls(
-            sizes=tuple(meta["sizes"]),
-            n_heads=meta["n_heads"],
-            method=meta["method"],
-            example_ids=tuple(meta["example_ids"]),
-            provenance=Provenance.from_dict(meta["provenance"]),
-            **{name: tensor.numpy() for name, tensor in tensors.items()},
-        )
+        with whole(path):
+            tensors, meta = read_tensors(Path(path), _SCHEMA)
+            return cls(
+                sizes=tuple(meta["sizes"]),
+                n_heads=meta["n_heads"],
+                method=meta["method"],
+                example_ids=tuple(meta["example_ids"]),
+                provenance=Provenance.from_dict(meta["provenance"]),
+                **{name: tensor.numpy() for name, tensor in tensors.items()},
+            )
 
     def __repr__(self) -> str:
         return (

@@ -32,7 +32,7 @@ from circuitlens.scoring.score_heads import discovery_examples
 from circuitlens.tasks import Task
 from circuitlens.utils.bootstrap import percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_tensors, write_tensors
+from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
 __all__ = ["HeadEffects", "head_effects"]
 
@@ -115,13 +115,14 @@ class HeadEffects:
     @classmethod
     def load(cls, path: str | Path) -> HeadEffects:
         """Read what :meth:`save` wrote."""
-        tensors, meta = read_tensors(Path(path), _SCHEMA)
-        return cls(
-            tuple(map(Head.parse, meta["heads"])),
-            tensors["per_example"],
-            tuple(meta["example_ids"]),
-            Provenance.from_dict(meta["provenance"]),
-        )
+        with whole(path):
+            tensors, meta = read_tensors(Path(path), _SCHEMA)
+            return cls(
+                tuple(map(Head.parse, meta["heads"])),
+                tensors["per_example"],
+                tuple(meta["example_ids"]),
+                Provenance.from_dict(meta["provenance"]),
+            )
 
     def __repr__(self) -> str:
         return (

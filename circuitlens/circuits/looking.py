@@ -31,7 +31,7 @@ from circuitlens.nodes import Head
 from circuitlens.scoring.score_heads import discovery_examples
 from circuitlens.tasks import Encoded, Task
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_json, write_json
+from circuitlens.utils.storage import read_json, whole, write_json
 
 __all__ = ["HeadRole", "HeadRoles", "head_roles"]
 
@@ -147,24 +147,25 @@ class HeadRoles:
     @classmethod
     def load(cls, path: str | Path) -> HeadRoles:
         """Read what :meth:`save` wrote."""
-        content = read_json(Path(path), _SCHEMA)
+        with whole(path):
+            content = read_json(Path(path), _SCHEMA)
 
-        def pairs(found: list[list[Any]]) -> tuple[tuple[str, float], ...]:
-            return tuple((str(token), float(share)) for token, share in found)
+            def pairs(found: list[list[Any]]) -> tuple[tuple[str, float], ...]:
+                return tuple((str(token), float(share)) for token, share in found)
 
-        roles = [
-            HeadRole(
-                **{
-                    **role,
-                    "head": Head.parse(role["head"]),
-                    "looked_at": pairs(role["looked_at"]),
-                    "read": pairs(role["read"]),
-                }
-            )
-            for role in content["roles"]
-        ]
-        provenance = Provenance.from_dict(content["provenance"])
-        return cls(tuple(roles), content["n_examples"], provenance)
+            roles = [
+                HeadRole(
+                    **{
+                        **role,
+                        "head": Head.parse(role["head"]),
+                        "looked_at": pairs(role["looked_at"]),
+                        "read": pairs(role["read"]),
+                    }
+                )
+                for role in content["roles"]
+            ]
+            provenance = Provenance.from_dict(content["provenance"])
+            return cls(tuple(roles), content["n_examples"], provenance)
 
     def __repr__(self) -> str:
         heads = f"{len(self.roles)} heads, {self.n_examples} examples"

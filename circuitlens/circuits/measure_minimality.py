@@ -41,7 +41,7 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Example, Task
 from circuitlens.utils.bootstrap import resampled_means
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_tensors, write_tensors
+from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
 __all__ = ["Minimality", "minimality"]
 
@@ -130,13 +130,14 @@ class Minimality:
     @classmethod
     def load(cls, path: str | Path) -> Minimality:
         """Read what :meth:`save` wrote."""
-        tensors, meta = read_tensors(Path(path), _SCHEMA)
-        return cls(
-            circuit=Circuit.from_dict(meta["circuit"]),
-            example_ids=tuple(meta["example_ids"]),
-            provenance=Provenance.from_dict(meta["provenance"]),
-            **{name: tensor.numpy() for name, tensor in tensors.items()},
-        )
+        with whole(path):
+            tensors, meta = read_tensors(Path(path), _SCHEMA)
+            return cls(
+                circuit=Circuit.from_dict(meta["circuit"]),
+                example_ids=tuple(meta["example_ids"]),
+                provenance=Provenance.from_dict(meta["provenance"]),
+                **{name: tensor.numpy() for name, tensor in tensors.items()},
+            )
 
     def __repr__(self) -> str:
         return (

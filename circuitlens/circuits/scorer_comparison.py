@@ -34,7 +34,7 @@ from circuitlens.tasks import Example, Task
 from circuitlens.utils.bootstrap import resampled_means
 from circuitlens.utils.peak_memory import PeakMemory
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_json, write_json
+from circuitlens.utils.storage import read_json, whole, write_json
 
 __all__ = ["ScorerComparison", "compare_scorers"]
 
@@ -96,17 +96,18 @@ class ScorerComparison:
     @classmethod
     def load(cls, path: str | Path) -> ScorerComparison:
         """Read what :meth:`save` wrote."""
-        content = read_json(Path(path), _SCHEMA)
-        table = pd.DataFrame(content["rows"])
-        numbers = [column for column in table.columns if column != "scorer"]
-        table[numbers] = table[numbers].astype(float)
-        return cls(
-            table,
-            content["n_top"],
-            content["n_examples"],
-            content["n_held_out"],
-            Provenance.from_dict(content["provenance"]),
-        )
+        with whole(path):
+            content = read_json(Path(path), _SCHEMA)
+            table = pd.DataFrame(content["rows"])
+            numbers = [column for column in table.columns if column != "scorer"]
+            table[numbers] = table[numbers].astype(float)
+            return cls(
+                table,
+                content["n_top"],
+                content["n_examples"],
+                content["n_held_out"],
+                Provenance.from_dict(content["provenance"]),
+            )
 
     def _title(self) -> str:
         return (

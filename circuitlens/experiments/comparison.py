@@ -23,7 +23,7 @@ from circuitlens.experiments.paired import (
     shared_ids,
 )
 from circuitlens.experiments.simple_rivals import SIMPLE
-from circuitlens.utils.storage import read_json, replacing, write_json
+from circuitlens.utils.storage import read_json, replacing, whole, write_json
 
 __all__ = ["Comparison"]
 
@@ -424,8 +424,9 @@ class Comparison:
         Raises:
             InputError: if the folder holds no saved comparison.
         """
-        content = read_json(Path(folder) / "comparison.json", _SCHEMA)
-        return cls(tuple(content["cells"]), tuple(content["errors"]))
+        with whole(folder):
+            content = read_json(Path(folder) / "comparison.json", _SCHEMA)
+            return cls(tuple(content["cells"]), tuple(content["errors"]))
 
     def _repr_html_(self) -> str:
         table = self.summary().to_html(index=False, float_format="{:.3f}".format, na_rep="")

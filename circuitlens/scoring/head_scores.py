@@ -26,7 +26,7 @@ from circuitlens.models.batch import Positions
 from circuitlens.nodes import Head
 from circuitlens.utils.bootstrap import check_level, percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
-from circuitlens.utils.storage import read_tensors, write_tensors
+from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
 __all__ = ["HeadScores", "Stability", "head_count"]
 
@@ -282,19 +282,20 @@ class HeadScores:
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
         """Read what :meth:`save` wrote."""
-        tensors, meta = read_tensors(Path(path), _SCHEMA)
-        return cls(
-            per_example=tensors["per_example"],
-            method=meta["method"],
-            positions=meta["positions"],
-            example_ids=tuple(meta["example_ids"]),
-            provenance=Provenance.from_dict(meta["provenance"]),
-            mlps=tensors.get("mlps"),
-            by_position=tensors.get("at"),
-            unit=meta.get("unit", "logits"),
-            # Files of earlier versions do not say.
-            whole=meta.get("whole", meta["method"] in ("greedy", "random")),
-        )
+        with whole(path):
+            tensors, meta = read_tensors(Path(path), _SCHEMA)
+            return cls(
+                per_example=tensors["per_example"],
+                method=meta["method"],
+                positions=meta["positions"],
+                example_ids=tuple(meta["example_ids"]),
+                provenance=Provenance.from_dict(meta["provenance"]),
+                mlps=tensors.get("mlps"),
+                by_position=tensors.get("at"),
+                unit=meta.get("unit", "logits"),
+                # Files of earlier versions do not say.
+                whole=meta.get("whole", meta["method"] in ("greedy", "random")),
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a head, the most supporting one first, with 95 % intervals.

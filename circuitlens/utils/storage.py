@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from circuitlens.errors import InputError
+from circuitlens.errors import CircuitLensError, InputError
 
 __all__ = [
     "RUN_SCHEMA",
@@ -26,6 +26,7 @@ __all__ = [
     "read_tensors",
     "replacing",
     "safe_name",
+    "whole",
     "write_json",
     "write_tensors",
 ]
@@ -145,6 +146,7 @@ def write_tensors(
     """Write tensors as safetensors; ``meta`` (JSON) and the schema go into the header."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"schema": schema, "meta": json.dumps(meta, ensure_ascii=False, allow_nan=False)}
+    header["digest"] = _digest_of(plain, header["meta"])
     with replacing(path) as temporary:
         save_file(plain, str(temporary), metadata=header)
 
@@ -158,9 +160,40 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, 
             header = file.metadata() or {}
             _check_schema(path, header.get("schema"), schema)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a safetensors file ({error}).") from error
-    return tensors, json.loads(header["meta"])
+    meta = header.get("meta", "")
+    # Files of earlier versions have no digest.
+    if header.get("digest", known := _digest_of(tensors, meta)) != known:
+        raise InputError(
+            f"{path} was damaged since it was written (its checksum differs): make it again, or "
+            "take it from a backup."
+        )
+    with whole(path):
+        return tensors, json.loads(meta)
+
+
+def _digest_of(tensors: Mapping[str, Tensor], meta: str) -> str:
+    return digest(meta, *(part for name in sorted(tensors) for part in (name, tensors[name])))
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[None]:
+    """Refuse a file that lacks something, where it is read in this block.
+
+    Raises:
+        InputError: naming the file and what is wrong with it.
+    """
+    try:
+        yield
+    except CircuitLensError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{path} is damaged, or was written by another version of circuitlens ({what}): make "
+            "it again, or take it from a backup."
+        ) from error
 
 
 def digest(*parts: str | bytes | Tensor) -> str:
