@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -73,7 +74,25 @@ def test_papers_are_cited_by_their_authors():
         assert all("family-names" in author for author in reference["authors"])
 
 
-def test_the_stubs_that_names_come_from_are_installed():
-    text = (ROOT / "pyproject.toml").read_text()
-    for path in (ROOT / "circuitlens").rglob("__init__.pyi"):
-        assert f'"{path.relative_to(ROOT / "circuitlens")}"' in text
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*command, str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        assert "circuitlens = circuitlens.cli:main" in archive.read(entry).decode()
+    package = {
+        str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "circuitlens")
+    }
+    assert names == package
+
+
+def test_the_package_is_found_from_the_folder_above_a_clone():
+    """An editable install is a path: a folder of the same name is not taken for the package."""
+    code = "import circuitlens; print(circuitlens.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()) == ROOT / "circuitlens" / "__init__.py"

@@ -60,7 +60,7 @@ class TransferResult:
         target_right: which examples of the target's test split are answered right afterwards.
         target_ids: their ids; empty in results from before 0.2.
         drift: norm of the change of every head's weights, ``layer head``.
-        shift: how the source circuit moved, if it was searched anew.
+        shift: how the source circuit moved, if it was searched again.
         decision: what ``strategy="auto"`` chose, and why.
         prompt: what the model was trained to answer; ``None`` in results from before 0.2.
         provenance: of the model before the transfer.

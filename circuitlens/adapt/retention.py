@@ -70,7 +70,7 @@ class Retained:
 
 @dataclass(frozen=True)
 class CircuitShift:
-    """How the source circuit moved: it is searched anew in the adapted model.
+    """How the source circuit moved: it is searched again in the adapted model.
 
     Attributes:
         after: the circuit of the adapted model, with as many heads.

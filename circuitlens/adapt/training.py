@@ -59,7 +59,7 @@ def train(
         validation: encoded examples that choose the epoch; without them the last one is kept.
         options: how to train.
         trainable: what of ``model`` (its own copy) is trained; by default all parameters.
-        checkpoints: folder for the state after every epoch. A training that was killed goes on
+        checkpoints: folder for the state after every epoch. A training that was killed resumes
             from the last one there, a finished one is not repeated.
         quiet: no progress bar.
 

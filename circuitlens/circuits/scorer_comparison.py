@@ -307,7 +307,7 @@ def _agreement(
     prefix: str,
     seed: int,
 ) -> dict[str, float]:
-    """Spearman with exact ablation, and its interval when examples are drawn anew."""
+    """Spearman with exact ablation, and its interval when examples are drawn again."""
     keys = [f"{prefix}spearman", f"{prefix}low", f"{prefix}high"]
     a, b = values(scores), values(exact)
     if a is None or b is None:

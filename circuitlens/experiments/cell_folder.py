@@ -152,7 +152,7 @@ class CellFolder:
                 cell = read_json(file, _CELL)
                 cells[Key(cell["target_language"], cell["strategy"], cell["seed"])] = cell
 
-        # Read anew: another process may have added languages.
+        # Read again: another process may have added languages.
         languages = list(read_json(self.path / "grid.json", _GRID)["languages"])
 
         def place(key: Key) -> tuple[int, tuple[int, str], Key]:

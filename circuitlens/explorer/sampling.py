@@ -30,7 +30,7 @@ from circuitlens.utils.storage import digest
 
 __all__ = ["Effect", "Faithfulness", "Sample"]
 
-# The clean run of a sample is kept up to this size; a larger one is made anew for every click.
+# The clean run of a sample is kept up to this size; a larger one is made again for every click.
 _PREFIX_BYTES = 1 << 29
 # Examples that are padded to one width.
 _BATCH = 20

@@ -3,7 +3,7 @@
 ``TransformerBridge`` rewires the module tree it is given, so it gets a structural copy: new
 modules around the same parameters and buffers. Three things are then put right:
 
-* the tokenizer is set afterwards, because the builder would load it anew by its name;
+* the tokenizer is set afterwards, because the builder would load it again by its name;
 * projections that the bridge split off a fused weight *by copying* read the fused weight instead;
 * float64 models get float64 attention patterns.
 
@@ -68,7 +68,7 @@ class Wiring:
         self._data = _data(self._parameters)
 
     def holds(self, hf: PreTrainedModel) -> bool:
-        """Whether the view can still be used; if not, the data moved, and it must be built anew.
+        """Whether the view can still be used; if not, the data moved, and it must be built again.
 
         Moved to another device or type, parameters remain the same objects, but buffers do not,
         and parts of fused weights would stay what and where they were.
@@ -142,7 +142,7 @@ def _build(hf: PreTrainedModel, family: Family) -> Any:
 
 
 class _RowsOf(nn.Module):
-    """A linear map made of some rows of a fused one, read anew in every pass.
+    """A linear map made of some rows of a fused one, read again in every pass.
 
     The bridge copies these rows when they are not one block, as in GPT-NeoX's interleaved layout;
     training the fused weight would then not show in the hooks.

@@ -132,7 +132,7 @@ class HookedModel(Views):
     def bridge(self) -> Any:
         """The hooked view, a ``TransformerBridge``, always in evaluation mode.
 
-        It is built when first used, and anew when the weights were moved to another device or
+        It is built when first used, and again when the weights were moved to another device or
         type since.
 
         Raises:

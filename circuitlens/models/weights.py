@@ -40,7 +40,7 @@ def plain_model(model: object) -> PreTrainedModel:
     if made_by(model, "transformer_lens"):
         raise InputError(
             f"cl.load got a {kind} of TransformerLens: give the name or folder of its weights, or "
-            "the Hugging Face model loaded anew (TransformerLens rewires the one it is given)."
+            "the Hugging Face model loaded again (TransformerLens rewires the one it is given)."
         )
     if made_by(model, "peft"):
         remedy = (
@@ -74,7 +74,7 @@ def _refuse_foreign_parts(model: nn.Module) -> None:
         if made_by(module, "transformer_lens"):
             raise InputError(
                 f"{path} of {type(model).__name__} is a {type(module).__name__}: TransformerLens "
-                "has rewired this model, so load the Hugging Face model anew."
+                "has rewired this model, so load the Hugging Face model again."
             )
 
 

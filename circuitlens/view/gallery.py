@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
 
 
 def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") -> dict[str, Drawn]:
-    """Draw everything that a folder of results has; nothing is computed anew.
+    """Draw everything that a folder of results has; nothing is computed again.
 
     Args:
         source: folder of a run (``circuitlens run``), with its comparison if it has one, or of a
