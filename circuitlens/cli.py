@@ -26,6 +26,7 @@ from circuitlens.cli_tables import pairs_table, plan_table, strategy_table, summ
 from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
 from circuitlens.settings_files import RECIPES, expanded
+from circuitlens.utils.claims import claiming
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
@@ -110,6 +111,7 @@ def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
 
 @app.command()
 @takes(run_options())
+@claiming
 def run(
     out: Annotated[Path, typer.Option(help="Folder for all results; must be new or unfinished.")],
     config: Annotated[
@@ -159,6 +161,7 @@ def run(
 
 @app.command()
 @takes(run_options(*_DISCOVERY))
+@claiming
 def discover(
     folder: _Dir,
     redo: Annotated[
@@ -176,7 +179,6 @@ def discover(
             f"{folder} has a circuit already: add --redo to replace it, which also removes the "
             "faithfulness, the transfers, the comparison and the report that came of it."
         )
-
     from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
@@ -185,6 +187,7 @@ def discover(
 
 
 @app.command()
+@claiming
 def faithfulness(
     folder: _Dir,
     redo: Annotated[bool, typer.Option("--redo", help="Measure again.")] = False,
@@ -207,6 +210,7 @@ def faithfulness(
 
 @app.command()
 @takes(run_options("targets", "strategies"))
+@claiming
 def transfer(
     folder: _Dir,
     quiet: _Quiet = False,
@@ -216,7 +220,6 @@ def transfer(
     _begin(quiet)
     chosen = parsed(values)
     check_run(folder)
-
     from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
@@ -396,6 +399,7 @@ def figures(
 
 
 @app.command()
+@claiming
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Another seed makes other languages.")] = 0,

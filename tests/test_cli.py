@@ -420,3 +420,18 @@ def test_the_whole_line_on_files_of_ones_own(cli, proxy_folder, tmp_path, toy_ta
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["settings"]["labels"]["positive"] == " positive"
     assert record["baseline"]["accuracy"] > 0.8
+
+
+def test_a_folder_that_another_process_works_on_is_refused(cli, tmp_path):
+    from circuitlens.utils.claims import claimed
+
+    out = tmp_path / "run"
+    with claimed(out):
+        code, _, err = cli("run", "--model", "toy", "--task", "toy", "--out", out)
+        assert code == 2
+        assert "Another process works on" in err
+        with claimed(tmp_path / "other"):
+            pass
+    assert not out.exists()
+    with claimed(out):
+        pass
