@@ -347,6 +347,7 @@ class RunFolder:
         for name in ("scores", "circuit", "effects", "roles", "curve"):
             self.__dict__.pop(name, None)
         self.settings = settings
+        _ = self.effects, self.roles
         self.write_record()
 
     def _discard_discovery(self) -> None:
@@ -359,12 +360,11 @@ class RunFolder:
 
     # -- output ----------------------------------------------------------------------------
 
-    def _found(self, **wanted: bool) -> Found:
-        """Discovery; stages named as wanted are made, others given if they are there."""
+    def _found(self) -> Found:
+        """Discovery, with the checks that are there."""
 
         def stage(name: str, file: str) -> Any:
-            there = wanted.get(name) or self._shared.there(self.path / file)
-            return getattr(self, name) if there else None
+            return getattr(self, name) if self._shared.there(self.path / file) else None
 
         return Found(
             self.baseline,
@@ -379,7 +379,7 @@ class RunFolder:
         """Write the report of what is there."""
         page = self.path / "report.html"
         # All of it may be a stage that processes share.
-        found, results = self._found(effects=True, roles=True), self.transfers()
+        found, results = self._found(), self.transfers()
         trained = self._shared.there(self.path / "proxy")
         compared = self._shared.there(self.path / "compare" / "comparison.json")
         if self._shared.writes:
@@ -411,6 +411,7 @@ class RunFolder:
             self._clock.begin({stage.name: stage.seconds for stage in planned})
         logger.info("Discovery: %r", self.circuit)
         log_checks(self.circuit, self.curve, self.effects)
+        _ = self.roles
         self.write_record()
         if executor is not None:
             self.transfers_by(executor, self.settings.targets, self.settings.strategies)

@@ -380,7 +380,7 @@ def test_the_published_rules_score_padded_prompts():
 def test_greedy_takes_the_cheapest_head_away_each_time():
     model = loaded("qwen2")
     batch, means = batch_of(model, 6, 4), node_means(model)
-    found = scorer("greedy").whole(model, [batch], means, Request())
+    found = scorer("greedy").whole(model, [batch], means, Request()).heads
     where, left, expected = batch.mask("all"), list(model.geometry), []
     gone: list[cl.Head] = []
     while left:

@@ -458,9 +458,7 @@ def test_inputs_of_another_model_and_mistakes_are_refused(
 
     monkeypatch.setattr(stages, "train", trains)
     cases = {
-        "The circuit is of a model with 12 × 12 heads": {
-            "circuit": cl.Circuit.of(["a0.h0"], 12, 12)
-        },
+        "The circuit is of a 12 × 12 model": {"circuit": cl.Circuit.of(["a0.h0"], 12, 12)},
         "The circuit has no heads": {"circuit": cl.Circuit.of([], 2, 8)},
         "The scores are of a model with 1 × 8 heads": {
             "scores": replace(toy_scores, per_example=toy_scores.per_example[:, :1])
