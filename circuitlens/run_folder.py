@@ -21,7 +21,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ from circuitlens.models.loading import find_device
 from circuitlens.opening import load
 from circuitlens.planning import Plan, check_memory, plan_run
 from circuitlens.run_output import Found, log_checks, record_of, report_of
-from circuitlens.run_settings import RunSettings, check_run, folder_of, share_kept
+from circuitlens.run_settings import SCORING, RunSettings, check_run, folder_of, share_kept
 from circuitlens.run_transfers import transfers_by
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
@@ -190,31 +190,49 @@ class RunFolder:
         return load(proxy, device=self.settings.device)
 
     def _stage(
-        self, name: str, kind: Any, make: Callable[..., Any], *given: Any, **more: Any
+        self,
+        name: str,
+        kind: Any,
+        make: Callable[..., Any],
+        *needs: str,
+        **options: Callable[[], Any],
     ) -> Any:
-        """A result from its file, or made by ``make``, with model and task, and written there."""
+        """A result from its file, or made by ``make`` and written there.
+
+        Args:
+            name: of the file.
+            kind: has ``load``; its results have ``save``.
+            make: takes model, task, and the stages that it ``needs``, by name.
+            needs: looked up only if the result has to be made, as are the options.
+            options: keyword arguments of ``make``.
+        """
 
         def made() -> Any:
+            given = [getattr(self, need) for need in needs]
+            more = {key: option() for key, option in options.items()}
             shared = {**self.settings.batch_size, "quiet": self.quiet}
             return make(self.model, self.task, *given, **{**shared, **more})
 
         clock = self._clock.stage(name.split(".")[0])
         return self._shared.kept(self.path / name, kind.load, made, clock)
 
+    def _set(self, *names: str) -> dict[str, Callable[[], Any]]:
+        """Options that are settings of the same name."""
+        return {name: partial(getattr, self.settings, name) for name in names}
+
     @cached_property
     def baseline(self) -> MeanBaseline:
         """Means of the heads."""
-        names = ("positions", "pooling", "reference", "allow_chance")
-        more = {name: getattr(self.settings, name) for name in names}
+        options = self._set("positions", "pooling", "reference", "allow_chance")
         file = "baseline.safetensors"
-        return cast(MeanBaseline, self._stage(file, MeanBaseline, label_balanced_mean, **more))
+        return cast(MeanBaseline, self._stage(file, MeanBaseline, label_balanced_mean, **options))
 
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
-        given = (HeadScores, relevance, self.baseline)
-        scoring = self.settings.scoring
-        return cast(HeadScores, self._stage("scores.safetensors", *given, **scoring))
+        options = self._set(*SCORING, "seed")
+        how = (HeadScores, relevance, "baseline")
+        return cast(HeadScores, self._stage("scores.safetensors", *how, **options))
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -232,30 +250,32 @@ class RunFolder:
         options = {**self.settings.batch_size, "quiet": self.quiet}
         return smallest_circuit(*given, f=share_kept(size), **options)
 
-    @property
-    def _checking(self) -> dict[str, Any]:
-        return {name: getattr(self.settings, name) for name in ("max_examples", "seed")}
-
     @cached_property
     def effects(self) -> HeadEffects:
         """What ablating each head of the circuit does."""
-        given = (HeadEffects, head_effects, self.circuit, self.baseline)
-        return cast(HeadEffects, self._stage("effects.safetensors", *given, **self._checking))
+        how = (HeadEffects, head_effects, "circuit", "baseline")
+        options = self._set("max_examples", "seed")
+        return cast(HeadEffects, self._stage("effects.safetensors", *how, **options))
 
     @cached_property
     def roles(self) -> HeadRoles:
         """What the heads of the circuit look at, and which labels they raise."""
-        given = (HeadRoles, head_roles, self.circuit, self.baseline)
-        return cast(HeadRoles, self._stage("roles.json", *given, **self._checking))
+        how = (HeadRoles, head_roles, "circuit", "baseline")
+        options = self._set("max_examples", "seed")
+        return cast(HeadRoles, self._stage("roles.json", *how, **options))
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
-        usual = default_sizes(len(self.model.geometry))
-        more: dict[str, Any] = {"sizes": [*usual, len(self.circuit), *self.settings.sizes]}
-        more |= {name: getattr(self.settings, name) for name in ("n_random", "seed")}
-        given = (FaithfulnessCurve, faithfulness, self.scores, self.baseline)
-        return cast(FaithfulnessCurve, self._stage("faithfulness.safetensors", *given, **more))
+
+        def sizes() -> list[int | float]:
+            usual = default_sizes(len(self.model.geometry))
+            return [*usual, len(self.circuit), *self.settings.sizes]
+
+        how = (FaithfulnessCurve, faithfulness, "scores", "baseline")
+        options = self._set("n_random", "seed")
+        found = self._stage("faithfulness.safetensors", *how, sizes=sizes, **options)
+        return cast(FaithfulnessCurve, found)
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
         return self.path / "transfers" / safe_name(target) / safe_name(folder_of(strategy))
