@@ -493,7 +493,7 @@ def test_a_warning_says_once_how_many_texts_were_cut_and_what_to_raise(caplog):
     level, said = cut_texts(caplog, 42, 42, limit=6)
     assert level == "WARNING"
     assert "42 of 42 texts were cut to 6 tokens" in said
-    assert "raise max_text_tokens=6" in said
+    assert "raise max_text_tokens above 6" in said
 
 
 @pytest.mark.parametrize(("n_long", "level"), [(2, "INFO"), (5, "INFO"), (6, "WARNING")])

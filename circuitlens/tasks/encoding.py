@@ -330,7 +330,7 @@ def _report_truncation(
         limit,
         "the model's context has no room for more, whatever max_text_tokens is; shorten the texts"
         if by_context
-        else f"raise max_text_tokens={limit} to keep more",
+        else f"raise max_text_tokens above {limit} to keep more",
     )
 
 
