@@ -455,3 +455,42 @@ def test_roles_are_read_back_whole(roles, tmp_path):
     assert "From the decision it looks at" in roles.roles[0].summary
     with pytest.raises(cl.InputError, match=r"Head a9\.h9 is none of"):
         roles.of("a9.h9")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_tasks_of_published_circuits_run_on_gpt2(name, caplog):
+    """A tiny random one, whose tokenizer knows no names: they are words of several tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from circuitlens.tasks.toy import toy_tokenizer
+
+    tokenizer = toy_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_head=4, n_embd=32, n_positions=256)
+    torch.manual_seed(0)
+    model = cl.HookedModel(GPT2LMHeadModel(config), tokenizer, "tiny-gpt2")
+    task = cl.load_task(name, max_text_tokens=160)
+    few = task["pool_a"][:12]
+    baseline = cl.label_balanced_mean(model, task, examples=few, allow_chance=True, quiet=True)
+    for method in ("cdt-linear", "auto"):
+        scores = cl.relevance(model, task, baseline, method=method, quiet=True)
+        assert torch.isfinite(scores.mean).all()
+    circuit = scores.top(3)
+    fresh = task["validation"][:6]
+    curve = cl.faithfulness(model, task, circuit, baseline, examples=fresh, n_random=1, quiet=True)
+    # Accuracy of the whole model, by the log-probabilities of the two continuations.
+    right = 0
+    for example in fresh:
+        score = {}
+        for choice in ("first", "second"):
+            prompt = tokenizer(example.fields["text"], return_tensors="pt").input_ids
+            whole = tokenizer(
+                f"{example.fields['text']} {example.fields[choice]}", return_tensors="pt"
+            ).input_ids
+            with torch.no_grad():
+                logp = model.hf(whole).logits.log_softmax(-1)[0, :-1]
+            span = range(prompt.shape[1] - 1, whole.shape[1] - 1)
+            score[choice] = sum(float(logp[i, whole[0, i + 1]]) for i in span)
+        right += max(score, key=lambda c: score[c]) == example.label
+    assert curve.accuracy[-1] == pytest.approx(right / len(fresh))
+    with pytest.raises(cl.InputError, match="12 × 12"):
+        cl.published_circuit(name).overlap(circuit)
