@@ -141,8 +141,12 @@ def relevance(
     own["auto"] = ["rounds", "candidates"]
     settings |= {name: getattr(request, name) for name in own.get(by.name, ())}
     settings |= found.details
-    rows = len(encoded) * encoded.n_rows
-    settings["passes"] = {"forward": count.forward / rows, "backward": count.backward / rows}
+    spent = torch.tensor([count.forward, count.backward], dtype=torch.float64)
+    if by.batch is not None:
+        # Processes share the batches; what sees all examples together each does for itself.
+        spent = summed(spent, model.device)
+    spent /= len(encoded) * encoded.n_rows
+    settings["passes"] = dict(zip(("forward", "backward"), spent.tolist(), strict=True))
     return HeadScores(
         per_example=found.heads,
         method=by.name,
