@@ -11,6 +11,7 @@ import torch
 import circuitlens as cl
 from circuitlens.circuits.published import PUBLISHED
 from circuitlens.models.passes import counting
+from circuitlens.utils.provenance import Provenance
 
 
 @pytest.fixture(scope="module")
@@ -494,3 +495,51 @@ def test_the_tasks_of_published_circuits_run_on_gpt2(name, caplog):
     assert curve.accuracy[-1] == pytest.approx(right / len(fresh))
     with pytest.raises(cl.InputError, match="12 × 12"):
         cl.published_circuit(name).overlap(circuit)
+
+
+def test_a_class_without_example_is_left_out(
+    toy_proxy, toy_task, toy_scores, toy_baseline, tmp_path
+):
+    found = cl.head_roles(
+        toy_proxy, toy_task, toy_scores.top(2), toy_baseline, max_examples=1, quiet=True
+    )
+    assert [len(role.raises) for role in found.roles] == [1, 1]
+    found.save(tmp_path / "roles.json")
+    assert cl.HeadRoles.load(tmp_path / "roles.json").roles == found.roles
+    assert found.roles[0].summary
+
+
+def test_auto_where_faithfulness_has_no_meaning_is_saved_all_the_same(toy_task, tmp_path):
+    """Heads that write nothing: no circuit is better than another."""
+    from circuitlens.tasks import toy
+
+    model = toy.toy_model(n_layers=2)
+    with torch.no_grad():
+        for layer in model.hf.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    # Without attention it says the same of every prompt, which is right for one label: the words
+    # are given to all labels in turn.
+    said = toy_task.encode(model, toy_task["pool_a"][:1])
+    ((_, batch),) = said.batches(1, model.device)
+    word = list(toy_task.labels)[int(model.label_logits(batch).argmax())]
+    few = [e for e in toy_task["pool_a"] if e.label == word][:10]
+    own = cl.MeanBaseline(
+        torch.zeros(2, 8, 8),
+        torch.zeros(2, 64),
+        "all",
+        tuple(e.id for e in few),
+        {word: len(few)},
+        1.0,
+        Provenance(
+            model.name,
+            model.fingerprint(),
+            toy_task.full_name,
+            toy_task.fingerprint(),
+            0,
+            {},
+        ),
+    )
+    scores = cl.relevance(model, toy_task, own, method="auto", rounds=1, quiet=True)
+    assert set(scores.provenance.settings["mean_f"].values()) == {None}
+    scores.save(tmp_path / "scores.safetensors")
+    assert cl.HeadScores.load(tmp_path / "scores.safetensors").method == "auto"

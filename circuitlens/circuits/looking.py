@@ -53,7 +53,7 @@ class HeadRole:
         looked_at: tokens that get most attention from the decision, and what an occurrence gets.
         read: the same from all positions.
         raises: by class of the example and label, what of the label's logit the head brings,
-            beside the mean over labels.
+            beside the mean over labels. Classes without example are left out.
     """
 
     head: Head
@@ -230,6 +230,8 @@ def head_roles(
         by_gold = {
             gold: dict(zip(labels, raised[place, i].tolist(), strict=True))
             for i, gold in enumerate(labels)
+            # Of few examples, a class may have none.
+            if i in encoded.gold
         }
         roles.append(HeadRole(head, **looks.of(place), raises=by_gold))
     return HeadRoles(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, isnan, log
+from math import ceil, inf, isfinite, log
 
 import torch
 from torch import Tensor
@@ -250,12 +250,13 @@ def _auto(model: HookedModel, batches: list[Batch], means: NodeMeans, request: R
             values[name] = torch.cat([by.batch(model, b, means, plain).heads for b in batches])
     mean = {name: v.float().cpu().view(-1, *v.shape[-2:]).mean(0) for name, v in values.items()}
     measured = areas(model, batches, means, request, mean)
-    # The first, where f has no meaning.
-    best = max(measured, key=lambda name: -1.0 if isnan(measured[name]) else measured[name])
+    # None where f has no meaning, for files; if it never has, the first is taken.
+    known = {name: f if isfinite(f) else None for name, f in measured.items()}
+    best = max(known, key=lambda name: -inf if (f := known[name]) is None else f)
     mlps = None
     if request.mlps:
         mlps = torch.cat([mlp_effects(model, b, means, request) for b in batches]).float().cpu()
-    details = {"chosen": best, "mean_f": measured}
+    details = {"chosen": best, "mean_f": known}
     return Scored(values[best].detach().float().cpu(), mlps=mlps, details=details)
 
 
