@@ -19,7 +19,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -218,6 +218,14 @@ class MeanBaseline:
                 f"The baseline was taken from other weights than those of {model.name}: "
                 "call cl.label_balanced_mean on this model first."
             )
+
+    def provenance_of(
+        self, model: HookedModel, task: Task, seed: int, settings: dict[str, Any]
+    ) -> Provenance:
+        """Provenance of what was measured with these means, which are of these weights."""
+        weights = self.provenance.model_fingerprint
+        name, data = task.full_name, task.fingerprint()
+        return Provenance(model.name, weights, name, data, seed, settings)
 
     def check_task(self, task: Task) -> None:
         """Refuse a task other than the one the means were taken on.

@@ -21,7 +21,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,44 +195,42 @@ class RunFolder:
         kind: Any,
         make: Callable[..., Any],
         *needs: str,
-        **options: Callable[[], Any],
+        settings: Sequence[str] = ("seed",),
+        planned: str = "",
     ) -> Any:
         """A result from its file, or made by ``make`` and written there.
 
         Args:
             name: of the file.
             kind: has ``load``; its results have ``save``.
-            make: takes model, task, and the stages that it ``needs``, by name.
-            needs: looked up only if the result has to be made, as are the options.
-            options: keyword arguments of ``make``.
+            make: takes model, task, and the stages that it ``needs``.
+            needs: their names; they are looked up only if the result has to be made.
+            settings: keyword arguments of ``make`` that are settings of the same name.
+            planned: name of the stage in the plan of a run, if it is not that of the file.
         """
 
         def made() -> Any:
             given = [getattr(self, need) for need in needs]
-            more = {key: option() for key, option in options.items()}
+            options = {key: getattr(self.settings, key) for key in settings}
             shared = {**self.settings.batch_size, "quiet": self.quiet}
-            return make(self.model, self.task, *given, **{**shared, **more})
+            return make(self.model, self.task, *given, **options, **shared)
 
-        clock = self._clock.stage(name.split(".")[0])
+        clock = self._clock.stage(planned or name.split(".")[0])
         return self._shared.kept(self.path / name, kind.load, made, clock)
-
-    def _set(self, *names: str) -> dict[str, Callable[[], Any]]:
-        """Options that are settings of the same name."""
-        return {name: partial(getattr, self.settings, name) for name in names}
 
     @cached_property
     def baseline(self) -> MeanBaseline:
         """Means of the heads."""
-        options = self._set("positions", "pooling", "reference", "allow_chance")
-        file = "baseline.safetensors"
-        return cast(MeanBaseline, self._stage(file, MeanBaseline, label_balanced_mean, **options))
+        how = ("baseline.safetensors", MeanBaseline, label_balanced_mean)
+        settings = ("positions", "pooling", "reference", "allow_chance")
+        return cast(MeanBaseline, self._stage(*how, settings=settings))
 
     @cached_property
     def scores(self) -> HeadScores:
         """Relevance of the heads."""
-        options = self._set(*SCORING, "seed")
-        how = (HeadScores, relevance, "baseline")
-        return cast(HeadScores, self._stage("scores.safetensors", *how, **options))
+        how = ("scores.safetensors", HeadScores, relevance, "baseline")
+        settings = (*SCORING, "seed")
+        return cast(HeadScores, self._stage(*how, settings=settings, planned="relevance"))
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -253,29 +251,26 @@ class RunFolder:
     @cached_property
     def effects(self) -> HeadEffects:
         """What ablating each head of the circuit does."""
-        how = (HeadEffects, head_effects, "circuit", "baseline")
-        options = self._set("max_examples", "seed")
-        return cast(HeadEffects, self._stage("effects.safetensors", *how, **options))
+        how = ("effects.safetensors", HeadEffects, head_effects, "circuit", "baseline")
+        return cast(HeadEffects, self._stage(*how, settings=("max_examples", "seed")))
 
     @cached_property
     def roles(self) -> HeadRoles:
         """What the heads of the circuit look at, and which labels they raise."""
-        how = (HeadRoles, head_roles, "circuit", "baseline")
-        options = self._set("max_examples", "seed")
-        return cast(HeadRoles, self._stage("roles.json", *how, **options))
+        how = ("roles.json", HeadRoles, head_roles, "circuit", "baseline")
+        return cast(HeadRoles, self._stage(*how, settings=("max_examples", "seed")))
 
     @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
 
-        def sizes() -> list[int | float]:
+        def measured(*given: Any, **options: Any) -> FaithfulnessCurve:
             usual = default_sizes(len(self.model.geometry))
-            return [*usual, len(self.circuit), *self.settings.sizes]
+            sizes = [*usual, len(self.circuit), *self.settings.sizes]
+            return faithfulness(*given, sizes=sizes, **options)
 
-        how = (FaithfulnessCurve, faithfulness, "scores", "baseline")
-        options = self._set("n_random", "seed")
-        found = self._stage("faithfulness.safetensors", *how, sizes=sizes, **options)
-        return cast(FaithfulnessCurve, found)
+        how = ("faithfulness.safetensors", FaithfulnessCurve, measured, "scores", "baseline")
+        return cast(FaithfulnessCurve, self._stage(*how, settings=("n_random", "seed")))
 
     def _transfer_path(self, target: str, strategy: str) -> Path:
         return self.path / "transfers" / safe_name(target) / safe_name(folder_of(strategy))

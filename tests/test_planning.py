@@ -220,3 +220,16 @@ def test_bars_tell_what_is_left_of_the_run(monkeypatch):
 )
 def test_times_are_said_in_words(seconds, words):
     assert progress.spoken(seconds) == words
+
+
+def test_the_clock_of_a_run_knows_the_stages_of_its_plan(toy_proxy, tmp_path, monkeypatch):
+    from circuitlens.run_folder import RunFolder
+    from circuitlens.run_settings import RunSettings
+
+    toy_proxy.save(tmp_path / "model")
+    settings = RunSettings(str(tmp_path / "model"), "toy", max_examples=10, n_random=1, size=2)
+    run, seen = RunFolder.create(tmp_path / "run", settings, quiet=True), []
+    kept = run._clock.stage
+    monkeypatch.setattr(run._clock, "stage", lambda name: (seen.append(name), kept(name))[1])
+    run.run_all()
+    assert {s.name for s in run.plan().stages} <= set(seen)

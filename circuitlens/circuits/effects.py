@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.score_heads import discovery_examples
-from circuitlens.tasks import Task
+from circuitlens.tasks import Encoded, Task
 from circuitlens.utils.bootstrap import percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
-__all__ = ["HeadEffects", "head_effects"]
+__all__ = ["AblatedSingly", "HeadEffects", "ablated_singly", "head_effects"]
 
 _SCHEMA = "circuitlens.effects/1"
 
@@ -66,8 +67,11 @@ class HeadEffects:
         Raises:
             InputError: if ``level`` is not between 0 and 1.
         """
-        values = self.per_example.double().numpy().T
-        return percentiles(resampled_means(values, self.provenance.seed), level)
+        return percentiles(self._resampled, level)
+
+    @cached_property
+    def _resampled(self) -> Float[np.ndarray, "draw head"]:
+        return resampled_means(self.per_example.double().numpy().T, self.provenance.seed)
 
     def of(self, head: Head) -> tuple[float, float, float] | None:
         """Effect of a head with its 95 % interval, or ``None`` if it was not measured."""
@@ -163,8 +167,57 @@ def head_effects(
     Raises:
         InputError: if there are no heads, or circuit or baseline are of another model or task.
     """
-    check_types(
+    found = ablated_singly(
         "head_effects",
+        model,
+        task,
+        heads,
+        baseline,
+        max_examples=max_examples,
+        batch_size=batch_size,
+        rows=rows,
+        seed=seed,
+        quiet=quiet,
+    )
+    margins = margin(found.labels, torch.tensor(found.encoded.gold))
+    settings = {"positions": baseline.positions, "pooling": baseline.pooling}
+    return HeadEffects(
+        found.circuit.heads,
+        (margins[:1] - margins[1:]).T.contiguous(),
+        found.encoded.ids,
+        baseline.provenance_of(model, task, seed, settings),
+    )
+
+
+@dataclass(frozen=True)
+class AblatedSingly:
+    """Label logits of the whole model, and without each head of a circuit by itself."""
+
+    circuit: Circuit
+    encoded: Encoded
+    labels: Float[Tensor, "run example label"]
+
+
+def ablated_singly(
+    verb: str,
+    model: HookedModel,
+    task: Task,
+    heads: Circuit | Iterable[Head],
+    baseline: MeanBaseline,
+    *,
+    max_examples: int | None,
+    batch_size: int,
+    rows: int = 256,
+    seed: int,
+    quiet: bool,
+) -> AblatedSingly:
+    """Check what a verb on single heads was given, and ablate each of them.
+
+    Raises:
+        InputError: if there are no heads, or circuit or baseline are of another model or task.
+    """
+    check_types(
+        verb,
         model=(model, HookedModel, MODEL),
         task=(task, Task, TASK),
         heads=(heads, (Circuit, Iterable), CIRCUIT),
@@ -190,17 +243,4 @@ def head_effects(
         label="Ablating heads",
         quiet=quiet,
     )
-    margins = margin(labels, torch.tensor(encoded.gold))
-    return HeadEffects(
-        chosen.heads,
-        (margins[:1] - margins[1:]).T.contiguous(),
-        encoded.ids,
-        Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            task.full_name,
-            task.fingerprint(),
-            seed,
-            {"positions": baseline.positions, "pooling": baseline.pooling},
-        ),
-    )
+    return AblatedSingly(chosen, encoded, labels)

@@ -21,15 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline
-from circuitlens.cdt.ablation import circuit_label_logits, head_mask
 from circuitlens.circuit import Circuit
-from circuitlens.errors import BASELINE, CIRCUIT, MODEL, TASK, InputError, check_types
+from circuitlens.circuits.effects import AblatedSingly, ablated_singly
+from circuitlens.errors import InputError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import pattern_hook, recording
 from circuitlens.nodes import Head
-from circuitlens.scoring.score_heads import discovery_examples
-from circuitlens.tasks import Encoded, Task
+from circuitlens.tasks import Task
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, whole, write_json
 
@@ -205,22 +204,19 @@ def head_roles(
     Raises:
         InputError: if there are no heads, or circuit or baseline are of another model or task.
     """
-    check_types(
+    ablated = ablated_singly(
         "head_roles",
-        model=(model, HookedModel, MODEL),
-        task=(task, Task, TASK),
-        heads=(heads, (Circuit, Iterable), CIRCUIT),
-        baseline=(baseline, MeanBaseline, BASELINE),
+        model,
+        task,
+        heads,
+        baseline,
+        max_examples=max_examples,
+        batch_size=batch_size,
+        seed=seed,
+        quiet=quiet,
     )
-    baseline.check_task(task)
-    baseline.check_model(model)
-    g = model.geometry
-    chosen = heads if isinstance(heads, Circuit) else Circuit.of(heads, g.n_layers, g.n_heads)
-    chosen.check_model(model)
-    if not len(chosen):
-        raise InputError("There are no heads to look at: choose some with scores.top.")
-    encoded = task.encode(model, discovery_examples(task, baseline, max_examples, seed))
-    raised = _raised(model, encoded, chosen, baseline, batch_size, quiet)
+    chosen, encoded = ablated.circuit, ablated.encoded
+    raised = _raised(ablated)
     looks = _Looks(model, chosen)
     for _, batch in encoded.batches(batch_size, model.device):
         looks.add(batch)
@@ -237,34 +233,14 @@ def head_roles(
     return HeadRoles(
         tuple(roles),
         len(encoded),
-        Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            task.full_name,
-            task.fingerprint(),
-            seed,
-            {"positions": baseline.positions},
-        ),
+        baseline.provenance_of(model, task, seed, {"positions": baseline.positions}),
     )
 
 
-def _raised(
-    model: HookedModel,
-    encoded: Encoded,
-    circuit: Circuit,
-    baseline: MeanBaseline,
-    batch_size: int,
-    quiet: bool,
-) -> Float[Tensor, "head gold label"]:
-    g = model.geometry
-    everything = head_mask(g, g.n_layers, g.n_heads)
-    keeps = [everything, *(everything & ~head_mask([h], g.n_layers, g.n_heads) for h in circuit)]
-    logits = circuit_label_logits(
-        model, encoded, torch.stack(keeps), baseline, batch_size=batch_size, quiet=quiet
-    )
-    lost = logits[:1] - logits[1:]
+def _raised(ablated: AblatedSingly) -> Float[Tensor, "head gold label"]:
+    lost = ablated.labels[:1] - ablated.labels[1:]
     lost = lost - lost.mean(-1, keepdim=True)
-    gold = torch.tensor(encoded.gold)
+    gold = torch.tensor(ablated.encoded.gold)
     n_labels = lost.shape[-1]
     return torch.stack([lost[:, gold == label].mean(1) for label in range(n_labels)], dim=1)
 

@@ -27,7 +27,6 @@ from circuitlens.models.batch import margin
 from circuitlens.models.hooked import HookedModel
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.tasks import Example, Task
-from circuitlens.utils.provenance import Provenance
 
 __all__ = ["DEFAULT_SHARES", "default_sizes", "faithfulness", "refuse_seen", "unseen_examples"]
 
@@ -146,14 +145,7 @@ def faithfulness(
         n_heads=len(g),
         method=method,
         example_ids=encoded.ids,
-        provenance=Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            task.full_name,
-            task.fingerprint(),
-            seed,
-            settings,
-        ),
+        provenance=baseline.provenance_of(model, task, seed, settings),
         **found,
     )
 

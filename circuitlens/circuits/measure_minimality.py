@@ -212,6 +212,7 @@ def minimality(
         quiet=quiet,
     )
     margins = margin(labels, torch.tensor(encoded.gold)).numpy()
+    settings = {"positions": baseline.positions, "pooling": baseline.pooling}
     return Minimality(
         circuit=circuit,
         empty_margin=margins[0],
@@ -219,12 +220,5 @@ def minimality(
         circuit_margin=margins[2],
         without_margin=margins[3:],
         example_ids=encoded.ids,
-        provenance=Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            task.full_name,
-            task.fingerprint(),
-            seed,
-            {"positions": baseline.positions, "pooling": baseline.pooling},
-        ),
+        provenance=baseline.provenance_of(model, task, seed, settings),
     )

@@ -27,7 +27,6 @@ from circuitlens.scoring.scorers import Scorer, scorer
 from circuitlens.tasks import Encoded, Example, Task
 from circuitlens.utils.processes import mine, n_processes, summed
 from circuitlens.utils.progress import progress
-from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.row_budget import RowBudget
 
 __all__ = ["discovery_examples", "relevance", "score_encoded"]
@@ -152,14 +151,7 @@ def relevance(
         method=by.name,
         positions=baseline.positions,
         example_ids=encoded.ids,
-        provenance=Provenance(
-            model.name,
-            baseline.provenance.model_fingerprint,
-            task.full_name,
-            task.fingerprint(),
-            seed,
-            settings,
-        ),
+        provenance=baseline.provenance_of(model, task, seed, settings),
         mlps=found.mlps,
         by_position=found.by_position,
         unit=by.unit,

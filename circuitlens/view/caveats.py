@@ -9,12 +9,12 @@ from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.experiments import Comparison
 from circuitlens.scoring.head_scores import HeadScores
 
-__all__ = ["comparison_warnings", "run_warnings"]
+__all__ = ["UNSTABLE", "comparison_warnings", "run_warnings"]
 
 # Below these a number says little; chosen by judgement, the report names each.
 _FEW_EXAMPLES = 50
 _LOW_ACCURACY = 0.6
-_UNSTABLE = 0.7
+UNSTABLE = 0.7
 _SMALL_TEST = 200
 _FEW_SEEDS = 3
 
@@ -28,7 +28,7 @@ def run_warnings(
         found.append(f"Discovery used only {n} examples; rankings of so few are unstable.")
     if n >= 4 and not scores.whole:
         stability = scores.stability()
-        if stability.reliability < _UNSTABLE:
+        if stability.reliability < UNSTABLE:
             found.append(
                 f"The ranking of the heads is unstable: scores of two halves of the {n} examples "
                 f"agree with a Spearman correlation of {stability.spearman:.2f} only."

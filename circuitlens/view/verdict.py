@@ -15,12 +15,12 @@ from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects
 from circuitlens.experiments.simple_rivals import SimpleRival
 from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.view.caveats import UNSTABLE
 
 __all__ = ["Verdict", "verdicts"]
 
 # Thresholds by judgement; every answer gives the numbers that it rests on.
 _FAITHFUL, _PARTLY = 0.8, 0.5
-_STABLE = 0.7
 
 Answer = Literal["yes", "partly", "no"]
 
@@ -85,7 +85,7 @@ def _circuit(curve: FaithfulnessCurve, circuit: Circuit) -> Iterator[Verdict]:
 
 def _ranking(scores: HeadScores) -> Verdict:
     stability = scores.stability()
-    stable = stability.reliability >= _STABLE
+    stable = stability.reliability >= UNSTABLE
     return Verdict(
         "Is the ranking of the heads stable?",
         "yes" if stable else "no",

@@ -10,9 +10,15 @@ from pathlib import Path
 from circuitlens.errors import InputError
 from circuitlens.tasks.examples import Example
 
-__all__ = ["CHOICES", "ByTemplate", "Made", "two_choices"]
+__all__ = ["CHOICES", "PROMPT", "ByTemplate", "Made", "two_choices"]
 
 CHOICES = ("first", "second")
+# Of both tasks.
+PROMPT = {
+    "template": "{text}",
+    "labels": {"first": " first", "second": " second"},
+    "choices": CHOICES,
+}
 _SIZES = {"test": 200, "validation": 100, "train": 600}
 
 

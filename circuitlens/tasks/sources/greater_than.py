@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from circuitlens.tasks.sources.by_template import CHOICES, ByTemplate, Made
+from circuitlens.tasks.sources.by_template import PROMPT, ByTemplate, Made
 from circuitlens.tasks.sources.data_set import DataSet
 
 __all__ = ["DATA_SET"]
@@ -37,9 +37,5 @@ DATA_SET = DataSet(
     description="years after another, made by a template (English)",
     open=partial(ByTemplate.open, "greater-than", _make),
     language="english",
-    prompt={
-        "template": "{text}",
-        "labels": {"first": " first", "second": " second"},
-        "choices": CHOICES,
-    },
+    prompt=PROMPT,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from circuitlens.tasks.sources.by_template import CHOICES, ByTemplate, Made
+from circuitlens.tasks.sources.by_template import PROMPT, ByTemplate, Made
 from circuitlens.tasks.sources.data_set import DataSet
 
 __all__ = ["DATA_SET"]
@@ -47,9 +47,5 @@ DATA_SET = DataSet(
     description="indirect object identification, made by templates (English)",
     open=partial(ByTemplate.open, "ioi", _make),
     language="english",
-    prompt={
-        "template": "{text}",
-        "labels": {"first": " first", "second": " second"},
-        "choices": CHOICES,
-    },
+    prompt=PROMPT,
 )
