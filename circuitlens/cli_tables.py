@@ -80,12 +80,15 @@ def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRiv
 
 def summary_table(summary: pd.DataFrame) -> Table:
     """One row a language and strategy."""
+    # Not with the module: it takes pandas, and tables of plans do not.
+    from circuitlens.experiments.comparison import all_passes
+
     table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
     table.add_column("target")
     table.add_column("strategy")
     for name in ("seeds", "target before", "after", "gain", "source before", "after"):
         table.add_column(name, justify="right")
-    for name in ("trained", "seconds", "MiB"):
+    for name in ("trained", "seconds", "passes", "MiB"):
         table.add_column(name, justify="right")
 
     def percent(mean: float, sd: float = math.nan) -> str:
@@ -105,6 +108,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
             percent(row["source_after"], row["source_after_sd"]),
             f"{row['n_trainable']:,.0f}",
             f"{row['seconds']:.1f}",
+            all_passes(row),
             f"{row['peak_mib']:.0f}",
         )
     return table

@@ -179,6 +179,7 @@ class RunSettings:
         kv_policy: which key/value heads are trained under grouped-query attention.
         retain: further language in which accuracy is measured before and after the transfer.
         rediscover: search the source circuit again in the adapted model.
+        test_front: measure the front of every transfer on test too, once everything is chosen.
         seed: everything random follows from it; the same numbers take the same number of threads,
             device and library versions too, which every result records.
 
@@ -233,6 +234,7 @@ class RunSettings:
     kv_policy: str = "shared"
     retain: tuple[str, ...] = ()
     rediscover: bool = False
+    test_front: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -367,7 +369,7 @@ class RunSettings:
     def transferring(self) -> dict[str, Any]:
         """Keyword arguments of transfers and comparisons alike."""
         names = ("learning_rates", "training", "replay", "keep_source", "kv_policy", "retain")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "test_front")}
 
 
 def _columns() -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def test_the_tidy_table_has_every_number_once(handmade):
     assert list(frame.columns) == [
         "language", "strategy", "seed", "split", "phase", "metric", "value",
     ]  # fmt: skip
-    # Two splits, two phases, four metrics; three costs.
+    # Two splits, two phases, four metrics; three costs, as these cells are from before 0.2.
     assert len(frame) == 12 * (2 * 2 * 4 + 3)
     assert not frame.duplicated(["language", "strategy", "seed", "split", "phase", "metric"]).any()
     at = frame.set_index(["language", "strategy", "seed", "split", "phase", "metric"])["value"]

@@ -133,6 +133,7 @@ def test_the_chosen_point_is_the_model_that_comes_back(
         assert cl.evaluate(toy_proxy, task, task["validation"], quiet=True).accuracy == accuracy
     assert all(before <= after for before, after in zip(front.start.kept, chosen.kept, strict=True))
     assert result.target_after == cl.evaluate(result.model, near, near["test"], quiet=True)
+    assert result.test_front is None
     result.save(tmp_path)
     again = cl.TransferResult.load(tmp_path, toy_proxy)
     assert again == result
@@ -256,7 +257,7 @@ def test_the_figure_shows_the_best_within_every_loss(mode):
     circuit = frame.loc[("<b>x", "circuit")].set_index("lost")
     at = circuit.iloc[0]
     assert (at["gain"], at["low"], at["high"], at["n_seeds"]) == (
-        pytest.approx(15), pytest.approx(10), pytest.approx(20), 2,
+        pytest.approx(15), pytest.approx(15), pytest.approx(15), 2,
     )  # fmt: skip
     assert circuit.iloc[-1]["gain"] == pytest.approx((30 + 20) / 2)
     full = frame.loc[("<b>x", "full")].set_index("lost")["gain"]
@@ -275,7 +276,8 @@ def test_the_figure_shows_the_best_within_every_loss(mode):
     assert low < 0
     assert high > frame["high"].max()
     # One band: the strategy with two seeds.
-    assert len(fig.data) == len(lines) + 2
+    # The line of n-grams, and no band where sentences are not known.
+    assert len(fig.data) == len(lines) + 1
     assert "<b>x" not in fig.to_json()
     with pytest.raises(cl.InputError, match="has a front"):
         cl.view.transfer_fronts(cl.Comparison((cell("z", "full", 0, 0.7),)))
@@ -370,3 +372,58 @@ def test_a_transfer_says_which_sentences_its_points_answer(toy_proxy, toy_scores
     for point in front.points:
         shares = [marks.count("1") / len(marks) for marks in point.right]
         assert shares == pytest.approx([point.target, *point.kept])
+
+
+def test_the_front_is_measured_on_test_without_choosing_anything(toy_proxy, toy_scores, near):
+    given = (toy_proxy, toy_scores.top(3), near)
+    result = cl.transfer(*given, keep_source=0.05, test_front=True, **OPTIONS)
+    without = cl.transfer(*given, keep_source=0.05, **OPTIONS)
+    assert replace(result, test_front=None, passes=0.0, seconds=0.0) == replace(
+        without, passes=0.0, seconds=0.0
+    )
+    assert result.passes > without.passes
+    found, front = result.test_front, result.front
+    assert found.tasks == front.tasks
+    assert found.ids[0] == tuple(e.id for e in near["test"])
+    where = [(p.learning_rate, p.alpha) for p in found.points]
+    beyond = [p for p in front.non_dominated() if p is not front.start]
+    assert where == [(0.0, 0.0), *((p.learning_rate, p.alpha) for p in beyond)]
+    # Oracles: what the untouched and the adapted model are evaluated at from without.
+    assert found.start.target == result.target_before.accuracy
+    at = dict(zip(where, found.points, strict=True))
+    if (result.learning_rate, result.alpha) in at:
+        chosen = at[result.learning_rate, result.alpha]
+        assert chosen.target == result.target_after.accuracy
+        assert chosen.kept == (result.source_after.accuracy,)
+    frame = front_frame([result], split="test")
+    assert list(frame["allowed"]) == [0, 1, 2, 5]
+    offered = [100 * (p.target - found.start.target) for p in found.points]
+    assert all(min(abs(gain - x) for x in offered) < 1e-9 for gain in frame["gain"])
+
+
+def test_passes_are_those_of_training_and_validation(toy_proxy, toy_scores, near):
+    sizes = {"epochs": 2, "learning_rates": [1e-3], "quiet": True}
+    result = cl.transfer(toy_proxy, toy_scores.top(3), near, **sizes)
+    trained, held = len(near["pool_b"]), len(near["validation"])
+    source = len(near.origin["validation"])
+    # Two epochs there and back; after each, and at the start and four points, validation; the
+    # source at the last five.
+    forward = 2 * trained + 2 * held + 5 * (held + source)
+    assert result.passes == pytest.approx((forward + 2 * 2 * trained) / 3)
+
+
+def test_a_band_is_where_sentences_may_fall(toy_proxy, toy_scores, near):
+    result = cl.transfer(toy_proxy, toy_scores.top(3), near, **OPTIONS)
+    frame = front_frame([result])
+    plain = [100 * (result.front.choose(x / 100).target - result.front.start.target)
+             for x in frame["allowed"]]  # fmt: skip
+    assert frame["gain"].tolist() == pytest.approx(plain)
+    assert (frame["low"] <= frame["gain"] + 1e-9).all()
+    assert (frame["high"] > frame["low"]).any()
+    # Without the sentences there is no interval, and the line is the same.
+    bare = replace(result.front, ids=(), points=tuple(
+        replace(p, right=()) for p in result.front.points
+    ))  # fmt: skip
+    old = front_frame([replace(result, front=bare)])
+    assert (old["low"] == old["high"]).all()
+    assert old["gain"].tolist() == pytest.approx(plain)

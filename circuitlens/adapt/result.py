@@ -54,6 +54,11 @@ class TransferResult:
             stands; below 1 only if ``keep_source`` chose it.
         front: target and source on validation for every rate, amount of replay and α; ``None``
             without a source or other task to keep, and in results from before 0.2.
+        test_front: start and front of it on the test splits, if that was asked for; nothing was
+            chosen by them.
+        passes: prompts that went forward and backward through the model while it chose what to
+            train, trained and was measured on the way, in all processes (a way back counts as two
+            forward); 0 in results from before 0.2.
         validation: best validation accuracy for every rate tried, and at rate 0 before training.
         history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.
@@ -90,6 +95,8 @@ class TransferResult:
     prompt: Prompt | None = field(default=None, repr=False)
     alpha: float = 1.0
     front: Front | None = field(default=None, repr=False)
+    test_front: Front | None = field(default=None, repr=False)
+    passes: float = 0.0
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
     trained: Trained | None = field(default=None, repr=False)
@@ -149,6 +156,8 @@ class TransferResult:
             "learning_rate": self.learning_rate,
             "alpha": self.alpha,
             "front": self.front.to_dict() if self.front else None,
+            "test_front": self.test_front.to_dict() if self.test_front else None,
+            "passes": self.passes,
             "validation": [[rate, accuracy] for rate, accuracy in self.validation.items()],
             "history": list(self.history),
             "seconds": self.seconds,
@@ -179,6 +188,7 @@ class TransferResult:
             "learning_rate": self.learning_rate,
             "alpha": self.alpha,
             "seconds": self.seconds,
+            "passes": self.passes,
         }
         return pd.DataFrame([row])
 
@@ -322,6 +332,10 @@ class TransferResult:
                 learning_rate=content["learning_rate"],
                 alpha=content.get("alpha", 1.0),
                 front=Front.from_dict(content["front"]) if content.get("front") else None,
+                test_front=Front.from_dict(on_test)
+                if (on_test := content.get("test_front"))
+                else None,
+                passes=content.get("passes", 0.0),
                 validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
                 history=tuple(content["history"]),
                 seconds=content["seconds"],

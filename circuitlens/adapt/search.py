@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from circuitlens.adapt.choice import Choice
 from circuitlens.adapt.front import Front, FrontPoint, front_point, points_between
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
@@ -40,6 +42,8 @@ class Search:
         checkpoints: folder of the states of trainings.
         quiet: no progress bar.
         prompt: what the model is trained to answer.
+        test: test splits of the target and of ``tasks``, on which the front is measured once it is
+            there. Nothing is chosen by them.
     """
 
     stages: Mapping[float, Sequence[Encoded]]
@@ -51,6 +55,7 @@ class Search:
     checkpoints: Path | None
     quiet: bool
     prompt: Prompt | None = None
+    test: Sequence[Encoded] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Found:
             for; the start, if none does better.
         logs: by rate and amount of replay, but for those that diverged.
         seconds: of choosing what is trained and of training.
+        test_front: the points that no other one beats on validation, on test.
     """
 
     heads: Circuit | None
@@ -75,6 +81,7 @@ class Found:
     chosen: FrontPoint
     logs: Mapping[tuple[float, float], TrainingLog]
     seconds: float
+    test_front: Front | None = None
 
 
 def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, label: str) -> Found:
@@ -102,6 +109,7 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
     front = Front(given.tasks, (start,), ids)
     chosen, best = start, initial
     logs: dict[tuple[float, float], TrainingLog] = {}
+    ends: dict[tuple[float, float], Mapping[str, Tensor]] = {}
     both = [(option, mix) for mix in given.stages for option in given.tries]
     for option, mix in progress(both, label, quiet=given.quiet):
         trainable.load(initial)
@@ -114,6 +122,9 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
             between = points_between(
                 trainable, initial, given.validation, given.held, learning_rate=rate, replay=mix
             )
+            # At the end of the way before its first point is taken.
+            if given.test:
+                ends[rate, mix] = trainable.state()
             for point in between:
                 front = replace(front, points=(*front.points, point))
                 if _wanted(front, point, given.keep_source) and point.rank > chosen.rank:
@@ -125,8 +136,43 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
         raise NotFiniteError(
             f"Training diverged (NaN or infinity) at every learning rate ({rates}): lower them."
         )
+    tested = _on_test(trainable, initial, ends, front, given) if given.test else None
     trainable.load(best)
-    return Found(heads, trainable, trainable.n_entries, front, chosen, logs, seconds)
+    return Found(heads, trainable, trainable.n_entries, front, chosen, logs, seconds, tested)
+
+
+def _on_test(
+    trainable: Trainable,
+    initial: Mapping[str, Tensor],
+    ends: Mapping[tuple[float, float], Mapping[str, Tensor]],
+    front: Front,
+    given: Search,
+) -> Front:
+    """Measure the start and the points of a front on the test splits.
+
+    Raises:
+        NotFiniteError: if a model gives logits that are not finite.
+    """
+    found = []
+    for point in (front.start, *(p for p in front.non_dominated() if p is not front.start)):
+        way = point.learning_rate, point.replay
+        if point is front.start:
+            trainable.load(initial)
+        else:
+            trainable.load(trainable.between(initial, ends[way], point.alpha))
+        target, *held = given.test
+        found.append(
+            front_point(
+                trainable.model,
+                target,
+                held,
+                learning_rate=point.learning_rate,
+                replay=point.replay,
+                alpha=point.alpha,
+            )
+        )
+    ids = tuple(tuple(encoded.ids) for encoded in given.test)
+    return Front(given.tasks, tuple(found), ids)
 
 
 def _wanted(front: Front, point: FrontPoint, keep_source: float | None) -> bool:

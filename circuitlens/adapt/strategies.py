@@ -57,6 +57,7 @@ class Strategy:
         make: copies a model and says what of it is trained.
         heads: the heads that it trains, if it is about heads.
         gradual: trains in stages, with less and less source data among the target's.
+        by_circuit: trains the circuit's heads.
         by_scores: chooses by the heads' scores.
         by_source: looks at the source's data.
         trains_first: trains all weights once at one rate, to find out what is to be trained.
@@ -69,6 +70,7 @@ class Strategy:
     make: Maker
     heads: Callable[[HookedModel, Choice], Circuit] | None = None
     gradual: bool = False
+    by_circuit: bool = False
     by_scores: bool = False
     by_source: bool = False
     trains_first: bool = False
@@ -89,6 +91,7 @@ STRATEGIES: dict[str, Strategy] = {
             "the circuit's slices of q, k, v, o, and all norms",
             slices,
             heads=lambda _, c: c.circuit,
+            by_circuit=True,
             colour="#0072B2",
             symbol="circle",
         ),
@@ -174,6 +177,7 @@ STRATEGIES: dict[str, Strategy] = {
             "one vector added to the output of each head of the circuit, nothing else (LoFiT)",
             of_outputs("offset"),
             heads=lambda _, c: c.circuit,
+            by_circuit=True,
             colour="#8C6D46",
             symbol="star-square",
         ),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import count_forward
 from circuitlens.tasks import Task
 
 __all__ = ["MAX_TEXTS", "text_loss"]
@@ -63,6 +64,7 @@ def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | Non
 
 def _losses(model: HookedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """Losses of all tokens but the first, 0 on padding at the right."""
+    count_forward(len(ids))
     said = model.hf(input_ids=ids, attention_mask=mask).logits.float()
     following = ids.roll(-1, dims=1)
     losses = F.cross_entropy(said.transpose(1, 2), following, reduction="none")

@@ -19,6 +19,7 @@ from circuitlens.adapt.options import rank
 from circuitlens.errors import NotFiniteError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import count_backward
 from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import evaluate_encoded
 from circuitlens.utils.progress import tell_run
@@ -99,6 +100,7 @@ class LabelTrainer(Trainer):
             n_suffix=data.n_suffix,
             n_rows=data.n_rows,
         )
+        count_backward(len(batch.input_ids))
         return batch.readout.losses(self._hooked, batch, model) @ inputs["weights"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

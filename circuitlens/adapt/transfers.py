@@ -49,10 +49,12 @@ from circuitlens.errors import (
     check_types,
 )
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import counting
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Task
 from circuitlens.tasks.evaluation import Evaluation, label_scores, summarise
+from circuitlens.utils.processes import summed
 from circuitlens.utils.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def transfer(
     keep_source: float | None = None,
     kv_policy: KVPolicy = "shared",
     rediscover: bool = False,
+    test_front: bool = False,
     learning_rates: Iterable[float] | None = None,
     training: TrainingOptions | None = None,
     checkpoints: str | Path | None = None,
@@ -118,6 +121,10 @@ def transfer(
             none (``"frozen"``).
         rediscover: search the source circuit again in the adapted model (in 16 bits, in a merged
             copy of it).
+        test_front: measure every point of the front on the test splits too, once all choices are
+            made, for a report that shows what validation's promises are worth
+            (:attr:`TransferResult.test_front`). The trained entries of every rate are kept until
+            then.
         learning_rates: tried in turn; the best on the target's validation split is kept. The
             default is that of ``training``, or 3e-4, 1e-3 and 3e-3, which suit models of a few
             million parameters; large ones want 1e-5 to 3e-4.
@@ -172,8 +179,9 @@ def transfer(
             )
         scorer(scores.method)  # a rule set of one's own has no name to find it by
     others = retained_tasks(task, source, retain)
-    if keep_source is not None and not others:
-        raise InputError("keep_source needs a task that is to be kept: pass source=… or retain=….")
+    if (keep_source is not None or test_front) and not others:
+        rule = "test_front" if keep_source is None else "keep_source"
+        raise InputError(f"{rule} needs a task that is to be kept: pass source=… or retain=….")
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
     held = [other.encode(model, other["validation"]) for other in others]
@@ -202,16 +210,19 @@ def transfer(
         kept,
         quiet,
         task.prompt,
+        [t.encode(model, t["test"]) for t in (task, *others)] if test_front else (),
     )
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     target_before = _measure(model, task, quiet)[0]
     before = evaluate_all(model, others, quiet=quiet)
     losses = [text_loss(model, other) for other in others]
     decision: Decision | None = None
-    if strategy == AUTO:
-        decision, found = decide(model, choice, given, label, Path(scratch.name))
-    else:
-        found = search(model, how, choice, given, label)
+    with counting() as spent:
+        if strategy == AUTO:
+            decision, found = decide(model, choice, given, label, Path(scratch.name))
+        else:
+            found = search(model, how, choice, given, label)
+    passes = summed(torch.tensor(spent.both_ways, dtype=torch.float64), model.device)
     trainable, front, chosen, logs = found.trainable, found.front, found.chosen, found.logs
     heads, start = found.heads, found.front.start
     seconds = decision.seconds if decision else found.seconds
@@ -284,6 +295,8 @@ def transfer(
         learning_rate=chosen.learning_rate,
         alpha=chosen.alpha if chosen is not start else 1.0,
         front=front if others else None,
+        test_front=found.test_front,
+        passes=float(passes),
         validation={
             0.0: start.target,
             **{

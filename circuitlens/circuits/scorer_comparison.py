@@ -240,7 +240,12 @@ def compare_scorers(
         passes = scores[name].provenance.settings["passes"]
         if mlps and by.mlps and by.joint:
             scores[name] = replace(scores[name], mlps=score(True).mlps)
-        costs[name] = {**passes, "seconds": seconds, "peak_mib": memory.mib}
+        costs[name] = {
+            "forward": passes["forward"],
+            "backward": passes["backward"],
+            "seconds": seconds,
+            "peak_mib": memory.mib,
+        }
         # The same random circuits for every scorer, so they are measured once.
         curves[name] = measure(scores[name], n_random if number == 0 else 0)
         measured = [curves[name]]

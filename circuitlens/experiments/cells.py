@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from circuitlens.adapt.options import TrainingOptions
-from circuitlens.adapt.strategies import KVPolicy
+from circuitlens.adapt.strategies import AUTO, KVPolicy, strategy_of
 from circuitlens.adapt.transfers import transfer
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
@@ -92,8 +92,8 @@ class CellSpec:
         key: language, strategy and seed.
         model: the proxy, or a reference to it for another process.
         strategy: what to train, if it is more than the name in the key: a configuration of PEFT.
-        circuit, task, scores, retain, replay, keep_source, kv_policy, rediscover, learning_rates,
-            training: see :func:`circuitlens.transfer`.
+        circuit, task, scores, retain, replay, keep_source, kv_policy, rediscover, test_front,
+            learning_rates, training: see :func:`circuitlens.transfer`.
         folder: where the cell is written; without one it is only returned.
     """
 
@@ -109,13 +109,14 @@ class CellSpec:
     keep_source: float | None = None
     kv_policy: KVPolicy = "shared"
     rediscover: bool = False
+    test_front: bool = False
     folder: Path | None = None
     strategy: Any = None
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the transfer; a model that is in a folder is opened."""
         about = ("circuit", "task", "scores", "retain", "rediscover")
-        names = (*about, "replay", "keep_source", "kv_policy")
+        names = (*about, "replay", "keep_source", "kv_policy", "test_front")
         return {
             "model": self.model.open() if isinstance(self.model, ModelReference) else self.model,
             **{name: getattr(self, name) for name in names},
@@ -159,6 +160,12 @@ def _measure(spec: CellSpec, folder: CellFolder | None) -> dict[str, Any]:
     with PeakMemory(given["model"].device) as memory:
         result = transfer(**given, checkpoints=checkpoints)
     cell = {**result.to_dict(), "seed": spec.key.seed, "peak_mib": memory.mib}
+    if (
+        spec.key.strategy == AUTO
+        or (how := strategy_of(given["strategy"])).by_circuit
+        or how.by_scores
+    ):
+        cell["discovery_passes"] = spec.scores.passes if spec.scores else None
     # What a file gives back; numbers that are not finite fail here, with or without a file.
     return dict(json.loads(json.dumps(cell, allow_nan=False)))
 

@@ -29,7 +29,7 @@ __all__ = ["Comparison"]
 
 _SCHEMA = "circuitlens.comparison/1"
 _METRICS = ("accuracy", "macro_f1", "margin", "calibration_error")
-_COSTS = ("n_trainable", "seconds", "peak_mib")
+_COSTS = ("n_trainable", "seconds", "passes", "discovery_passes", "peak_mib")
 _TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
 _PAIRS = (
     "language",
@@ -53,6 +53,12 @@ _FRONTS = (
     *(f"target at {100 * x:g}" for x in LOSSES),
 )
 _ALL = "all languages"
+
+
+def all_passes(row: Mapping[Any, Any]) -> str:
+    """Passes of a row of the summary, training and discovery; – where they were not counted."""
+    found = [row["passes"], row["discovery_passes"]]
+    return "–" if np.isnan(found[0]) else f"{np.nansum(found):,.0f}"
 
 
 def _change(source: Mapping[str, Any] | None) -> float:
@@ -108,8 +114,10 @@ class Comparison:
         of a retained task; ``phase``, ``before`` or ``after`` the transfer; ``metric``
         (``accuracy``, ``macro_f1`` and ``calibration_error`` as shares, ``margin`` in logits;
         ``text_loss`` of retained tasks, in natural logarithms per token); ``value``. Costs
-        (``n_trainable`` in entries, ``seconds`` of training, ``peak_mib`` in MiB) have an empty
-        split and the phase ``after``.
+        (``n_trainable`` in entries, ``seconds`` of training, ``passes`` of it and
+        ``discovery_passes`` of the baseline and the scores, if the strategy needs a circuit, in
+        prompts forward and backward, ``peak_mib`` in MiB) have an empty split and the phase
+        ``after``.
         """
         rows: list[tuple[Any, ...]] = []
         for cell in self.cells:
@@ -124,7 +132,8 @@ class Comparison:
                     ("before", "after"), kept.get("text_loss") or (), strict=False
                 ):
                     rows.append((*key, kept["name"], phase, "text_loss", loss))
-            rows += [(*key, "", "after", name, cell[name]) for name in _COSTS]
+            costs = {name: cell[name] for name in _COSTS if cell.get(name) is not None}
+            rows += [(*key, "", "after", name, value) for name, value in costs.items()]
         return pd.DataFrame(rows, columns=list(_TIDY)).astype({"seed": int, "value": float})
 
     def summary(self) -> pd.DataFrame:
@@ -134,7 +143,7 @@ class Comparison:
         with one seed), everything else a mean: ``target_before``, ``target_after``, ``gain``,
         ``source_before``, ``source_after`` (empty without a source task), ``text_loss_change``
         (of the next token on source text, in natural logarithms per token), ``n_trainable``,
-        ``seconds``, ``peak_mib``; ``n_seeds`` says of how many.
+        ``seconds``, ``passes``, ``discovery_passes``, ``peak_mib``; ``n_seeds`` says of how many.
         """
         rows = []
         for cell in self.cells:
@@ -151,7 +160,7 @@ class Comparison:
                     "source_before": source["before"]["accuracy"] if source else np.nan,
                     "source_after": source["after"]["accuracy"] if source else np.nan,
                     "text_loss_change": _change(source),
-                    **{name: cell[name] for name in _COSTS},
+                    **{name: cell.get(name) for name in _COSTS},
                 }
             )
         keys = ["language", "strategy"]

@@ -13,7 +13,7 @@ strategies; that cancels where they have as many points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -23,7 +23,7 @@ from circuitlens.adapt.front import ROUNDING, Front
 from circuitlens.errors import InputError
 from circuitlens.experiments.paired import blocks_of
 
-__all__ = ["front_value", "front_values", "sentence_weights"]
+__all__ = ["front_gains", "front_value", "front_values", "sentence_weights"]
 
 
 def front_value(
@@ -101,14 +101,47 @@ def front_values(
     of_task = cache(lambda ids, k: sentence_weights([ids], draws, seed=k)[0])
     for n, language in enumerate(languages):
         for front in fronts[language]:
-            target = own[n] @ _right(front, 0).T
-            losses = []
-            for k in range(1, len(front.ids)):
-                kept = of_task(front.ids[k], k) @ _right(front, k).T
-                losses.append(kept[:, :1] - kept)
-            lost = np.max(losses, axis=0) if losses else np.zeros_like(target)
-            means[n] += front_value(target, lost, keep_source) / len(fronts[language])
+            drawn = _drawn(front, own[n], of_task)
+            means[n] += front_value(*drawn, keep_source) / len(fronts[language])
     return np.asarray(means.mean(0))
+
+
+def front_gains(
+    fronts: Sequence[Front], losses: Sequence[float], draws: int
+) -> Float[np.ndarray, "draw loss"]:
+    """Mean over seeds of what is gained on the target at most so much lost.
+
+    Args:
+        fronts: of one strategy in one language, one a seed.
+        losses: that are allowed, as shares.
+        draws: bootstrap draws; the first row is without drawing. Without any, fronts need not say
+            which examples are right.
+    """
+    if not draws:
+        found = [[front.choose(x).target - front.start.target for x in losses] for front in fronts]
+        return np.asarray(np.mean(found, axis=0, keepdims=True))
+    own = sentence_weights([fronts[0].ids[0]], draws)[0]
+    of_task = cache(lambda ids, k: sentence_weights([ids], draws, seed=k)[0])
+    gains = np.zeros((draws + 1, len(losses)))
+    for front in fronts:
+        target, lost = _drawn(front, own, of_task)
+        for i, x in enumerate(losses):
+            gains[:, i] += (front_value(target, lost, x) - target[:, 0]) / len(fronts)
+    return gains
+
+
+def _drawn(
+    front: Front,
+    own: Float[np.ndarray, "draw sentence"],
+    of_task: Callable[[tuple[str, ...], int], Float[np.ndarray, "draw sentence"]],
+) -> tuple[Float[np.ndarray, "draw point"], Float[np.ndarray, "draw point"]]:
+    """Accuracy on the target and largest loss elsewhere of every point in every draw."""
+    target = own @ _right(front, 0).T
+    losses = []
+    for k in range(1, len(front.ids)):
+        kept = of_task(front.ids[k], k) @ _right(front, k).T
+        losses.append(kept[:, :1] - kept)
+    return target, np.max(losses, axis=0) if losses else np.zeros_like(target)
 
 
 def _right(front: Front, k: int) -> Float[np.ndarray, "point sentence"]:

@@ -91,6 +91,7 @@ def compare(
     replay: float | Sequence[float] = 0.0,
     keep_source: float | None = None,
     kv_policy: KVPolicy = "shared",
+    test_front: bool = False,
     executor: Runner | Literal["processes", "ray"] | None = None,
     simple: bool = True,
     quiet: bool = False,
@@ -115,7 +116,8 @@ def compare(
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
         retain: further tasks, or languages of this one, on which retention is measured.
-        learning_rates, training, replay, keep_source, kv_policy: see :func:`circuitlens.transfer`.
+        learning_rates, training, replay, keep_source, kv_policy, test_front: see
+            :func:`circuitlens.transfer`.
         executor: runs the cells. ``"processes"`` uses the processors of this machine, ``"ray"`` or
             a :class:`circuitlens.experiments.RayCluster` those and the GPUs of a cluster; or a
             ``concurrent.futures.Executor`` that spawns processes of your own. Each process loads
@@ -191,6 +193,8 @@ def compare(
         }
         if keep_source is not None:
             settings["keep_source"] = keep_source
+        if test_front:
+            settings["test_front"] = True
         fingerprints = {name: target.fingerprint() for name, target in tasks.items()}
         folder = CellFolder.open(Path(out), settings, fingerprints, writes=is_main(model.device))
 
@@ -219,6 +223,7 @@ def compare(
                 mixes,
                 keep_source,
                 kv_policy,
+                test_front=test_front,
                 folder=None if folder is None else folder.path,
                 strategy=named[key.strategy],
             )

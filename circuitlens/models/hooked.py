@@ -249,6 +249,7 @@ class HookedModel(Views):
 
     def run_hf(self, batch: Batch, module: torch.nn.Module | None = None, **arguments: Any) -> Any:
         """Output of the Hugging Face view; ``module`` as in :meth:`hf_logits`."""
+        count_forward(len(batch.input_ids))
         with evaluating(self.hf) if module is None else nullcontext():
             return (module or self.hf)(**self._arguments(batch), **arguments)
 

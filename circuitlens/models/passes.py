@@ -17,6 +17,11 @@ class PassCount:
     forward: float = 0.0
     backward: float = 0.0
 
+    @property
+    def both_ways(self) -> float:
+        """In passes forward and backward, of which the way back takes two thirds."""
+        return (self.forward + 2 * self.backward) / 3
+
 
 _COUNTS: ContextVar[tuple[PassCount, ...]] = ContextVar("counts", default=())
 _SHARE: ContextVar[float] = ContextVar("share", default=1.0)

@@ -88,6 +88,18 @@ class HeadScores:
         return self.per_example.double().mean(0)
 
     @property
+    def passes(self) -> float | None:
+        """Prompts that scoring took forward and backward through the model, as counted.
+
+        A way back counts as two forward. ``None`` in files from before version 0.2.
+        """
+        counted = self.provenance.settings.get("passes", {})
+        if "prompts" not in counted:
+            return None
+        both_ways = (counted["forward"] + 2 * counted["backward"]) / 3
+        return float(both_ways * counted["prompts"])
+
+    @property
     def n_layers(self) -> int:
         """Number of layers."""
         return int(self.per_example.shape[1])

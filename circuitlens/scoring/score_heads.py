@@ -144,8 +144,10 @@ def relevance(
     if by.batch is not None:
         # Processes share the batches; what sees all examples together each does for itself.
         spent = summed(spent, model.device)
-    spent /= len(encoded) * encoded.n_rows
-    settings["passes"] = dict(zip(("forward", "backward"), spent.tolist(), strict=True))
+    prompts = len(encoded) * encoded.n_rows
+    spent /= prompts
+    forward, backward = spent.tolist()
+    settings["passes"] = {"forward": forward, "backward": backward, "prompts": prompts}
     return HeadScores(
         per_example=found.heads,
         method=by.name,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
 import plotly.colors
 import plotly.graph_objects as go
 
-from circuitlens.adapt.front import Front
-from circuitlens.errors import InputError
+from circuitlens.adapt.front import LOSSES, Front
+from circuitlens.errors import InputError, check_choice
+from circuitlens.experiments.front_bootstrap import front_gains
 from circuitlens.experiments.simple_rivals import SIMPLE
 from circuitlens.view.small_multiples import (
     Results,
@@ -23,7 +24,9 @@ from circuitlens.view.small_multiples import (
 )
 from circuitlens.view.theme import Mode, look
 
-__all__ = ["front_frame", "transfer_fronts"]
+__all__ = ["Split", "front_frame", "transfer_fronts"]
+
+Split = Literal["validation", "test"]
 
 _MOST = 0.05
 _DASHES = {"majority": "dot", "n-grams": "dash"}
@@ -34,28 +37,36 @@ def transfer_fronts(
     title: str = "",
     *,
     most_lost: float = _MOST,
+    split: Split = "validation",
     columns: int = 3,
     mode: Mode = "light",
 ) -> go.Figure:
     """Draw the target gain that each strategy offers for a loss on the source, in points.
 
     Further up is better. A line is the best target accuracy, on validation, of all rates and α that
-    lose at most so much on every task to keep; several seeds are their mean, with a band from the
-    least to the greatest. Every language has a panel, and all have the same axes. Simple rivals,
-    which have nothing to lose, are dotted lines at their accuracy on validation.
+    lose at most so much on every task to keep, the mean over seeds, with a 95 % interval by
+    bootstrap over validation sentences. Every language has a panel, and all have the same axes.
+    Simple rivals, which have nothing to lose, are dotted lines at their accuracy on validation.
+
+    With ``split="test"`` it shows what became of these promises: every marker is the point that
+    validation would choose if 0, 1, 2 or 5 points might be lost there, at what it gains and loses
+    on test.
 
     Args:
         results: a comparison, or single results; of those the ones with the same language and
             strategy count as seeds. Results without a front are left out.
         title: of the figure.
         most_lost: where the x axis ends, as a share: 0.05 is five points.
+        split: ``"test"`` takes transfers with ``test_front=True``; its x axis is as long as the
+            losses are.
         columns: panels side by side.
         mode: of colours.
 
     Raises:
         InputError: if no result has a front, or ``most_lost`` is not between 0 and 1.
     """
-    frame = front_frame(results, most_lost)
+    check_choice("split", split, get_args(Split))
+    frame = front_frame(results, most_lost, split=split)
     colours = look(mode)
     languages = list(dict.fromkeys(frame["language"]))
     strategies = list(dict.fromkeys(frame["strategy"]))
@@ -69,15 +80,22 @@ def transfer_fronts(
         mode=mode,
     )
     n_columns = min(columns, len(languages))
+    hover = (
+        "%{customdata[0]}: at most %{customdata[2]:.1f} points lost on validation, target %{y:+.1f}"
+        "<extra>%{customdata[1]}</extra>"
+        if split == "validation"
+        else "%{customdata[0]}: %{x:.1f} points lost, target %{y:+.1f}"
+        "<extra>%{customdata[1]}, %{customdata[2]:g} allowed on validation</extra>"
+    )
     seen: set[str] = set()
-    several = False
+    banded = False
     for key, curve in frame.groupby(["language", "strategy"], sort=False):
         language, strategy = map(str, cast(tuple[str, str], key))
         row, column = divmod(languages.index(language), n_columns)
         place = {"row": row + 1, "col": column + 1, "legendgroup": strategy}
         style = styles[strategy]
-        if int(curve["n_seeds"].iloc[0]) > 1:
-            several = True
+        if bool((curve["high"] > curve["low"]).any()):
+            banded = True
             fill = plotly.colors.hex_to_rgb(style.colour)
             fig.add_scatter(
                 x=[*curve["lost"], *curve["lost"][::-1]],
@@ -98,14 +116,18 @@ def transfer_fronts(
             marker={"symbol": style.symbol, "size": 7, "maxdisplayed": 4},
             name=shown(strategy),
             showlegend=strategy not in seen,
-            customdata=[[shown(language), shown(strategy)]] * len(curve),
-            hovertemplate="%{customdata[0]}: at most %{x:.1f} points lost, target %{y:+.1f}"
-            "<extra>%{customdata[1]}</extra>",
+            customdata=[[shown(language), shown(strategy), loss] for loss in curve["allowed"]],
+            hovertemplate=hover,
             **place,
         )
         seen.add(strategy)
     axis = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1, "nticks": 6}
-    fig.update_xaxes(range=[0, 100 * most_lost], **axis)
+    if split == "validation":
+        fig.update_xaxes(range=[0, 100 * most_lost], **axis)
+    else:
+        far = max(1.0, float(frame["lost"].max()))
+        near = min(0.0, float(frame["lost"].min()))
+        fig.update_xaxes(range=[near - 0.06 * (far - near), far + 0.06 * (far - near)], **axis)
     # Far below, the most frequent label would take the room of all others.
     seen_whole = frame[frame["strategy"] != "majority"]
     high, low = float(seen_whole["high"].max()), min(0.0, float(seen_whole["low"].min()))
@@ -114,68 +136,99 @@ def transfer_fronts(
     fig.update_yaxes(range=[low - edge, high + edge], **axis)
     fig.update_yaxes(title_text="target accuracy,<br>gain in points", col=1)
     last = -(-len(languages) // n_columns)
-    fig.update_xaxes(title_text="source accuracy that may<br>be lost, in points", row=last)
-    band = "; band: least to greatest of the seeds" if several else ""
-    fig.update_layout(legend=below(f"strategy, on validation{band}"))
+    if split == "test":
+        fig.update_xaxes(title_text="source accuracy<br>lost, in points", row=last)
+        note = "strategy, on test; markers: points that validation chooses for 0, 1, 2, 5 lost"
+    else:
+        fig.update_xaxes(title_text="source accuracy that may<br>be lost, in points", row=last)
+        note = "strategy, on validation" + "; band: 95 % interval over sentences" * banded
+    fig.update_layout(legend=below(note))
     return fig
 
 
-def front_frame(results: Results, most_lost: float = _MOST) -> pd.DataFrame:
+def front_frame(
+    results: Results,
+    most_lost: float = _MOST,
+    *,
+    split: Split = "validation",
+    draws: int = 300,
+) -> pd.DataFrame:
     """Return what :func:`transfer_fronts` draws: a row a language, strategy and step of the loss.
 
     Args:
         results: as of :func:`transfer_fronts`.
         most_lost: the largest loss, as a share.
+        split: where gains and losses are measured.
+        draws: of the bootstrap over validation sentences.
 
     Returns:
-        ``lost`` and ``gain`` (mean over seeds, ``low`` and ``high`` its extremes), in points, and
-        ``n_seeds``.
+        ``allowed`` (the loss that may be on validation), ``lost``, and ``gain`` (mean over seeds),
+        with the bounds ``low`` and ``high`` of its 95 % interval on validation, in points; and
+        ``n_seeds``. Results from before version 0.2 have no interval.
 
     Raises:
         InputError: as :func:`transfer_fronts`.
     """
     if not 0 < most_lost < 1:
         raise InputError(f"most_lost is a share between 0 and 1, but is {most_lost:g}.")
-    fronts: dict[tuple[str, str], list[Front]] = {}
+    key = "front" if split == "validation" else "test_front"
+    fronts: dict[tuple[str, str], list[tuple[Front, Front]]] = {}
     for cell in cells_of(results):
-        if cell.get("front"):
-            key = cell["target_language"], cell["strategy"]
-            fronts.setdefault(key, []).append(Front.from_dict(cell["front"]))
+        if cell.get(key):
+            place = cell["target_language"], cell["strategy"]
+            both = Front.from_dict(cell["front"]), Front.from_dict(cell[key])
+            fronts.setdefault(place, []).append(both)
     if not fronts:
+        how = "with test_front=True" if split == "test" else "with a source task"
         raise InputError(
-            "None of these transfers has a front: give those with a source task, run by this "
+            f"None of these transfers has a front on {split}: give those that ran {how}, by this "
             "version."
         )
-    steps = np.linspace(0.0, most_lost, 51)
     found = []
-    starts = {language: several[0].start.target for (language, _), several in fronts.items()}
-    flat = {
-        (cell["target_language"], cell["strategy"]): max(a for _, a in cell["validation"])
-        for cell in cells_of(results)
-        if cell["strategy"] in SIMPLE and cell["target_language"] in starts
-    }
     for (language, strategy), several in fronts.items():
-        gains = np.array([_gains(front, steps) for front in several])
-        found.append(
-            pd.DataFrame(
-                {
-                    "language": language,
-                    "strategy": strategy,
-                    "lost": 100 * steps,
-                    "gain": 100 * gains.mean(0),
-                    "low": 100 * gains.min(0),
-                    "high": 100 * gains.max(0),
-                    "n_seeds": len(several),
-                }
-            )
+        about = {"language": language, "strategy": strategy, "n_seeds": len(several)}
+        if split == "test":
+            found.append(pd.DataFrame(about | _kept_promises(several)))
+            continue
+        steps = np.linspace(0.0, most_lost, 51)
+        mine = [front for front, _ in several]
+        known = all(front.ids and all(p.right for p in front.points) for front in mine)
+        gain, *drawn = 100 * front_gains(mine, steps.tolist(), draws if known else 0)
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn else (gain, gain)
+        columns = {"gain": gain, "low": low, "high": high}
+        found.append(pd.DataFrame(about | {"allowed": 100 * steps, "lost": 100 * steps} | columns))
+    starts = {language: both[0][1].start.target for (language, _), both in fronts.items()}
+    for cell in cells_of(results):
+        language, name = cell["target_language"], cell["strategy"]
+        if name not in SIMPLE or (name, language) in fronts or language not in starts:
+            continue
+        # Seeds of it are the same.
+        fronts[name, language] = []
+        accuracy = (
+            cell["target_after"]["accuracy"]
+            if split == "test"
+            else max(a for _, a in cell["validation"])
         )
-    for (language, rival), accuracy in flat.items():
         gain = 100 * (accuracy - starts[language])
-        level = {"gain": gain, "low": gain, "high": gain, "n_seeds": 1}
-        about = {"language": language, "strategy": rival, "lost": 100 * steps}
-        found.append(pd.DataFrame(about | level))
+        steps = 100 * np.linspace(0.0, most_lost, 2)
+        about = {"language": language, "strategy": name, "n_seeds": 1}
+        level = {"gain": gain, "low": gain, "high": gain}
+        found.append(pd.DataFrame(about | {"allowed": steps, "lost": steps} | level))
     return pd.concat(found, ignore_index=True)
 
 
-def _gains(front: Front, steps: Iterable[float]) -> list[float]:
-    return [front.choose(float(step)).target - front.start.target for step in steps]
+def _kept_promises(seeds: Sequence[tuple[Front, Front]]) -> dict[str, np.ndarray]:
+    """For every loss that validation may allow, mean gain and loss on test, in points."""
+    rows = []
+    for front, tested in seeds:
+        at = {(p.learning_rate, p.replay, p.alpha): p for p in tested.points}
+        # Of all points, only those that no other one beats were measured on test.
+        best = [
+            max((p for p in front.non_dominated() if front.keeps(p, x)), key=lambda p: p.rank)
+            for x in LOSSES
+        ]
+        reached = [at[p.learning_rate, p.replay, p.alpha] for p in best]
+        rows.append([(p.target - tested.start.target, tested.lost(p)) for p in reached])
+    gain, lost = 100 * np.mean(rows, axis=0).T
+    allowed = 100 * np.array(LOSSES)
+    return {"allowed": allowed, "lost": lost, "gain": gain, "low": gain, "high": gain}

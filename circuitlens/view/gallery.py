@@ -183,6 +183,9 @@ def _transfers(results: Results, columns: int, mode: Mode) -> dict[str, Drawn]:
     if any(cell.get("front") for cell in cells_of(results)):
         fig = transfer_fronts(results, columns=columns, mode=mode)
         found["fronts"] = Drawn(fig, front_frame(results))
+    if any(cell.get("test_front") for cell in cells_of(results)):
+        fig = transfer_fronts(results, split="test", columns=columns, mode=mode)
+        found["fronts-test"] = Drawn(fig, front_frame(results, split="test"))
     tables = {"table-gain": "gain", "table-target": "target_after"}
     if has_source:
         tables |= {"table-source": "source_change"}

@@ -21,6 +21,7 @@ from circuitlens.circuits.effects import HeadEffects
 from circuitlens.circuits.looking import HeadRoles
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
+from circuitlens.experiments.comparison import all_passes
 from circuitlens.experiments.simple_rivals import SimpleRival
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import METHODS
@@ -28,8 +29,10 @@ from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import replacing
 from circuitlens.view.caveats import comparison_warnings, run_warnings
 from circuitlens.view.curves import faithfulness_curve
+from circuitlens.view.fronts import transfer_fronts
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
+from circuitlens.view.small_multiples import cells_of
 from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import training_curves, weight_drift
@@ -157,6 +160,7 @@ def _run(
         figures["faithfulness"] = faithfulness_curve(curve, circuit, scale=scale)
     if any(r.source_change is not None for r in results):
         figures["tradeoff"] = transfer_tradeoff(results)
+    figures |= _fronts(results)
     if results:
         figures["training"] = training_curves(results)
     if drifted := [r for r in results if r.heads is not None]:
@@ -178,6 +182,20 @@ def _run(
     }
 
 
+def _fronts(results: Comparison | Sequence[TransferResult]) -> dict[str, go.Figure]:
+    """Fronts on validation and on test, as far as they are there."""
+    if not isinstance(results, Comparison) and not results:
+        return {}
+    cells = cells_of(results)
+    found = {}
+    # One training at one rate without a way between is a point, and no front.
+    if any(len((cell.get("front") or {"points": ()})["points"]) > 2 for cell in cells):
+        found["fronts"] = transfer_fronts(results)
+    if any(cell.get("test_front") for cell in cells):
+        found["fronts-test"] = transfer_fronts(results, split="test")
+    return found
+
+
 def _table(scores: HeadScores, effects: HeadEffects | None) -> list[dict[Any, Any]]:
     rows = scores.to_frame().head(15)
     if effects is not None:
@@ -192,9 +210,12 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
         figures["grid-tradeoff"] = transfer_tradeoff(comparison)
     known = comparison.strategies
     reference = comparison.reference
+    figures |= {f"grid-{name}": fig for name, fig in _fronts(comparison).items()}
     if len(known) > 1:
         figures["paired"] = paired_differences(comparison, reference)
     rows = comparison.summary().to_dict("records")
+    for row in rows:
+        row["all_passes"] = all_passes(row)
     best = {
         language: max(row["gain"] for row in rows if row["language"] == language)
         for language in comparison.languages
