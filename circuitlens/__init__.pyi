@@ -30,11 +30,20 @@ from .models.batch import Batch
 from .models.geometry import HeadGeometry, WeightSlice
 from .models.hooked import HookedModel
 from .models.prompt import Prompt
-from .nodes import MLP, Head
+from .node_circuit import NodeCircuit, NodeGrid
+from .nodes import MLP, Head, HeadAt, Neuron
 from .opening import load
 from .planning import Plan, plan
 from .predicting import predict
-from .scoring import METHODS, HeadScores, Stability, discover, relevance
+from .scoring import (
+    METHODS,
+    HeadScores,
+    NodeScores,
+    Stability,
+    discover,
+    neuron_relevance,
+    relevance,
+)
 from .tasks import Evaluation, Example, Task, evaluate, load_task
 
 __version__: str
@@ -52,6 +61,7 @@ __all__ = [
     "Example",
     "FaithfulnessCurve",
     "Head",
+    "HeadAt",
     "HeadEffects",
     "HeadGeometry",
     "HeadRoles",
@@ -61,6 +71,10 @@ __all__ = [
     "MeanBaseline",
     "Merged",
     "Minimality",
+    "Neuron",
+    "NodeCircuit",
+    "NodeGrid",
+    "NodeScores",
     "NotFiniteError",
     "Plan",
     "Prompt",
@@ -86,6 +100,7 @@ __all__ = [
     "load_task",
     "merge",
     "minimality",
+    "neuron_relevance",
     "plan",
     "predict",
     "published_circuit",

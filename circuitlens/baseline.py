@@ -16,8 +16,9 @@ answer; no counterfactual prompts are needed (CT-SFT, arXiv 2601.08146).
 from __future__ import annotations
 
 import html
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,8 +40,10 @@ from circuitlens.label_sums import LabelSums, NodeOutputs
 from circuitlens.models.batch import Batch, Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
+from circuitlens.node_means import NodeMeans, PairedMeans
 from circuitlens.nodes import MLP, Head, Node
-from circuitlens.tasks import Example, Task
+from circuitlens.optimal_constants import optimal_constants
+from circuitlens.tasks import Encoded, Example, Task
 from circuitlens.tasks.evaluation import near_chance
 from circuitlens.tasks.examples import POOLS
 from circuitlens.utils.processes import gathered, mine, n_processes
@@ -48,63 +51,16 @@ from circuitlens.utils.progress import progress
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, whole, write_tensors
 
-__all__ = ["MeanBaseline", "NodeMeans", "examples_by_id", "label_balanced_mean"]
+__all__ = ["PAIRED", "MeanBaseline", "examples_by_id", "label_balanced_mean"]
 
 _SCHEMA = "circuitlens.baseline/2"
 
 _TENSORS = ("mean", "mlp_mean", "by_position", "mlp_by_position")
 
 Pooling = Literal["pooled", "position"]
-Reference = Literal["label-balanced", "mean", "zero"]
-
-
-@dataclass(frozen=True)
-class NodeMeans:
-    """Means of all heads, and of all MLPs if they are nodes too.
-
-    Index 0 of the position axis is the mean over positions. If there are more, they are means of
-    single positions, counted from the end of the prompt (the last index is the last token), and
-    index 0 serves for positions further to the left than any of them.
-
-    Attributes:
-        heads: of z, the output of each head before W_O.
-        mlps: of the output of each MLP, if known.
-    """
-
-    heads: Float[Tensor, "layer pos head d_head"]
-    mlps: Float[Tensor, "layer pos d_model"] | None = None
-
-    @classmethod
-    def pooled(
-        cls,
-        heads: Float[Tensor, "layer head d_head"],
-        mlps: Float[Tensor, "layer d_model"] | None = None,
-    ) -> NodeMeans:
-        """Use the same mean at every position."""
-        return cls(heads[:, None], None if mlps is None else mlps[:, None])
-
-    def of_heads(self, layer: int, like: Tensor) -> Float[Tensor, "pos head d_head"]:
-        """Means of a layer's heads for prompts as wide as z in ``like``, in its type."""
-        return _aligned(self.heads[layer], like)
-
-    def of_mlp(self, layer: int, like: Tensor) -> Float[Tensor, "pos d_model"]:
-        """Mean of a layer's MLP for prompts as wide as the output in ``like``, in its type.
-
-        Raises:
-            InputError: if MLP means are unknown.
-        """
-        if self.mlps is None:
-            raise InputError(
-                "An MLP is a source here, but the means are those of heads only: give MLP means "
-                "(cl.label_balanced_mean takes them)."
-            )
-        return _aligned(self.mlps[layer], like)
-
-
-def _aligned(means: Tensor, like: Tensor) -> Tensor:
-    width = like.shape[1]
-    index = torch.arange(len(means) - width, len(means), device=means.device).clamp(min=0)
-    return means[index].to(like)
+Reference = Literal["label-balanced", "mean", "zero", "optimal", "resample", "counterfactual"]
+# Of these every prompt has a partner instead of a mean.
+PAIRED = ("resample", "counterfactual")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,7 +98,7 @@ class MeanBaseline:
 
     @property
     def reference(self) -> str:
-        """What the means are: ``"label-balanced"``, ``"mean"`` or ``"zero"``."""
+        """What heads are measured from and set to (see :func:`label_balanced_mean`)."""
         return str(self.provenance.settings.get("reference", "label-balanced"))
 
     def means(self, device: torch.device | None = None) -> NodeMeans:
@@ -151,7 +107,44 @@ class MeanBaseline:
         if self.by_position is not None and self.mlp_by_position is not None:
             heads = torch.cat([heads, self.by_position.transpose(0, 1)], dim=1)
             mlps = torch.cat([mlps, self.mlp_by_position.transpose(0, 1)], dim=1)
-        return NodeMeans(heads.to(device), mlps.to(device))
+        kind = PairedMeans if self.reference in PAIRED else NodeMeans
+        return kind(heads.to(device), mlps.to(device))
+
+    def encode(self, model: HookedModel, task: Task, examples: Sequence[Example]) -> Encoded:
+        """Encode examples, each with its partner if heads are measured from other prompts.
+
+        Raises:
+            InputError: if an example has no counterfactual prompt, naming it.
+        """
+        encoded = task.encode(model, examples)
+        if self.reference not in PAIRED:
+            return encoded
+        if self.reference == "resample":
+            partners = self._of_another_label(task, examples)
+        else:
+            partners = [_counterfactual(task, example) for example in examples]
+        return replace(encoded, partners=task.encode(model, partners).tokens)
+
+    def _of_another_label(self, task: Task, examples: Sequence[Example]) -> list[Example]:
+        """For each example one of those that the baseline was taken on, with another label."""
+        by_id = examples_by_id(task)
+        known = [by_id[i] for i in self.example_ids]
+        others = {label: [e for e in known if e.label != label] for label in task.labels}
+        seed = self.provenance.seed
+        # By its id alone, so that an example has the same partner among whatever others.
+        return [random.Random(f"{seed} {e.id}").choice(others[e.label]) for e in examples]
+
+    def check_constant(self, what: str) -> None:
+        """Refuse a baseline in which every prompt has a partner instead of a mean.
+
+        Raises:
+            InputError: naming what needs means.
+        """
+        if self.reference in PAIRED:
+            raise InputError(
+                f"{what} needs means, and this baseline has reference={self.reference!r}: take "
+                "cl.label_balanced_mean with another reference."
+            )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -271,8 +264,14 @@ def label_balanced_mean(
             the decision (of use where prompts are aligned there, as templates are).
         reference: what heads are measured from and set to. ``"label-balanced"`` is the method's;
             ``"mean"`` counts every example the same, so that what labels have in unequal numbers
-            stays in it; ``"zero"`` is zero ablation, which takes a head's constant part away too.
-            The last two are there to set results beside those of other tools.
+            stays in it; ``"zero"`` is zero ablation, which takes a head's constant part away too;
+            ``"optimal"`` is the constant of each head at which circuits answer most like the whole
+            model, learned on these examples (:mod:`circuitlens.optimal_constants`).
+            ``"resample"`` has for every prompt the activations of an example with another label,
+            and ``"counterfactual"`` those of its own counterfactual prompt (a column
+            ``counterfactual``, or ``counterfactual_FIELD``), aligned at the decision. The last
+            three are there to set results beside those of other tools; MLPs have label-balanced
+            means under ``"optimal"``.
         examples: use these instead of pool A. Those of other pools of the task can be scored by
             :func:`circuitlens.relevance` too; others, with ids of their own, give means only.
         batch_size: examples per forward pass; the result does not depend on it.
@@ -282,7 +281,8 @@ def label_balanced_mean(
     Raises:
         CompetenceError: if the accuracy is near chance.
         NotFiniteError: if a mean is NaN or infinite, naming the head or MLP.
-        InputError: for unknown positions, pooling or reference; if there are no examples, or one
+        InputError: for unknown positions, pooling or reference, or one that an example or the
+            pooling does not allow; if there are no examples, or one
             has the id of another of the task; or if no example of a label is answered correctly,
             which is named.
     """
@@ -299,6 +299,9 @@ def label_balanced_mean(
             "pooling='position' has nothing to tell apart at positions='decision': leave one out."
         )
     examples = task["pool_a"] if examples is None else _checked(task, examples)
+    if reference == "counterfactual":
+        for example in examples:
+            _counterfactual(task, example)
     encoded = task.encode(model, examples)
     if pooling == "position" and (encoded.n_rows > 1 or encoded.readout.pad_right):
         raise InputError(
@@ -308,7 +311,8 @@ def label_balanced_mean(
         )
     labels = list(task.labels)
     width = max(map(len, encoded.tokens)) if pooling == "position" else 0
-    sums = LabelSums(model, len(labels), width)
+    size = model.geometry.n_heads * model.geometry.d_head + model.geometry.d_model
+    sums = LabelSums(model, len(labels), width, size)
     correct: list[int] = []
     batches = mine(encoded.batches(batch_size, model.device), model.device)
     total = -(-encoded.n_batches(batch_size) // n_processes(model.device))
@@ -337,7 +341,7 @@ def label_balanced_mean(
             )
     g = model.geometry
     dtype = torch.promote_types(model.dtype, torch.float32)
-    found = sums.means(balanced=reference == "label-balanced")
+    found = sums.means(balanced=reference != "mean")
     scale = 0.0 if reference == "zero" else 1.0
     pooled, by_position = ((scale * means).to(dtype).cpu() for means in found)
     _check_finite(model, torch.cat([pooled[None], by_position]))
@@ -345,10 +349,16 @@ def label_balanced_mean(
     split = [g.n_heads * g.d_head, g.d_model]
     heads, mlps = pooled.split(split, dim=-1)
     heads_at, mlps_at = by_position.split(split, dim=-1)
+    heads = heads.unflatten(-1, (g.n_heads, g.d_head))
     each = pooling == "position"
+    if reference in ("optimal", *PAIRED) and each:
+        raise InputError(f"reference={reference!r} knows no pooling by position: leave that out.")
+    if reference == "optimal":
+        chosen = encoded.take(sorted(correct))
+        heads = optimal_constants(model, chosen, heads, positions, seed=task.seed, quiet=quiet)
     settings = {"positions": positions, "pooling": pooling, "reference": reference}
     return MeanBaseline(
-        mean=heads.unflatten(-1, (g.n_heads, g.d_head)),
+        mean=heads,
         mlp_mean=mlps,
         positions=positions,
         example_ids=tuple(encoded.ids[i] for i in sorted(correct)),
@@ -365,6 +375,21 @@ def label_balanced_mean(
         by_position=heads_at.unflatten(-1, (g.n_heads, g.d_head)) if each else None,
         mlp_by_position=mlps_at if each else None,
     )
+
+
+def _counterfactual(task: Task, example: Example) -> Example:
+    """An example with the texts of its counterfactual prompt.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if not example.counterfactual:
+        raise InputError(
+            f"Example {example.id!r} of {task.full_name} has no counterfactual prompt: give a "
+            "column 'counterfactual' (or counterfactual_FIELD for some of several fields), or "
+            "take another reference."
+        )
+    return replace(example, fields={**example.fields, **example.counterfactual})
 
 
 def examples_by_id(task: Task) -> dict[str, Example]:

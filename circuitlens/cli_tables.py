@@ -81,7 +81,7 @@ def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRiv
 def summary_table(summary: pd.DataFrame) -> Table:
     """One row a language and strategy."""
     # Not with the module: it takes pandas, and tables of plans do not.
-    from circuitlens.experiments.comparison import all_passes
+    from circuitlens.experiments.costs import all_passes
 
     table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
     table.add_column("target")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,16 +14,23 @@ from circuitlens.utils.processes import summed
 
 __all__ = ["LabelSums", "NodeOutputs"]
 
-# Of all heads of a layer, and of its MLP.
-NodeOutputs = tuple[Float[Tensor, "row pos z"], Float[Tensor, "row pos d_model"]]
+# Of a layer: of all its heads, and of its MLP; or of its neurons.
+NodeOutputs = tuple[Float[Tensor, "row pos _"], ...]
 
 
 class LabelSums:
     """Running sums of node outputs, label by label, over positions and (if wanted) at each."""
 
-    def __init__(self, model: HookedModel, n_labels: int, width: int) -> None:
+    def __init__(self, model: HookedModel, n_labels: int, width: int, size: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            model: whose outputs come.
+            n_labels: labels that are told apart.
+            width: positions that are told apart, counted from the end; 0 for none.
+            size: entries of all outputs of a layer.
+        """
         g = model.geometry
-        size = g.n_heads * g.d_head + g.d_model
         options = {"dtype": torch.float64, "device": model.device}
         self.pooled = torch.zeros(n_labels, g.n_layers, size, **options)  # type: ignore[call-overload]
         self.examples = torch.zeros(n_labels, **options)  # type: ignore[call-overload]
@@ -30,7 +39,7 @@ class LabelSums:
 
     def add(
         self,
-        outputs: list[NodeOutputs],
+        outputs: Sequence[NodeOutputs],
         batch: Batch,
         mask: Bool[Tensor, "row pos"],
         right: Bool[Tensor, " batch"],

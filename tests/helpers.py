@@ -17,10 +17,10 @@ from transformers import (
 )
 
 import circuitlens as cl
-from circuitlens.baseline import NodeMeans
 from circuitlens.models.batch import Batch, margin
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import TokenReadout
+from circuitlens.node_means import NodeMeans
 from circuitlens.tasks import Encoded, toy
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance

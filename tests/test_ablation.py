@@ -7,13 +7,13 @@ import torch
 from helpers import ALL, FLOAT32_ONLY, answers, loaded, prompts
 
 import circuitlens as cl
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.ablation import (
     PrefixCache,
     ablated_label_logits,
     circuit_label_logits,
     head_mask,
 )
+from circuitlens.node_means import NodeMeans
 from circuitlens.utils.row_budget import RowBudget
 
 

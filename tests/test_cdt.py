@@ -9,10 +9,10 @@ from frozen_oracle import Frozen
 from helpers import ALL, batch_of, loaded, prompts, row, task_margin, tiny
 
 import circuitlens as cl
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, RuleSet, relevance_by_difference, relevance_by_gradient
 from circuitlens.cdt.gradient import project
 from circuitlens.models.batch import Batch
+from circuitlens.node_means import NodeMeans
 from circuitlens.utils.row_budget import RowBudget
 
 DIFFERENCE = [name for name, rules in RULES.items() if rules.activation == "difference"]

@@ -176,7 +176,7 @@ def test_published_circuits_belong_to_a_task_that_can_be_loaded(name, caplog):
                 e.fields["second" if e.label == "first" else "first"],
             )
             assert right != wrong
-            assert len(e.fields["counterfactual"].split()) == len(e.fields["text"].split())
+            assert len(e.counterfactual["text"].split()) == len(e.fields["text"].split())
     published = cl.published_circuit(name)
     everything = published.overlap(published.circuit).set_index("group")
     assert (everything["found"] == everything["published"]).all()
@@ -194,7 +194,7 @@ def test_the_receiver_is_whoever_does_not_give():
         giver = next(n for n in names if text.count(n) == 2)
         assert e.fields[e.label] != giver
         assert text.count(e.fields[e.label]) == 1
-        assert not any(n in e.fields["counterfactual"].split() for n in names)
+        assert not any(n in e.counterfactual["text"].split() for n in names)
 
 
 def test_the_right_year_comes_after_the_first():

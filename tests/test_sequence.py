@@ -9,12 +9,12 @@ import torch
 from helpers import MASKED, loaded, node_means
 
 import circuitlens as cl
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, relevance_by_difference, relevance_by_gradient
 from circuitlens.cdt.ablation import ablated_label_logits
 from circuitlens.cdt.difference import FrozenNetwork, Source
 from circuitlens.models.batch import margin
 from circuitlens.models.readouts import SequenceReadout, TokenReadout
+from circuitlens.node_means import NodeMeans
 from circuitlens.tasks import Encoded
 
 # A word of three tokens, one that begins like it, a label of two words, and one token alone.

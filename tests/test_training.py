@@ -84,6 +84,10 @@ def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_sco
     if result.heads is not None or strategy == "norms":
         masks = slices_and_norms(toy_proxy, result.heads or ())
         assert result.n_trainable == sum(int(m.sum()) for m in masks.values())
+    elif strategy == "neurons":
+        choice = Choice(circuit, toy_scores, source=toy_task)
+        masks = STRATEGIES["neurons"].make(toy_proxy, choice, None).masks
+        assert result.n_trainable == sum(int(m.sum()) for m in masks.values())
     elif strategy == "head":
         weight = toy_proxy.hf.get_output_embeddings().weight
         rows = torch.zeros_like(weight, dtype=torch.bool)
@@ -107,7 +111,7 @@ def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_sco
     assert all(p.requires_grad for p in result.model.hf.parameters())
     # The drift is that of heads, and the files hold the trained tensors.
     drift = torch.tensor(result.drift)
-    assert bool((drift > 0).any()) == (strategy not in ("norms", "head"))
+    assert bool((drift > 0).any()) == (strategy not in ("norms", "head", "neurons"))
     result.save(tmp_path / "r")
     again = cl.TransferResult.load(tmp_path / "r", toy_proxy)
     assert again == result

@@ -23,6 +23,7 @@ from circuitlens.adapt.makers import (
     of_outputs,
     slices,
 )
+from circuitlens.adapt.neuron_entries import relevant_neurons
 from circuitlens.adapt.rivals import lottery, shield
 from circuitlens.adapt.selections import changed_layers, pulled_heads, relevant_layers
 from circuitlens.circuit import Circuit
@@ -231,6 +232,15 @@ STRATEGIES: dict[str, Strategy] = {
             by_scores=True,
             by_source=True,
             colour="#8C6D46",
+            symbol="triangle-sw",
+        ),
+        Strategy(
+            "neurons",
+            "MLP neurons with the largest relevance in the source, as many entries as the circuit "
+            "has, and all norms",
+            relevant_neurons,
+            by_source=True,
+            colour="#009E73",
             symbol="triangle-sw",
         ),
         Strategy(

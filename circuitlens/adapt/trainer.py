@@ -91,7 +91,7 @@ class LabelTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Weighted sum of the losses of a part."""
-        tensors = {name: tensor for name, tensor in inputs.items() if name != "weights"}
+        tensors: dict[str, Any] = {n: t for n, t in inputs.items() if n != "weights"}
         data = self._data
         batch = Batch(
             **tensors,

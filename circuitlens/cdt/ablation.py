@@ -1,7 +1,7 @@
-"""Mean ablation: the model with every head outside a circuit at its mean, for many circuits.
+"""Mean ablation: the model with every node outside a circuit at its mean, for many circuits.
 
 1. The clean run of a batch leaves the residual stream entering each layer.
-2. A circuit's run begins at the lowest layer in which a head is ablated; all below is clean, so
+2. A circuit's run begins at the lowest layer in which a node is ablated; all below is clean, so
    it is not computed again.
 3. Circuits that begin at the same layer go through as one batch of rows (circuit, prompt).
 """
@@ -16,10 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuitlens.baseline import MeanBaseline, NodeMeans
+from circuitlens.baseline import MeanBaseline
 from circuitlens.models.batch import Batch, Positions
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import Hook, recording
+from circuitlens.neurons import neuron_hook
+from circuitlens.node_circuit import NodeKind
+from circuitlens.node_means import NodeMeans
 from circuitlens.nodes import Head
 from circuitlens.tasks import Encoded
 from circuitlens.utils.processes import mine, summed
@@ -78,30 +81,33 @@ class PrefixCache:
 def ablated_label_logits(
     model: HookedModel,
     batch: Batch,
-    keeps: Bool[Tensor, "circuit layer head"],
+    keeps: Bool[Tensor, "circuit layer column"],
     means: NodeMeans,
     positions: Positions,
     *,
     prefix: PrefixCache | None = None,
     rows: int | RowBudget = 256,
+    kind: NodeKind = "heads",
 ) -> Float[Tensor, "circuit batch label"]:
-    """Label logits with every head outside each circuit at its mean.
+    """Label logits with every node outside each circuit at its mean.
 
     Args:
         model: the model.
         batch: prompts.
-        keeps: the heads of each circuit; all others are ablated. A circuit of all heads gets the
+        keeps: the nodes of each circuit; all others are ablated. A circuit of all nodes gets the
             clean logits.
-        means: what ablated heads are set to, on the model's device.
-        positions: where they are; elsewhere all heads stay as they are.
+        means: what ablated nodes are set to, on the model's device.
+        positions: where they are; elsewhere all nodes stay as they are.
         prefix: of this batch, if there is one already.
         rows: prompts that go through the model at once; sets memory, not the result. It halves
             when memory runs out.
+        kind: what the columns of ``keeps`` are (:class:`circuitlens.node_circuit.NodeGrid`).
 
     Returns:
         Logits in float32 at least.
     """
     budget = _budget(rows)
+    means = means.on(model, batch)
     prefix = prefix or PrefixCache.capture(model, batch, rows=budget)
     keeps = keeps.to(model.device)
     where = batch.mask(positions)
@@ -116,7 +122,7 @@ def ablated_label_logits(
             example = item % len(batch)
             row = batch.rows_of(example)
             kept = keeps[circuits[item // len(batch)]].repeat_interleave(batch.n_rows, 0)
-            hooks = _ablation(model, kept, means, where[row])
+            hooks = _ablation(model, kept, means.of_rows(row), where[row], kind)
             with model.starting_at(first, prefix.residuals[first][row]) if first else nullcontext():
                 return model.label_logits(batch.take(example), hooks)
 
@@ -129,9 +135,11 @@ def ablated_label_logits(
 def circuit_label_logits(
     model: HookedModel,
     encoded: Encoded,
-    keeps: Bool[Tensor, "circuit layer head"],
+    keeps: Bool[Tensor, "circuit layer column"],
     baseline: MeanBaseline,
     *,
+    kind: NodeKind = "heads",
+    means: NodeMeans | None = None,
     batch_size: int = 32,
     rows: int = 256,
     label: str = "Ablating",
@@ -142,14 +150,16 @@ def circuit_label_logits(
     Args:
         model: the model.
         encoded: the examples.
-        keeps: the heads of each circuit; equal circuits may be among them.
-        baseline: gives the means, and the positions at which heads are ablated.
+        keeps: the nodes of each circuit; equal circuits may be among them.
+        baseline: gives the means, and the positions at which nodes are ablated.
+        kind: what the columns of ``keeps`` are (:class:`circuitlens.node_circuit.NodeGrid`).
+        means: those of the baseline, if not given; neurons have others.
         batch_size: examples that are padded to one width and share a clean run.
         rows: prompts that go through the model at once.
         label: of the progress bar.
         quiet: no progress bar.
     """
-    means = baseline.means(model.device)
+    means = means or baseline.means(model.device)
     budget = RowBudget(rows)
     # Sorted by their bits, and so by their lowest ablated layer too: circuits of one piece
     # nearly always begin at the same layer.
@@ -179,6 +189,7 @@ def circuit_label_logits(
             baseline.positions,
             prefix=prefix,
             rows=budget,
+            kind=kind,
         )
         start = number * _TICK
         found[start : start + len(logits), index] = logits.cpu().double()
@@ -198,9 +209,9 @@ def _budget(rows: int | RowBudget) -> RowBudget:
 
 
 def _by_lowest_layer(
-    keeps: Bool[Tensor, "circuit layer head"],
+    keeps: Bool[Tensor, "circuit layer column"],
 ) -> Iterator[tuple[int, Int[Tensor, " chosen"]]]:
-    """Lowest layers with an ablated head, and the circuits of which that is true."""
+    """Lowest layers with an ablated node, and the circuits of which that is true."""
     ablates = ~keeps.all(-1)
     lowest = ablates.int().argmax(-1)
     for layer in lowest[ablates.any(-1)].unique().tolist():
@@ -209,18 +220,45 @@ def _by_lowest_layer(
 
 def _ablation(
     model: HookedModel,
-    keeps: Bool[Tensor, "row layer head"],
+    keeps: Bool[Tensor, "row layer column"],
     means: NodeMeans,
     where: Bool[Tensor, "row pos"],
+    kind: NodeKind,
 ) -> dict[str, Hook]:
-    """Hooks that set the heads which each row does not keep to their means."""
+    """Hooks that set the nodes which each row does not keep to their means."""
+    n_heads = model.geometry.n_heads
 
-    def ablate(layer: int) -> Hook:
+    def heads(layer: int) -> Hook:
+        kept = keeps[:, layer, :n_heads][:, None]
+        if kind == "heads@positions":
+            kept = keeps[:, layer].unflatten(-1, (-1, n_heads))
+
         def hook(z: Tensor) -> Tensor:
-            away = where[:, :, None] & ~keeps[:, layer][:, None]
+            away = where[:, :, None] & ~kept[:, -z.shape[1] :]
             return torch.where(away[..., None], means.of_heads(layer, z), z)
 
         return hook
 
-    touched = (~keeps).any(-1).any(0).nonzero()[:, 0].tolist()
-    return {model.z_hook(layer): ablate(layer) for layer in touched}
+    def mlp(layer: int) -> Hook:
+        def hook(out: Tensor) -> Tensor:
+            away = where & ~keeps[:, layer, n_heads][:, None]
+            return torch.where(away[..., None], means.of_mlp(layer, out), out)
+
+        return hook
+
+    def neurons(layer: int) -> Hook:
+        def hook(activation: Tensor) -> Tensor:
+            away = where[:, :, None] & ~keeps[:, layer][:, None]
+            return torch.where(away, means.of_neurons(layer, activation), activation)
+
+        return hook
+
+    hooks: dict[str, Hook] = {}
+    for layer in (~keeps).any(-1).any(0).nonzero()[:, 0].tolist():
+        if kind == "neurons":
+            hooks[neuron_hook(model, layer)] = neurons(layer)
+            continue
+        hooks[model.z_hook(layer)] = heads(layer)
+        if kind == "heads+mlps":
+            hooks[model.mlp_hook(layer)] = mlp(layer)
+    return hooks

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuitlens.baseline import MeanBaseline, NodeMeans
+from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt.decomposition import (
     Decomposition,
     check_heads,
@@ -25,6 +25,7 @@ from circuitlens.cdt.rules import RULES, RuleSet
 from circuitlens.errors import CircuitLensError, InputError, check_choice
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import recording
+from circuitlens.node_means import NodeMeans
 from circuitlens.nodes import MLP, Head
 from circuitlens.utils.row_budget import RowBudget
 
@@ -117,6 +118,7 @@ def _node_means(
     if not isinstance(means, MeanBaseline):
         return means, None
     means.check_model(model)
+    means.check_constant("decompose")
     check_tokens(model, tokens)
     nodes, layers = means.means(), range(model.geometry.n_layers)
     like = nodes.heads.new_zeros(1, tokens.shape[1])

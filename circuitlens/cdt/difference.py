@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.operating_point import OperatingPoint
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
@@ -33,6 +32,7 @@ from circuitlens.cdt.secant import capped_labels
 from circuitlens.models.batch import Batch, Positions, margin
 from circuitlens.models.hooked import Forward, HookedModel
 from circuitlens.models.hooks import Hook, layer_of, then
+from circuitlens.node_means import NodeMeans
 from circuitlens.nodes import MLP, Head, Node
 from circuitlens.utils.row_budget import RowBudget
 
@@ -232,7 +232,7 @@ def relevance_by_difference(
         budget: prompts that go through the model at once; sets memory, not the result.
     """
     g = model.geometry
-    where = batch.mask(positions)
+    where, means = batch.mask(positions), means.on(model, batch)
     network = FrozenNetwork(model, batch, rules, reach=where)
     clean = margin(network.labels, batch.gold)
     sets: list[list[Source]] = [[Source(head, where)] for head in g]

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.gradient import LinearisedRun, project
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
 from circuitlens.models.batch import Batch, Positions, margin
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 
 __all__ = ["relevance_in_circuits"]
 
@@ -41,7 +41,7 @@ def relevance_in_circuits(
         rules: what is frozen; the activation must go by ``gradient`` or ``secant``.
         positions: where heads deviate from their means; relevance is summed over them.
     """
-    where = batch.mask(positions)
+    where, means = batch.mask(positions), means.on(model, batch)
     layer_of = {model.z_hook(layer): layer for layer in range(model.geometry.n_layers)}
     of_rows = gates.to(model.device).repeat_interleave(batch.n_rows, 0)
 

@@ -15,14 +15,13 @@ margin of the linearised network loses when every node is at its mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.operating_point import frozen_routing, frozen_scales
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RuleSet
@@ -34,6 +33,7 @@ from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import Forward, HookedModel
 from circuitlens.models.hooks import Hook, then
 from circuitlens.models.passes import count_backward
+from circuitlens.node_means import NodeMeans
 
 __all__ = ["LinearisedRun", "Path", "relevance_by_gradient"]
 
@@ -60,6 +60,7 @@ class LinearisedRun:
         hold: Bool[Tensor, "batch pos"] | None = None,
         move: Callable[[str, Tensor], Tensor] | None = None,
         all_logits: bool = False,
+        nodes: Sequence[str] | None = None,
     ) -> None:
         """Run the batch.
 
@@ -71,14 +72,16 @@ class LinearisedRun:
             hold: positions at which nodes pass nothing on, for direct paths.
             move: changes the output of a node (by hook name) before it is read by the next.
             all_logits: ``labels`` are all logits, not only those of labels.
+            nodes: hooks at the nodes, if these are neither heads nor MLPs.
         """
         self.model = model
         self.leaves: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.live: dict[str, Tensor] = {}
         layers = range(model.geometry.n_layers)
-        nodes = [model.z_hook(layer) for layer in layers]
-        nodes += [model.mlp_hook(layer) for layer in layers if mlps]
+        if nodes is None:
+            nodes = [model.z_hook(layer) for layer in layers]
+            nodes += [model.mlp_hook(layer) for layer in layers if mlps]
 
         def tap(name: str) -> Hook:
             def hook(output: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ def relevance_by_gradient(
         InputError: for another path.
     """
     check_choice("path", path, get_args(Path))
-    where = batch.mask(positions)
+    where, means = batch.mask(positions), means.on(model, batch)
     hold = where if path == "direct" else None
     run = LinearisedRun(model, batch, rules, mlps=mlps, hold=hold)
     gradients = run.gradients(margin(run.labels, batch.gold).sum())

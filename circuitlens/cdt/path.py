@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt.gradient import LinearisedRun, project
 from circuitlens.cdt.relevances import Relevances
 from circuitlens.cdt.rules import RULES
 from circuitlens.errors import InputError
 from circuitlens.models.batch import Batch, Positions, margin
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 
 __all__ = ["relevance_along_path"]
 
@@ -55,7 +55,7 @@ def relevance_along_path(
     """
     if steps < 1:
         raise InputError(f"Integrated gradients need one step at least, but steps is {steps}.")
-    where = batch.mask(positions)
+    where, means = batch.mask(positions), means.on(model, batch)
     layers = range(model.geometry.n_layers)
     mean_of = {model.z_hook(layer): (means.of_heads, layer) for layer in layers}
     if mlps:

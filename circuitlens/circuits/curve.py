@@ -30,6 +30,7 @@ from jaxtyping import Float
 from scipy.integrate import trapezoid
 
 from circuitlens.errors import InputError, check_choice
+from circuitlens.node_circuit import NodeKind
 from circuitlens.utils.bootstrap import check_level, percentiles, resampled_means
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_tensors, whole, write_tensors
@@ -67,10 +68,12 @@ class FaithfulnessCurve:
             with as many heads in every layer as the top heads have there.
         without_margin, without_accuracy, without_probability: of the model without the top heads.
         example_margin: margins of the top heads on each example.
-        n_heads: heads of the whole model.
+        n_heads: nodes of the whole model, which are heads unless :attr:`nodes` says otherwise.
         method: the scorer whose ranking was followed.
         example_ids: the examples, none of which discovery saw.
         provenance: where it comes from.
+        nodes: what is kept and ablated, ``"heads"``, ``"heads+mlps"``, ``"heads@positions"`` or
+            ``"neurons"``.
     """
 
     sizes: tuple[int, ...]
@@ -91,6 +94,7 @@ class FaithfulnessCurve:
     method: str
     example_ids: tuple[str, ...]
     provenance: Provenance
+    nodes: NodeKind = "heads"
 
     @property
     def shares(self) -> Float[np.ndarray, " size"]:
@@ -257,6 +261,7 @@ class FaithfulnessCurve:
         meta: dict[str, Any] = {
             "sizes": list(self.sizes),
             "n_heads": self.n_heads,
+            "nodes": self.nodes,
             "method": self.method,
             "example_ids": list(self.example_ids),
             "provenance": self.provenance.to_dict(),
@@ -272,6 +277,7 @@ class FaithfulnessCurve:
             return cls(
                 sizes=tuple(meta["sizes"]),
                 n_heads=meta["n_heads"],
+                nodes=meta.get("nodes", "heads"),
                 method=meta["method"],
                 example_ids=tuple(meta["example_ids"]),
                 provenance=Provenance.from_dict(meta["provenance"]),
@@ -281,7 +287,7 @@ class FaithfulnessCurve:
     def __repr__(self) -> str:
         return (
             f"FaithfulnessCurve({self.method} on {self.provenance.task}: {len(self.sizes)} sizes "
-            f"up to {self.n_heads} heads, {len(self.example_ids)} examples, "
+            f"up to {self.n_heads} {self.nodes}, {len(self.example_ids)} examples, "
             f"{len(self.random_margin)} random circuits of each kind and size)"
         )
 

@@ -230,7 +230,7 @@ def ablated_singly(
     chosen.check_model(model)
     if not len(chosen):
         raise InputError("There are no heads to ablate: choose some with scores.top.")
-    encoded = task.encode(model, discovery_examples(task, baseline, max_examples, seed))
+    encoded = baseline.encode(model, task, discovery_examples(task, baseline, max_examples, seed))
     everything = head_mask(g, g.n_layers, g.n_heads)
     each = [everything & ~head_mask([head], g.n_layers, g.n_heads) for head in chosen]
     labels = circuit_label_logits(

@@ -11,6 +11,7 @@ What it is: :mod:`circuitlens.circuits.curve`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,15 +19,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuitlens.baseline import MeanBaseline
-from circuitlens.cdt.ablation import circuit_label_logits, head_mask
+from circuitlens.cdt.ablation import circuit_label_logits
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.random_circuits import layer_matched_masks, random_masks
 from circuitlens.errors import BASELINE, MODEL, SCORES, TASK, InputError, check_types
 from circuitlens.models.batch import margin
 from circuitlens.models.hooked import HookedModel
-from circuitlens.scoring.head_scores import HeadScores
-from circuitlens.tasks import Example, Task
+from circuitlens.neurons import neuron_means
+from circuitlens.node_circuit import NodeCircuit, NodeGrid
+from circuitlens.scoring.head_scores import HeadScores, head_count
+from circuitlens.scoring.node_scores import NodeScores
+from circuitlens.tasks import Encoded, Example, Task
 
 __all__ = ["DEFAULT_SHARES", "default_sizes", "faithfulness", "refuse_seen", "unseen_examples"]
 
@@ -45,7 +49,7 @@ def default_sizes(n_heads: int) -> list[int]:
 def faithfulness(
     model: HookedModel,
     task: Task,
-    scores: HeadScores | Circuit,
+    scores: HeadScores | Circuit | NodeScores | NodeCircuit,
     baseline: MeanBaseline,
     *,
     sizes: Sequence[int | float] | None = None,
@@ -56,14 +60,16 @@ def faithfulness(
     seed: int = 0,
     quiet: bool = False,
 ) -> FaithfulnessCurve:
-    """Measure circuits of growing size, or one circuit, all other heads mean-ablated.
+    """Measure circuits of growing size, or one circuit, all other nodes mean-ablated.
 
     Args:
         model: the model that was scored.
         task: gives the held-out examples (pool B and validation of the source language).
         scores: their ranking is followed, the most supporting head first. Or a circuit, wherever
             it comes from: found by another tool, in the explorer, or made by hand. Its curve has
-            three sizes, no head, the circuit and all heads.
+            three sizes, no head, the circuit and all heads. Scores and circuits of other nodes
+            (heads with MLPs, heads at positions, neurons) are measured in the same way: what is
+            ablated are the nodes of that kind, and all else stays as it is.
         baseline: the means that replace the ablated heads, and the positions where they do.
         sizes: how many heads to keep (integers) or which shares of all heads (floats), as in
             :meth:`HeadScores.top`; default: :func:`default_sizes`. No head and all heads are
@@ -76,6 +82,7 @@ def faithfulness(
         quiet: no progress bar.
 
     Raises:
+        UnsupportedModelError: for neurons of a mixture of experts.
         InputError: if there are no examples or one was used for discovery, the baseline, the
             scores or the circuit are of another model, the baseline is of another task, or a size
             or ``n_random`` is impossible. (What a circuit of your own was chosen by, only you
@@ -85,7 +92,7 @@ def faithfulness(
         "faithfulness",
         model=(model, HookedModel, MODEL),
         task=(task, Task, TASK),
-        scores=(scores, (HeadScores, Circuit), SCORES),
+        scores=(scores, (HeadScores, Circuit, NodeScores, NodeCircuit), SCORES),
         baseline=(baseline, MeanBaseline, BASELINE),
     )
     baseline.check_task(task)
@@ -93,26 +100,35 @@ def faithfulness(
     if n_random < 0:
         raise InputError(f"n_random cannot be negative, but is {n_random}.")
     g = model.geometry
-    if isinstance(scores, Circuit):
+    grid = NodeGrid("heads", g.n_layers, g.n_heads, g.n_heads)
+    if isinstance(scores, NodeScores | NodeCircuit):
+        grid = scores.grid
+        _check_grid(model, grid)
+    if isinstance(scores, Circuit | NodeCircuit):
         if sizes is not None:
             raise InputError("A circuit has its own size: leave sizes out, or give scores.")
-        scores.check_model(model)
+        if isinstance(scores, Circuit):
+            scores.check_model(model)
         seen, method = set(baseline.example_ids), scores.selection
-        circuits = {0: (), len(scores): scores.heads, len(g): tuple(g)}
+        circuits = {0: (), len(scores): tuple(scores), len(grid): tuple(grid)}
     else:
         check_scores(model, scores, baseline)
         seen, method = {*scores.example_ids, *baseline.example_ids}, scores.method
-        wanted = default_sizes(len(g)) if sizes is None else sizes
+        wanted = default_sizes(len(grid)) if sizes is None else sizes
         ranking = scores.ranking()
-        numbers = {0, len(g), *(len(scores.top(size)) for size in wanted)}
+        numbers = {0, len(grid), *(head_count(size, len(grid)) for size in wanted)}
         circuits = {n: tuple(ranking[:n]) for n in numbers}
     counts = sorted(circuits)
-    encoded = task.encode(model, unseen_examples(task, examples, seen))
+    encoded = baseline.encode(model, task, unseen_examples(task, examples, seen))
+    means = baseline.means(model.device)
+    if grid.kind == "neurons":
+        means = replace(means, neurons=neuron_means(model, task, baseline))
+    _check_prompts(encoded, grid)
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.stack([head_mask(circuits[n], g.n_layers, g.n_heads) for n in counts])
+    kept = torch.stack([grid.mask(circuits[n]) for n in counts])
     masks = {
         "": kept,
-        "random_": random_masks(counts, g.n_layers, g.n_heads, n_random, generator),
+        "random_": random_masks(counts, g.n_layers, grid.width, n_random, generator),
         "layer_matched_": layer_matched_masks(kept, n_random, generator),
         "without_": ~kept,
     }
@@ -121,6 +137,8 @@ def faithfulness(
         encoded,
         torch.cat([group.flatten(0, -3) for group in masks.values()]),
         baseline,
+        kind=grid.kind,
+        means=means,
         batch_size=batch_size,
         rows=rows,
         label="Faithfulness",
@@ -142,7 +160,8 @@ def faithfulness(
     }
     return FaithfulnessCurve(
         sizes=tuple(counts),
-        n_heads=len(g),
+        n_heads=len(grid),
+        nodes=grid.kind,
         method=method,
         example_ids=encoded.ids,
         provenance=baseline.provenance_of(model, task, seed, settings),
@@ -150,14 +169,49 @@ def faithfulness(
     )
 
 
-def check_scores(model: HookedModel, scores: HeadScores, baseline: MeanBaseline) -> None:
+def _check_grid(model: HookedModel, grid: NodeGrid) -> None:
+    """Refuse nodes of a model of another size.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    g = model.geometry
+    if (grid.n_layers, grid.n_heads) != (g.n_layers, g.n_heads):
+        raise InputError(
+            f"The nodes are of a {grid.n_layers} × {grid.n_heads} model, but {model.name} has "
+            f"{g.n_layers} layers of {g.n_heads} heads: score this model."
+        )
+
+
+def _check_prompts(encoded: Encoded, grid: NodeGrid) -> None:
+    """Refuse prompts that are longer than the positions which are told apart.
+
+    Raises:
+        InputError: naming the prompt.
+    """
+    if grid.kind != "heads@positions":
+        return
+    lengths = dict(zip(encoded.ids, map(len, encoded.tokens), strict=True))
+    longest = max(lengths, key=lambda i: lengths[i])
+    if lengths[longest] > grid.n_positions or encoded.n_rows > 1:
+        raise InputError(
+            f"Heads are told apart at {grid.n_positions} positions from the end, but the prompt of "
+            f"{longest!r} has {lengths[longest]} tokens: heads at positions are for prompts of one "
+            "template, of one length."
+        )
+
+
+def check_scores(
+    model: HookedModel, scores: HeadScores | NodeScores, baseline: MeanBaseline
+) -> None:
     """Refuse scores of another model.
 
     Raises:
         InputError: if sizes or weights differ.
     """
     g = model.geometry
-    if (scores.n_layers, scores.n_heads) != (g.n_layers, g.n_heads):
+    size = isinstance(scores, HeadScores) and (scores.n_layers, scores.n_heads)
+    if isinstance(scores, HeadScores) and size != (g.n_layers, g.n_heads):
         raise InputError(
             f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
             f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."

@@ -198,7 +198,7 @@ def minimality(
     if not len(circuit):
         raise InputError("The circuit has no heads to take away: choose a larger one.")
     examples = unseen_examples(task, examples, set(baseline.example_ids))
-    encoded = task.encode(model, examples)
+    encoded = baseline.encode(model, task, examples)
     sets = [(), tuple(g), circuit.heads]
     sets += [tuple(h for h in circuit if h != head) for head in circuit]
     labels = circuit_label_logits(

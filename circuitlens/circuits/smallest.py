@@ -70,7 +70,7 @@ def smallest_circuit(
     baseline.check_task(task)
     baseline.check_model(model)
     check_scores(model, scores, baseline)
-    encoded = task.encode(model, discovery_examples(task, baseline, max_examples, seed))
+    encoded = baseline.encode(model, task, discovery_examples(task, baseline, max_examples, seed))
     g, ranking = model.geometry, scores.ranking()
 
     def margins(counts: list[int]) -> Float[np.ndarray, " size"]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from circuitlens.adapt.front import LOSSES, Front
 from circuitlens.errors import InputError
+from circuitlens.experiments.costs import COSTS, text_loss_change
 from circuitlens.experiments.front_bootstrap import front_values
 from circuitlens.experiments.paired import (
     PairedDifference,
@@ -29,7 +30,6 @@ __all__ = ["Comparison"]
 
 _SCHEMA = "circuitlens.comparison/1"
 _METRICS = ("accuracy", "macro_f1", "margin", "calibration_error")
-_COSTS = ("n_trainable", "seconds", "passes", "discovery_passes", "peak_mib")
 _TIDY = ("language", "strategy", "seed", "split", "phase", "metric", "value")
 _PAIRS = (
     "language",
@@ -53,17 +53,6 @@ _FRONTS = (
     *(f"target at {100 * x:g}" for x in LOSSES),
 )
 _ALL = "all languages"
-
-
-def all_passes(row: Mapping[Any, Any]) -> str:
-    """Passes of a row of the summary, training and discovery; – where they were not counted."""
-    found = [row["passes"], row["discovery_passes"]]
-    return "–" if np.isnan(found[0]) else f"{np.nansum(found):,.0f}"
-
-
-def _change(source: Mapping[str, Any] | None) -> float:
-    losses = (source or {}).get("text_loss")
-    return losses[1] - losses[0] if losses else float("nan")
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ class Comparison:
                     ("before", "after"), kept.get("text_loss") or (), strict=False
                 ):
                     rows.append((*key, kept["name"], phase, "text_loss", loss))
-            costs = {name: cell[name] for name in _COSTS if cell.get(name) is not None}
+            costs = {name: cell[name] for name in COSTS if cell.get(name) is not None}
             rows += [(*key, "", "after", name, value) for name, value in costs.items()]
         return pd.DataFrame(rows, columns=list(_TIDY)).astype({"seed": int, "value": float})
 
@@ -159,16 +148,16 @@ class Comparison:
                     "gain": after - before,
                     "source_before": source["before"]["accuracy"] if source else np.nan,
                     "source_after": source["after"]["accuracy"] if source else np.nan,
-                    "text_loss_change": _change(source),
-                    **{name: cell.get(name) for name in _COSTS},
+                    "text_loss_change": text_loss_change(source),
+                    **{name: cell.get(name) for name in COSTS},
                 }
             )
         keys = ["language", "strategy"]
         numbers = ["target_before", "target_after", "gain", "source_before", "source_after"]
         numbers += ["text_loss_change"]
-        frame = pd.DataFrame(rows, columns=[*keys, *numbers, *_COSTS])
+        frame = pd.DataFrame(rows, columns=[*keys, *numbers, *COSTS])
         # Without any cell the columns have no type of their own.
-        groups = frame.astype(dict.fromkeys((*numbers, *_COSTS), float)).groupby(keys, sort=False)
+        groups = frame.astype(dict.fromkeys((*numbers, *COSTS), float)).groupby(keys, sort=False)
         return groups.agg(
             n_seeds=("gain", "size"),
             target_before=("target_before", "mean"),
@@ -179,7 +168,7 @@ class Comparison:
             source_after=("source_after", "mean"),
             source_after_sd=("source_after", "std"),
             text_loss_change=("text_loss_change", "mean"),
-            **{name: (name, "mean") for name in _COSTS},
+            **{name: (name, "mean") for name in COSTS},
         ).reset_index()
 
     # -- statistics ------------------------------------------------------------------------

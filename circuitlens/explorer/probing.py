@@ -146,6 +146,7 @@ class Probe:
         if n_examples < 1:
             raise InputError(f"n_examples must be positive, but is {n_examples}.")
         baseline.check_model(model)
+        baseline.check_constant("The explorer")
         baseline.check_task(task)
         self.model, self.task, self.baseline = model, task, baseline
         self.n_examples, self.max_score_examples, self.seed = n_examples, max_score_examples, seed

@@ -271,6 +271,8 @@ class Batch:
         reading: what is read in the rows of each example (:class:`Plan`); entries of label −1 fill
             up.
         tail: tokens of each row that are the beginning of an answer.
+        partner: prompts whose activations stand in for those of these, row by row, where heads are
+            not measured from means (:class:`circuitlens.baseline.PairedMeans`).
     """
 
     input_ids: Int[Tensor, "row pos"]
@@ -282,6 +284,7 @@ class Batch:
     n_rows: int = 1
     reading: Int[Tensor, "batch entry 5"] | None = None
     tail: Int[Tensor, " row"] | None = None
+    partner: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.gold)
@@ -346,7 +349,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        return self._each(lambda tensor, _: tensor.to(device))
+        moved = self._each(lambda tensor, _: tensor.to(device))
+        return moved._with(None if self.partner is None else self.partner.to(device))
 
     def rows_of(self, examples: Int[Tensor, " example"]) -> Int[Tensor, " row"]:
         """Indices of the rows of these examples, in this order."""
@@ -358,7 +362,8 @@ class Batch:
     def take(self, examples: Int[Tensor, " example"]) -> Batch:
         """Return the examples of these indices, in this order; one may come several times."""
         rows = self.rows_of(examples)
-        return self._each(lambda tensor, by_row: tensor[rows if by_row else examples])
+        taken = self._each(lambda tensor, by_row: tensor[rows if by_row else examples])
+        return taken._with(None if self.partner is None else self.partner.take(examples))
 
     def part(self, chunk: range) -> Batch:
         """Return consecutive examples."""
@@ -366,7 +371,11 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """Return the examples ``times`` times over, one copy of the batch after the other."""
-        return self._each(lambda tensor, _: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+        copied = self._each(lambda tensor, _: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+        return copied._with(None if self.partner is None else self.partner.repeat(times))
+
+    def _with(self, partner: Batch | None) -> Batch:
+        return self if partner is None else replace(self, partner=partner)
 
     def _each(self, change: Callable[[Tensor, bool], Tensor]) -> Batch:
         """Change every tensor; the function is told whether it has a row for each prompt's row."""

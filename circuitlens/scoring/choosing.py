@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, FrozenNetwork, Source
 from circuitlens.cdt.ablation import ablated_label_logits, head_mask
 from circuitlens.models.batch import Batch, margin
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 from circuitlens.nodes import MLP, Head
 from circuitlens.scoring.request import Request
 

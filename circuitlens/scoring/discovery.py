@@ -24,12 +24,13 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuitlens.baseline import MeanBaseline, NodeMeans
+from circuitlens.baseline import MeanBaseline
 from circuitlens.cdt import RULES, FrozenNetwork, LinearisedRun, RuleSet, Source, project
 from circuitlens.circuit import Circuit
 from circuitlens.errors import BASELINE, MODEL, TASK, InputError, check_types
 from circuitlens.models.batch import Batch, at_least_float32
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 from circuitlens.nodes import Head
 from circuitlens.scoring.score_heads import discovery_examples, relevance
 from circuitlens.tasks import Task
@@ -94,6 +95,7 @@ def discover(
             f"{method!r} cannot score one head's effect on another; these can: {', '.join(RULES)}."
         )
     rules = RULES[method] if isinstance(method, str) else method
+    baseline.check_constant("discover")
     scores = relevance(
         model,
         task,

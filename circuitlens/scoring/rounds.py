@@ -28,11 +28,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import RULES, relevance_by_gradient
 from circuitlens.cdt.gated import relevance_in_circuits
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 from circuitlens.scoring.request import Request, Scored
 
 __all__ = ["iterative", "sampled"]

@@ -102,10 +102,12 @@ def relevance(
         budget=RowBudget(batch_size * (2 if model.device.type == "cpu" else 16)),
     )
     by.check(request)
+    if by.only is not None:
+        baseline.check_constant(by.name)
     baseline.check_task(task)
     baseline.check_model(model)
     examples = discovery_examples(task, baseline, max_examples, seed)
-    encoded = task.encode(model, examples)
+    encoded = baseline.encode(model, task, examples)
     by.check_readout(encoded.readout)
     if by_position and encoded.n_rows > 1:
         raise InputError(

@@ -14,7 +14,6 @@ from math import ceil, inf, isfinite, log
 import torch
 from torch import Tensor
 
-from circuitlens.baseline import NodeMeans
 from circuitlens.cdt import (
     RULES,
     Relevances,
@@ -28,6 +27,7 @@ from circuitlens.cdt.ablation import PrefixCache, ablated_label_logits
 from circuitlens.errors import InputError, check_choice
 from circuitlens.models.batch import Batch, Readout, margin
 from circuitlens.models.hooked import HookedModel
+from circuitlens.node_means import NodeMeans
 from circuitlens.scoring.choosing import SHARES, areas, mlp_effects
 from circuitlens.scoring.request import Request, Scored
 from circuitlens.scoring.rounds import iterative, sampled

@@ -51,6 +51,8 @@ class Encoded:
         n_truncated: how many texts lost their end.
         groups: the group of every example (:class:`Example`); its id where none are given.
         answers: tokens of the possible answers of every example, if it brings its own.
+        partners: tokens of the prompt whose activations stand in for those of every example, where
+            heads are not measured from means.
     """
 
     ids: tuple[str, ...]
@@ -63,6 +65,7 @@ class Encoded:
     n_truncated: int
     groups: tuple[str, ...] = ()
     answers: tuple[Answers, ...] = ()
+    partners: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -96,6 +99,7 @@ class Encoded:
             n_truncated=self.n_truncated + other.n_truncated,
             groups=self.groups + other.groups,
             answers=self.answers + other.answers,
+            partners=self.partners + other.partners,
         )
 
     def take(self, indices: Sequence[int]) -> Encoded:
@@ -107,6 +111,7 @@ class Encoded:
             gold=tuple(self.gold[i] for i in indices),
             groups=tuple(self.groups[i] for i in indices),
             answers=tuple(self.answers[i] for i in indices) if self.answers else (),
+            partners=tuple(self.partners[i] for i in indices) if self.partners else (),
         )
 
     def _plan(self, index: int) -> Plan:
@@ -154,6 +159,10 @@ class Encoded:
             for number, plan in enumerate(plans):
                 reading[number, : len(plan.entries)] = torch.tensor(plan.entries)
             batch = replace(batch, reading=reading, tail=torch.tensor(tails))
+        if self.partners:
+            # With the same answers behind them, so that they have the same rows.
+            other = replace(self, tokens=self.partners, partners=())
+            batch = replace(batch, partner=other.batch(indices))
         return batch if device is None else batch.to(device)
 
     def batches(

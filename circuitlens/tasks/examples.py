@@ -36,12 +36,15 @@ class Example:
         fields: the texts by name, such as ``{"text": …}`` or ``{"premise": …, "hypothesis": …}``.
         label: the right label.
         group: what may not be torn apart by pools; the id unless examples share a sentence.
+        counterfactual: texts that stand in place of those of the same name in the counterfactual
+            prompt, where there is one (``reference="counterfactual"``).
     """
 
     id: str
     fields: Mapping[str, str]
     label: str
     group: str = field(default="")
+    counterfactual: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.group:

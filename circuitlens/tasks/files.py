@@ -40,6 +40,11 @@ Rows = Iterable[Mapping[str, Any]] | pd.DataFrame
 _ID_COLUMNS = ("id", "index_id", "idx", "sentence_id", "example_id", "guid", "uid", "pairid")
 
 
+def _counterfactual_columns(name: str, fields: Sequence[str]) -> tuple[str, ...]:
+    own = f"counterfactual_{name}"
+    return (own, "counterfactual") if len(fields) == 1 else (own,)
+
+
 def to_examples(
     rows: Iterable[Mapping[str, Any]],
     *,
@@ -54,6 +59,9 @@ def to_examples(
 
     Where none is named (``None``), a column called ``id``, ``index_id``, ``idx`` or the like is
     taken, which the log says; ``""`` numbers the rows whatever columns there are.
+
+    The text of a column ``counterfactual_FIELD`` (or ``counterfactual``, where there is one field)
+    stands in place of that field in the counterfactual prompt.
 
     Row numbers are shared by the languages of a parallel corpus, so its pools stay leak-safe.
 
@@ -77,12 +85,19 @@ def to_examples(
                     "row, if it has no header: add one)."
                 )
         texts = {name: _text(row[name], name, number, where) for name in fields}
+        others = {
+            name: _text(row[column], column, number, where)
+            for name in fields
+            for column in _counterfactual_columns(name, fields)
+            if column in row
+        }
         examples.append(
             Example(
                 id=_text(row[id], id, number, where) if id else f"{split}:{number}",
                 fields=texts,
                 label=_text(row[label], label, number, where),
                 group=_text(row[group], group, number, where) if group else "",
+                counterfactual=others,
             )
         )
         for needed, value in ((id, examples[-1].id), (label, examples[-1].label)):

@@ -402,7 +402,7 @@ class Task:
         for pool in POOLS:
             parts.append(pool)
             for e in self[pool]:
-                parts += [e.id, *e.fields.values(), e.label]
+                parts += [e.id, *e.fields.values(), *e.counterfactual.values(), e.label]
         return digest(*parts)
 
     def to_frame(self) -> pd.DataFrame:

@@ -80,7 +80,10 @@ def faithfulness_curve(
             # Once in the legend: the colours are those of the thick lines.
             once = {"showlegend": row == 1 and n == 0, "legendrank": 2}
             _line(fig, curve, getattr(curve, without), start, name, style, place | once)
-            name, style = f"top heads ({plain(curve.method)})", {"color": colour, "width": 2.5}
+            name, style = (
+                f"top {_named(curve)} ({plain(curve.method)})",
+                {"color": colour, "width": 2.5},
+            )
             line = place | {"mode": "lines+markers", "legendrank": 1}
             _line(fig, curve, getattr(curve, metric), start, name, style, line)
         if circuit is not None:
@@ -117,7 +120,7 @@ def faithfulness_curve(
         tickfont={"size": 10},
         tickangle=0,
     )
-    fig.update_xaxes(title=f"heads kept, of {first.n_heads}", row=2)
+    fig.update_xaxes(title=f"{_named(first)} kept, of {first.n_heads:,}", row=2)
     top = 70 if title else 40
     fig.update_layout(legend=LEGEND_BELOW, margin={"t": top, "b": 110})
     return fig
@@ -204,6 +207,12 @@ def _spread(sizes: Sequence[int], scale: str, labels: Sequence[str]) -> list[int
     return sorted(set(chosen))
 
 
+def _named(curve: FaithfulnessCurve) -> str:
+    """What the nodes of a curve are called."""
+    others = {"heads+mlps": "heads and MLPs", "heads@positions": "heads at positions"}
+    return others.get(curve.nodes, curve.nodes)
+
+
 def _line(
     fig: go.Figure,
     curve: FaithfulnessCurve,
@@ -220,7 +229,8 @@ def _line(
         legendgroup=name,
         line=style,
         customdata=100 * curve.shares[start:],
-        hovertemplate=f"%{{x}} heads (%{{customdata:.3g}} %): %{{y:.3f}}<extra>{name}</extra>",
+        hovertemplate=f"%{{x}} {_named(curve)} (%{{customdata:.3g}} %): %{{y:.3f}}"
+        f"<extra>{name}</extra>",
         **{"mode": "lines", **place},
     )
 
@@ -242,7 +252,7 @@ def _band(
         mode="lines",
         line={"width": 0},
         hoverinfo="skip",
-        name=f"random heads, least to largest of {len(draws)}",
+        name=f"random {_named(curve)}, least to largest of {len(draws)}",
         legendgroup="random",
         **place,
     )

@@ -21,7 +21,7 @@ from circuitlens.circuits.effects import HeadEffects
 from circuitlens.circuits.looking import HeadRoles
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
-from circuitlens.experiments.comparison import all_passes
+from circuitlens.experiments.costs import all_passes
 from circuitlens.experiments.simple_rivals import SimpleRival
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import METHODS

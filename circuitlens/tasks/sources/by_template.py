@@ -96,5 +96,5 @@ def two_choices(name: str, made: Made, *, right_first: bool) -> Example:
     """Lay a filled template out as a choice between two continuations."""
     pair = (made.right, made.wrong) if right_first else (made.wrong, made.right)
     fields = {"text": made.text, **dict(zip(CHOICES, pair, strict=True))}
-    fields["counterfactual"] = made.counterfactual
-    return Example(name, fields, CHOICES[0] if right_first else CHOICES[1])
+    label = CHOICES[0] if right_first else CHOICES[1]
+    return Example(name, fields, label, counterfactual={"text": made.counterfactual})
