@@ -44,7 +44,7 @@ from circuitlens.node_means import NodeMeans, PairedMeans
 from circuitlens.nodes import MLP, Head, Node
 from circuitlens.optimal_constants import optimal_constants
 from circuitlens.tasks import Encoded, Example, Task
-from circuitlens.tasks.evaluation import near_chance
+from circuitlens.tasks.evaluation import near_chance, refuse_not_finite
 from circuitlens.tasks.examples import POOLS
 from circuitlens.utils.processes import gathered, mine, n_processes
 from circuitlens.utils.progress import progress
@@ -280,7 +280,8 @@ def label_balanced_mean(
 
     Raises:
         CompetenceError: if the accuracy is near chance.
-        NotFiniteError: if a mean is NaN or infinite, naming the head or MLP.
+        NotFiniteError: if a mean is NaN or infinite, naming the head or MLP, or the model answers
+            nothing else, naming the weight.
         InputError: for unknown positions, pooling or reference, or one that an example or the
             pooling does not allow; if there are no examples, or one
             has the id of another of the task; or if no example of a label is answered correctly,
@@ -318,6 +319,8 @@ def label_balanced_mean(
     total = -(-encoded.n_batches(batch_size) // n_processes(model.device))
     for index, batch in progress(batches, "Mean of every head", quiet=quiet, total=total):
         labels_found, outputs = _node_outputs(model, batch)
+        if not bool(labels_found.isfinite().any()):
+            refuse_not_finite(model, labels_found)
         right = labels_found.argmax(1) == batch.gold
         sums.add(outputs, batch, batch.once(batch.mask(positions)), right)
         correct += index[right.cpu()].tolist()

@@ -286,3 +286,15 @@ def everything_right(monkeypatch):
         return torch.nn.functional.one_hot(batch.gold, logits.shape[1]).to(logits), found
 
     monkeypatch.setattr(baseline, "_node_outputs", outputs)
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_weight_that_is_not_finite_is_named(toy_proxy, toy_task, part):
+    broken = toy_proxy.clone()
+    with torch.no_grad():
+        broken.hf.get_parameter(f"model.layers.1.{part}.weight")[0, 3] = float("nan")
+    message = rf"NaN or infinite logits on .* its weight model\.layers\.1\.{part}\.weight is not"
+    with pytest.raises(cl.NotFiniteError, match=message):
+        cl.label_balanced_mean(broken, toy_task, quiet=True)
+    with pytest.raises(cl.NotFiniteError, match=message):
+        cl.evaluate(broken, toy_task, toy_task["test"], quiet=True)

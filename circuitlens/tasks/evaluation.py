@@ -22,7 +22,14 @@ from circuitlens.tasks.examples import Example
 from circuitlens.tasks.task import Task
 from circuitlens.utils.progress import progress
 
-__all__ = ["Evaluation", "evaluate", "label_scores", "near_chance", "summarise"]
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "label_scores",
+    "near_chance",
+    "refuse_not_finite",
+    "summarise",
+]
 
 _BINS = 15
 
@@ -131,13 +138,31 @@ def label_scores(
         batches, "Evaluating", quiet=quiet, total=encoded.n_batches(batch_size)
     ):
         found[index] = model.hf_label_logits(batch).float().cpu()
-    if n_bad := int((~found.isfinite()).any(1).sum()):
-        raise NotFiniteError(
-            f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of "
-            f"{len(found)} examples: load it with dtype float32 if float16 overflows, or go back "
-            "to weights that have not diverged."
-        )
+    refuse_not_finite(model, found)
     return found
+
+
+def refuse_not_finite(model: HookedModel, labels: Float[Tensor, "example label"]) -> None:
+    """Refuse label logits of which any is NaN or infinite.
+
+    Raises:
+        NotFiniteError: naming the first weight that is not finite, if there is one.
+    """
+    n_bad = int((~labels.isfinite()).any(1).sum())
+    if not n_bad:
+        return
+    weights = model.hf.named_parameters()
+    broken = next((name for name, p in weights if not bool(p.isfinite().all())), None)
+    why = (
+        "load it with dtype float32 if float16 overflows, or go back to weights that have not "
+        "diverged."
+        if broken is None
+        else f"its weight {broken} is not finite, so go back to weights that have not diverged."
+    )
+    raise NotFiniteError(
+        f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of {len(labels)} "
+        f"examples: {why}"
+    )
 
 
 def evaluate(
