@@ -6,15 +6,18 @@ import html
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from circuitlens.errors import InputError
+from circuitlens.graphs import heads_of_graph, write_graph
 from circuitlens.nodes import Head
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, whole, write_json
@@ -44,6 +47,7 @@ class Circuit:
         levels: level of every head, 1 for those that move the task margin itself, if the circuit
             was found level by level (:func:`circuitlens.discover`).
         edges: score of pairs (source head, target head) from the same search.
+        names: what you call some of the heads (:meth:`named`); shown in figures and reports.
     """
 
     heads: tuple[Head, ...]
@@ -53,6 +57,7 @@ class Circuit:
     provenance: Provenance | None = field(default=None, compare=False)
     levels: Mapping[Head, int] = field(default_factory=dict, compare=False)
     edges: Mapping[tuple[Head, Head], float] = field(default_factory=dict, compare=False)
+    names: Mapping[Head, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(sorted(set(self.heads))))
@@ -93,6 +98,30 @@ class Circuit:
         names = ", ".join(map(str, self.heads))
         return f"Circuit({len(self)} of {self.n_layers * self.n_heads} heads: {names})"
 
+    # -- names -----------------------------------------------------------------------------
+
+    def named(self, names: Mapping[Head | str, str]) -> Circuit:
+        """Return the circuit with names for some of its heads, such as ``{"a0.h3": "negation"}``.
+
+        Names that it has already stay, unless they are given again; an empty one takes a name away.
+
+        Raises:
+            InputError: for a head that is not in the circuit, or a name that is no text.
+        """
+        found = dict(self.names)
+        for key, name in names.items():
+            head = _head(key)
+            if head not in self.heads:
+                raise InputError(f"Head {head} is not in the circuit, so it gets no name here.")
+            if not isinstance(name, str):
+                raise InputError(f"The name of {head} must be a text, but is {name!r}.")
+            found[head] = " ".join(name.split())
+        return replace(self, names={head: name for head, name in found.items() if name})
+
+    def label(self, head: Head) -> str:
+        """Write a head with its name, if it has one: ``a0.h3 (negation)``."""
+        return f"{head} ({self.names[head]})" if head in self.names else str(head)
+
     # -- set algebra -----------------------------------------------------------------------
 
     def _other(self, other: object) -> Circuit | None:
@@ -117,7 +146,8 @@ class Circuit:
     ) -> Circuit:
         selection = f"({self.selection}) {sign} ({other.selection})"
         heads = by(set(self.heads), set(other.heads))
-        return Circuit(tuple(heads), self.n_layers, self.n_heads, selection)
+        names = {h: name for h, name in {**other.names, **self.names}.items() if h in heads}
+        return Circuit(tuple(heads), self.n_layers, self.n_heads, selection, names=names)
 
     def __or__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
         """Union."""
@@ -227,6 +257,7 @@ class Circuit:
             "provenance": self.provenance.to_dict() if self.provenance else None,
             "levels": {str(head): level for head, level in self.levels.items()},
             "edges": [[str(s), str(t), score] for (s, t), score in self.edges.items()],
+            "names": {str(head): name for head, name in self.names.items()},
         }
 
     @classmethod
@@ -241,6 +272,7 @@ class Circuit:
             provenance=Provenance.from_dict(origin) if origin else None,
             levels={Head.parse(name): level for name, level in content["levels"].items()},
             edges={(Head.parse(s), Head.parse(t)): e for s, t, e in content["edges"]},
+            names={Head.parse(h): str(n) for h, n in content.get("names", {}).items()},
         )
 
     def save(self, path: str | Path) -> None:
@@ -253,13 +285,54 @@ class Circuit:
         with whole(path):
             return cls.from_dict(read_json(Path(path), _SCHEMA))
 
+    def save_graph(
+        self,
+        path: str | Path,
+        model: HookedModel,
+        scores: Float[Tensor, "layer head"] | None = None,
+    ) -> None:
+        """Write the circuit as a graph that EAP-IG and MIB read (:mod:`circuitlens.graphs`).
+
+        Args:
+            path: of the JSON file.
+            model: the model of the circuit.
+            scores: of the nodes, such as ``scores.mean`` of :class:`circuitlens.HeadScores`.
+
+        Raises:
+            InputError: if the circuit is of a model of another size.
+        """
+        self.check_model(model)
+        write_graph(
+            Path(path),
+            self.heads,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            d_model=model.geometry.d_model,
+            parallel=bool(getattr(model.bridge.cfg, "parallel_attn_mlp", False)),
+            scores=None
+            if scores is None
+            else {head: float(scores[head.layer, head.index]) for head in model.geometry},
+        )
+
+    @classmethod
+    def load_graph(cls, path: str | Path) -> Circuit:
+        """Read the heads of a graph that EAP-IG or MIB wrote as JSON; MLPs are left out.
+
+        Raises:
+            InputError: if the file is no such graph.
+        """
+        heads, n_layers, n_heads = heads_of_graph(Path(path))
+        return cls(tuple(heads), n_layers, n_heads, f"from {Path(path).name}")
+
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head, with its level if there are levels."""
+        """Return one row a head, with its level and its name if there are any."""
         rows = [{"head": str(h), "layer": h.layer, "index": h.index} for h in self.heads]
         frame = pd.DataFrame(rows, columns=["head", "layer", "index"])
         if self.levels:
             # A head that was added by hand has none.
             frame["level"] = pd.array([self.levels.get(h) for h in self.heads], dtype="Int64")
+        if self.names:
+            frame["name"] = [self.names.get(h, "") for h in self.heads]
         return frame
 
     def edge_frame(self) -> pd.DataFrame:
@@ -269,7 +342,7 @@ class Circuit:
         return frame.sort_values("score", ascending=False, ignore_index=True)
 
     def _repr_html_(self) -> str:
-        names = ", ".join(map(str, self.heads)) or "no heads"
+        names = html.escape(", ".join(map(self.label, self.heads))) or "no heads"
         return (
             f"<p><b>Circuit</b> ({html.escape(self.selection)}): {len(self)} of "
             f"{self.n_layers * self.n_heads} heads: {names}</p>"

@@ -2,6 +2,7 @@
 
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects, head_effects
+from circuitlens.circuits.lens import MarginByLayer, margin_by_layer
 from circuitlens.circuits.looking import HeadRole, HeadRoles, head_roles
 from circuitlens.circuits.measure_faithfulness import faithfulness
 from circuitlens.circuits.measure_minimality import Minimality, minimality
@@ -14,6 +15,7 @@ __all__ = [
     "HeadEffects",
     "HeadRole",
     "HeadRoles",
+    "MarginByLayer",
     "Minimality",
     "PublishedCircuit",
     "ScorerComparison",
@@ -21,6 +23,7 @@ __all__ = [
     "faithfulness",
     "head_effects",
     "head_roles",
+    "margin_by_layer",
     "minimality",
     "published_circuit",
     "smallest_circuit",

@@ -9,6 +9,7 @@ from .heads import head_bars, head_heatmap, head_positions, overlap_matrix
 from .notebook import notebook_pictures
 from .paper import export, export_all
 from .report import render_report, write_report
+from .roles import head_card, margin_lens
 from .scorers import scorer_agreement
 from .strategy_grids import paired_differences, strategy_table
 from .tokens import attention_pattern, attention_patterns, token_relevance
@@ -28,8 +29,10 @@ __all__ = [
     "faithfulness_curve",
     "figures_of",
     "head_bars",
+    "head_card",
     "head_heatmap",
     "head_positions",
+    "margin_lens",
     "minimality_bars",
     "notebook_pictures",
     "overlap_matrix",

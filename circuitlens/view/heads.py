@@ -61,7 +61,9 @@ def head_heatmap(
             inside[head.layer, head.index] += f", level {levels[head]}"
         if several:
             level[head.layer, head.index] = str(levels.get(head, ""))
-    names = np.array([[str(Head(la, h)) for h in range(n_heads)] for la in range(n_layers)])
+    names = np.array(
+        [[_name(Head(la, h), circuit) for h in range(n_heads)] for la in range(n_layers)]
+    )
     limit = float(np.abs(mean).max()) or 1.0
     fig = figure(
         title, mode=mode, height=min(900, 150 + max(22, min(46, 700 // n_layers)) * n_layers)
@@ -157,7 +159,7 @@ def head_bars(
     fig = figure(title, mode=mode, height=_FRAME + 30 + 19 * len(chosen))
     fig.add_bar(
         x=values,
-        y=[str(head) for head in chosen],
+        y=[_name(head, circuit) for head in chosen],
         orientation="h",
         marker={
             "color": [s if i else colours.paper for s, i in zip(signs, inside, strict=True)],
@@ -195,7 +197,7 @@ def head_bars(
             marker = {"color": fill, "line": {"color": colours.quiet, "width": 1.5}}
             fig.add_bar(x=[None], y=[None], name=name, marker=marker)
     if effects is not None:
-        _add_effects(fig, effects, chosen, colours)
+        _add_effects(fig, effects, chosen, colours, circuit)
     spread = "" if scores.whole else ", 95 % interval"
     fig.update_xaxes(title=f"relevance ({scores.unit}){spread}", nticks=6, zeroline=True)
     fig.update_yaxes(
@@ -208,11 +210,21 @@ def head_bars(
     return fig
 
 
+def _name(head: Head, circuit: Circuit | None) -> str:
+    return str(head) if circuit is None else plain(circuit.label(head))
+
+
 def _add_effects(
-    fig: go.Figure, effects: HeadEffects, shown: Sequence[Head], colours: Look
+    fig: go.Figure,
+    effects: HeadEffects,
+    shown: Sequence[Head],
+    colours: Look,
+    circuit: Circuit | None,
 ) -> None:
     """Mark the ablation effect of the heads that are shown."""
-    found = [(str(head), effect) for head in shown if (effect := effects.of(head)) is not None]
+    found = [
+        (_name(head, circuit), effect) for head in shown if (effect := effects.of(head)) is not None
+    ]
     values = [effect[0] for _, effect in found]
     fig.add_scatter(
         x=values,

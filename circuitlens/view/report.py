@@ -171,6 +171,8 @@ def _run(
         "method": METHODS.get(scores.method, "a rule set of your own"),
         "table": _table(scores, effects),
         "circuit": circuit,
+        # Of all heads, as the strongest need not be in the circuit.
+        "label": {str(h): circuit.label(h) for h in scores.ranking()},
         "effects": effects,
         "total": scores.n_layers * scores.n_heads,
         "curve": curve,
