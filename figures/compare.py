@@ -31,7 +31,10 @@ SEEDS = (0, 1, 2)
 # Under keep_source: those that the docs speak of with three seeds, the other rivals with one.
 KEEPING = (
     (("circuit", "full", "lora-norms", "near-zero"), SEEDS),
-    (("random-by-layer", "norms", "fisher", "circuit-lora", "shield", "lottery"), SEEDS[:1]),
+    (
+        ("neurons", "random-by-layer", "norms", "fisher", "circuit-lora", "shield", "lottery"),
+        SEEDS[:1],
+    ),
     (("head-scale", "head-bias"), SEEDS[:1]),
 )
 # Near to Indonesian (much of the vocabulary in common) and far.

@@ -57,7 +57,7 @@ def test_it_is_saved_drawn_and_refused(toy_proxy, toy_task, tmp_path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_family_can_be_read_from_its_last_layer(name):
-    """What is skipped is skipped: with the residual of the whole model the answer is the model's."""
+    """With the residual of the whole model behind the last layer, the answer is the model's."""
     model = loaded(name)
     n = model.geometry.n_layers
     tokens = torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -86,6 +86,7 @@ def test_a_card_shows_what_the_role_says(roles, toy_scores):
     role = roles.roles[0]
     assert list(places.x) == [role.first, role.previous, role.itself, role.copies]
     assert list(tokens.x) == [share for _, share in role.looked_at]
+    assert [t.replace("·", " ") for t in tokens.y] == [token for token, _ in role.looked_at]
     assert raised.z.tolist() == [list(row.values()) for row in role.raises.values()]
     other = cl.Circuit.of([head], 2, 8).complement().heads
     outside = next(h for h in other if h not in {r.head for r in roles.roles})

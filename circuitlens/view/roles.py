@@ -47,7 +47,7 @@ def head_card(
         "itself": role.itself,
         "earlier copies": role.copies,
     }
-    tokens = [(visible(token), share) for token, share in role.looked_at]
+    names, shares = [t for t, _ in role.looked_at], [share for _, share in role.looked_at]
     fig = make_subplots(
         2,
         2,
@@ -61,12 +61,14 @@ def head_card(
     labels = list(dict.fromkeys(label for row in role.raises.values() for label in row))
     title = f"{plain(name)}, {roles.n_examples} examples"
     fig.update_layout(figure(title, mode=mode, height=330 + 28 * len(golds)).layout)
+    for heading in fig.layout.annotations:
+        heading.update(font={"size": 13})
     bars = {"orientation": "h", "marker": {"color": PALETTE[0]}, "showlegend": False}
     share = "%{y}: %{x:.0%}<extra></extra>"
     fig.add_bar(x=[*places.values()], y=[*places], hovertemplate=share, row=1, col=1, **bars)
     fig.add_bar(
-        x=[s for _, s in tokens],
-        y=[plain(t) for t, _ in tokens],
+        x=shares,
+        y=[plain(token) for token in visible(names)],
         hovertemplate=share,
         row=1,
         col=2,
@@ -127,6 +129,7 @@ def margin_lens(
         x=[*stages, *stages[::-1]],
         y=[*frame["high"], *frame["low"][::-1]],
         fill="toself",
+        mode="lines",
         fillcolor=colours.band,
         line={"width": 0},
         hoverinfo="skip",
