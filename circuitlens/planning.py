@@ -166,6 +166,7 @@ def plan(
     retain: Sequence[str] = (),
     replay: float | Sequence[float] = 0.0,
     rediscover: bool = False,
+    test_front: bool = False,
     seeds: int = 1,
     checked: int = 0,
     probe: bool = True,
@@ -180,7 +181,7 @@ def plan(
         method, mlps, steps, max_examples: of :func:`circuitlens.relevance`.
         sizes, n_random: of :func:`circuitlens.faithfulness`.
         batch_size: examples per forward pass in discovery.
-        strategies, learning_rates, training, retain, replay, rediscover: of
+        strategies, learning_rates, training, retain, replay, rediscover, test_front: of
             :func:`circuitlens.transfer`.
         seeds: how many times each transfer is run (:func:`circuitlens.compare`).
         checked: heads that are ablated one by one (:func:`circuitlens.head_effects`).
@@ -226,8 +227,8 @@ def plan(
     others = [task, *(task.to(name) for name in retain)]
     mixes = replays_of(replay)
     trainings = len(set(learning_rates)) * len(mixes)
-    # The start, and every training at all points of its way.
-    tried = 1.0 + len(ALPHAS) * trainings
+    tried = 1.0 + len(ALPHAS) * trainings  # the start, and all points of every way
+    tested = tried if test_front else 0.0
     for target in map(task.to, targets):
         for name in strategies:
             auto = name == AUTO
@@ -244,7 +245,7 @@ def plan(
             trained = {
                 "pool_b": n * epochs * (1 + mixed) + beforehand,
                 "validation": n * (epochs + tried),
-                "test": 2.0,
+                "test": 2.0 + n * tested,
             }
             # Accuracy before and after, and the loss of up to so many texts.
             beside = [
@@ -252,7 +253,7 @@ def plan(
                 for other in others
                 for pool, times in (
                     ("validation", n * tried),
-                    ("test", 2.0 + 2 * min(1.0, MAX_TEXTS / len(other["test"]))),
+                    ("test", 2.0 + 2 * min(1.0, MAX_TEXTS / len(other["test"])) + n * tested),
                 )
             ]
             stage = costs.training(
@@ -281,8 +282,7 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
     sizes = [*default_sizes(total), chosen, *settings.sizes]
     names = ("method", "mlps", "steps", "max_examples", "n_random", "strategies", "rediscover")
     shared = {name: getattr(settings, name) for name in names}
-    # These change nothing that has to be run.
-    unused = ("kv_policy", "keep_source")
+    unused = ("kv_policy", "keep_source")  # change nothing that has to be run
     shared |= {k: v for k, v in settings.transferring.items() if k not in unused}
     return plan(
         model,

@@ -25,6 +25,8 @@ from circuitlens.adapt import STRATEGIES
 from circuitlens.experiments.cell_folder import CellFolder, Key
 from circuitlens.tasks import toy
 from circuitlens.utils.storage import write_json
+from circuitlens.view.fronts import front_frame, transfer_fronts
+from circuitlens.view.paper import export
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -224,6 +226,19 @@ def _restore(name: str) -> None:
         folder.write(Key(cell["target_language"], cell["strategy"], cell["seed"]), cell)
 
 
+def _keep(found: cl.Comparison, out: Path) -> None:
+    """Write the tables; the cells have the answers at every point of every front, megabytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    found.summary().to_csv(out / "summary.csv", index=False)
+    # The question is who is ahead of training everything by the same rule.
+    found.pairs("full").to_csv(out / "pairs.csv", index=False)
+    found.fronts().to_csv(out / "fronts.csv", index=False)
+    front_frame(found, split="test").to_csv(out / "fronts-test.csv", index=False)
+    export(transfer_fronts(found), out / "fronts.svg", width="page")
+    export(transfer_fronts(found, split="test"), out / "fronts-test.svg", width="page")
+    print(found.summary().to_string(float_format="{:.3f}".format))
+
+
 def main(name: str, *rest: str) -> None:
     """Compute and write one of the comparisons."""
     # Side by side with other work one thread is faster than two, and sums are the same everywhere.
@@ -239,15 +254,13 @@ def main(name: str, *rest: str) -> None:
         found = nusax(Path(rest[0] if rest else "../shared"), rest[1:])
     else:
         found = toy_languages(rest)
-    out = HERE / ("nusax/keep-source" if name == "keep-source" else name)
-    found.save(out)
-    shutil.copyfile(HERE.parent / "runs" / name / "grid.json", out / "grid.json")
-    # Under keep_source the question is who is ahead of training everything by the same rule.
-    found.pairs("full" if "keep" in name else "circuit").to_csv(out / "pairs.csv", index=False)
     if "keep" in name:
-        found.fronts().to_csv(out / "fronts.csv", index=False)
+        _keep(found, HERE / {"keep-source": "nusax/keep-source"}.get(name, "minilm/keep-source"))
         return
-    found.regret().to_csv(out / "regret.csv", index=False)
+    found.save(HERE / name)
+    shutil.copyfile(HERE.parent / "runs" / name / "grid.json", HERE / name / "grid.json")
+    found.pairs().to_csv(HERE / name / "pairs.csv", index=False)
+    found.regret().to_csv(HERE / name / "regret.csv", index=False)
     print(found.summary().to_string(float_format="{:.3f}".format))
 
 

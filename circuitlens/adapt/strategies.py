@@ -241,7 +241,7 @@ STRATEGIES: dict[str, Strategy] = {
             relevant_neurons,
             by_source=True,
             colour="#009E73",
-            symbol="triangle-sw",
+            symbol="triangle-nw",
         ),
         Strategy(
             "lottery",
