@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +24,10 @@ from peft import (
 )
 
 import circuitlens as cl
-from circuitlens.adapt import select_heads
+from circuitlens.adapt import changed_edges, select_heads
+from circuitlens.adapt.changed_edges import edge_changed_layers
 from circuitlens.adapt.headslice import HeadSliceConfig, geometry_of
-from circuitlens.adapt.rivals import column_importance
+from circuitlens.adapt.rivals import column_importance, trained_first
 from circuitlens.adapt.selections import by_layer, head_pull, lost_relevance
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
 from circuitlens.errors import InputError, UnsupportedModelError
@@ -226,6 +229,37 @@ def test_the_lottery_trains_what_full_training_moved_most(toy_proxy, choice):
     assert len(chosen) == slices.n_entries - n_norms
     assert chosen.min() >= left.max()
     assert trainable.n_entries == slices.n_entries
+
+
+@pytest.mark.slow
+def test_layers_whose_edges_change_most_get_the_highest_rank(
+    toy_proxy, toy_task, choice, monkeypatch
+):
+    found = edge_changed_layers(toy_proxy, choice)
+    # By hand: the edges of both models, found by the public verb.
+    models = [toy_proxy, trained_first(toy_proxy, choice).model]
+    share = len(choice.circuit) / len(toy_proxy.geometry)
+    edges = []
+    for model in models:
+        baseline = cl.label_balanced_mean(model, toy_task, allow_chance=True, quiet=True)
+        given = {"share": share, "max_examples": 256, "seed": choice.seed, "quiet": True}
+        edges.append(cl.discover(model, toy_task, baseline, **given).edge_frame())
+    table = edges[0].merge(edges[1], on=["source", "target"], how="outer").fillna(0.0)
+    change = (table["score_x"] - table["score_y"]).abs()
+    for layer in (0, 1):
+        ends = sum(table[end].str.startswith(f"a{layer}.") * change for end in ("source", "target"))
+        assert found[layer] == pytest.approx(ends.sum(), rel=1e-4)
+    assert found[0] > 0
+    trainable = STRATEGIES["circuit-lora-edges"].make(toy_proxy, choice, None)
+    assert trainable.adapter is not None
+    with pytest.raises(cl.InputError, match="looks at the source's data"):
+        edge_changed_layers(toy_proxy, replace(choice, source=None))
+    ruined = toy_proxy.clone()
+    with torch.no_grad():
+        ruined.hf.model.norm.weight.zero_()
+    monkeypatch.setattr(changed_edges, "trained_first", lambda *_: SimpleNamespace(model=ruined))
+    with pytest.raises(cl.InputError, match="Give lower learning rates"):
+        edge_changed_layers(toy_proxy, choice)
 
 
 # -- heads that the target pulls at ----------------------------------------------------------

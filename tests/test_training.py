@@ -62,7 +62,7 @@ def test_only_selected_entries_change_to_the_bit_in_every_layout(name, weight_de
 
 
 # All weights, and those that test_strategies.py compares with references of their own.
-ELSEWHERE = ("full", "gradual", "head-bias", "lottery", "shield")
+ELSEWHERE = ("full", "gradual", "head-bias", "lottery", "shield", "circuit-lora-edges")
 
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ELSEWHERE])

@@ -31,7 +31,7 @@ from circuitlens.models.geometry import norm_parameters
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
 
-__all__ = ["column_importance", "lottery", "shield"]
+__all__ = ["column_importance", "lottery", "shield", "trained_first"]
 
 _SHARE = 0.5
 # As many source examples as the paper takes.
@@ -122,12 +122,16 @@ def _is_transposed(hf: nn.Module, name: str) -> bool:
     return isinstance(hf.get_submodule(name.rpartition(".")[0]), Conv1D)
 
 
-def lottery(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
-    """Train all weights once, then choose the entries that moved most."""
+def trained_first(model: HookedModel, choice: Choice) -> Trainable:
+    """Train all weights on the target once, to see what moves; ``model`` stays as it is.
+
+    Raises:
+        InputError: if it is not said how to train.
+    """
     from circuitlens.adapt.training import train
 
     if choice.training is None:
-        raise InputError("lottery trains first to see what moves: pass training=….")
+        raise InputError("This strategy trains first to see what moves: pass training=….")
     first = everything(model, choice, None)
     train(
         first.model,
@@ -138,6 +142,12 @@ def lottery(model: HookedModel, choice: Choice, heads: Circuit | None) -> Traina
         checkpoints=choice.checkpoints,
         quiet=True,
     )
+    return first
+
+
+def lottery(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
+    """Train all weights once, then choose the entries that moved most."""
+    first = trained_first(model, choice)
     before = dict(model.hf.named_parameters())
     norms = set(norm_parameters(model.hf))
     moved = {

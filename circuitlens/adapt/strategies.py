@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from circuitlens.adapt.changed_edges import edge_changed_layers
 from circuitlens.adapt.choice import Choice, KVPolicy
 from circuitlens.adapt.makers import (
     Maker,
@@ -165,6 +166,16 @@ STRATEGIES: dict[str, Strategy] = {
             by_source=True,
             colour="#0072B2",
             symbol="triangle-left",
+        ),
+        Strategy(
+            "circuit-lora-edges",
+            "LoRA on all layers, ranks by how much edges between heads change in a full training",
+            circuit_lora(edge_changed_layers),
+            by_source=True,
+            trains_first=True,
+            all_weights=True,
+            colour="#0072B2",
+            symbol="pentagon-open",
         ),
         Strategy(
             "head-scale",
