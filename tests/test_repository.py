@@ -96,3 +96,24 @@ def test_the_package_is_found_from_the_folder_above_a_clone():
         [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True
     )
     assert Path(found.stdout.strip()) == ROOT / "circuitlens" / "__init__.py"
+
+
+def test_the_version_is_one_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(PROJECT['version'])} ", changes, re.M)
+
+
+def test_hosted_checks_call_what_there_is():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", makefile, re.M))
+    called: set[str] = set()
+    for path in sorted((ROOT / ".github").rglob("*.yml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for job in content.get("jobs", {}).values():
+            for step in job["steps"]:
+                called |= set(re.findall(r"\bmake (\w+)", step.get("run", "")))
+    assert {"lint", "test", "slow", "docs"} <= called <= targets
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert {hook["id"] for repo in config["repos"] for hook in repo["hooks"]} >= {"ruff-check"}

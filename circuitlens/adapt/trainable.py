@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from circuitlens.adapt.precision import in_16_bits, widen
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
+from circuitlens.utils.room import writing_to
 from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 __all__ = ["NOTE", "PROMPT", "TENSOR_FILES", "Trainable", "Trained", "merged_copy", "restore"]
@@ -274,7 +275,8 @@ class Trainable:
         A note beside them, which :meth:`Trained.found` reads, says what they are.
         """
         if self.adapter is not None:
-            self.adapter.save_pretrained(str(folder))
+            with writing_to(folder):
+                self.adapter.save_pretrained(str(folder))
             self._add_prompt(folder / _ADAPTER[0])
             kind = str(self.adapter.peft_config["default"].peft_type.value).lower()
         else:

@@ -30,6 +30,7 @@ from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
 from circuitlens.utils.progress import interactive
+from circuitlens.utils.room import writing_to
 
 __all__ = ["train"]
 
@@ -136,7 +137,8 @@ def train(
         last = None if kept is None else kept.last()
         n_steps = 0 if last is None else keeper.resume(last)
         if not keeper.exhausted:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with writing_to(checkpoints or Path(scratch)):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
             n_steps = int(trainer.state.global_step)
             _undo_autocast(trainer)
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from circuitlens.utils.progress import hushed_transformers
+from circuitlens.utils.room import writing_to
 
 __all__ = ["write_weights"]
 
@@ -26,7 +27,7 @@ def write_weights(hf: PreTrainedModel, folder: Path, labels: Sequence[str] = ())
         hf.config.id2label = dict(enumerate(labels))
         hf.config.label2id = {name: n for n, name in enumerate(labels)}
     try:
-        with hushed_transformers():
+        with hushed_transformers(), writing_to(folder):
             hf.save_pretrained(folder)
     finally:
         if labels:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from circuitlens.errors import CircuitLensError, InputError
+from circuitlens.utils.room import writing_to
 
 __all__ = [
     "RUN_SCHEMA",
@@ -71,18 +72,24 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` that replaces it when the block ends well.
 
     An interrupt inside the block leaves the old file (or none), never half of a new one.
+
+    Raises:
+        InputError: if the disk is full, or the folder may not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp makes files private; results are ordinary files.
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        # While what was written so far is still there, as it is what fills the disk.
+        with writing_to(path.parent):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            # mkstemp makes files private; results are ordinary files.
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
