@@ -184,47 +184,53 @@ def test_a_mixture_of_experts_has_no_row_of_neurons(name):
 
 
 @pytest.fixture(scope="module")
-def every(toy_proxy, toy_task, toy_baseline):
+def few(toy_proxy, toy_task):
+    """A baseline of so many examples as these tests can afford."""
+    return cl.label_balanced_mean(
+        toy_proxy, toy_task, examples=toy_task["pool_a"][:150], quiet=True
+    )
+
+
+@pytest.fixture(scope="module")
+def every(toy_proxy, toy_task, few):
     given = {"max_examples": 30, "quiet": True}
-    scores = cl.relevance(toy_proxy, toy_task, toy_baseline, mlps=True, by_position=True, **given)
+    scores = cl.relevance(toy_proxy, toy_task, few, mlps=True, by_position=True, **given)
     return {
         "heads+mlps": cl.NodeScores.with_mlps(scores),
         "heads@positions": cl.NodeScores.at_positions(scores),
-        "neurons": cl.neuron_relevance(toy_proxy, toy_task, toy_baseline, **given),
+        "neurons": cl.neuron_relevance(toy_proxy, toy_task, few, **given),
         "": scores,
     }
 
 
-def test_scores_of_neurons_are_those_of_the_verbs(every, toy_proxy, toy_task, toy_baseline):
+def test_scores_of_neurons_are_those_of_the_verbs(every, toy_proxy, toy_task, few):
     neurons, scores = every["neurons"], every[""]
     torch.testing.assert_close(neurons.per_example.sum(-1), scores.mlps, rtol=1e-3, atol=1e-4)
-    small = cl.neuron_relevance(
-        toy_proxy, toy_task, toy_baseline, max_examples=30, batch_size=3, quiet=True
-    )
+    small = cl.neuron_relevance(toy_proxy, toy_task, few, max_examples=30, batch_size=3, quiet=True)
     torch.testing.assert_close(small.per_example, neurons.per_example, rtol=1e-3, atol=1e-5)
     frame = neurons.to_frame(5)
     assert frame["node"].tolist() == [str(node) for node in neurons.ranking()[:5]]
     assert (frame["low"] <= frame["relevance"]).all()
     # Balanced over labels, as the means of heads are.
-    means = neuron_means(toy_proxy, toy_task, toy_baseline)
+    means = neuron_means(toy_proxy, toy_task, few)
     last = [toy_proxy.hf.model.layers[n].mlp.down_proj.weight for n in range(2)]
     of_mlps = torch.stack([w.detach() @ m for w, m in zip(last, means, strict=True)])
-    torch.testing.assert_close(of_mlps, toy_baseline.mlp_mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(of_mlps, few.mlp_mean, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["heads+mlps", "heads@positions", "neurons"])
-def test_circuits_of_nodes_are_measured(kind, every, toy_proxy, toy_task, toy_baseline, tmp_path):
+def test_circuits_of_nodes_are_measured(kind, every, toy_proxy, toy_task, few, tmp_path):
     scores = every[kind]
     shortest = sorted(toy_task.held_out, key=lambda e: len(e.fields["text"].split()))[:24]
     options = {"examples": shortest, "n_random": 3, "quiet": True}
     given = (toy_proxy, toy_task)
     size = len(scores.grid) // 3
-    curve = cl.faithfulness(*given, scores, toy_baseline, sizes=[size], **options)
+    curve = cl.faithfulness(*given, scores, few, sizes=[size], **options)
     assert (curve.nodes, curve.n_heads) == (kind, len(scores.grid))
     assert curve.faithfulness[[0, -1]].tolist() == [0, 1]
     assert curve.at(size)["faithfulness"] > curve.random_faithfulness[:, 1].mean()
     circuit = scores.top(size)
-    alone = cl.faithfulness(*given, circuit, toy_baseline, **options)
+    alone = cl.faithfulness(*given, circuit, few, **options)
     assert alone.at(size)["margin"] == pytest.approx(curve.at(size)["margin"])
     curve.save(tmp_path / "curve.safetensors")
     again = cl.FaithfulnessCurve.load(tmp_path / "curve.safetensors")
@@ -239,7 +245,7 @@ def test_circuits_of_nodes_are_measured(kind, every, toy_proxy, toy_task, toy_ba
     assert str(len(scores.grid)) in repr(loaded_again)
 
 
-def test_heads_at_all_positions_are_heads(every, toy_proxy, toy_task, toy_baseline):
+def test_heads_at_all_positions_are_heads(every, toy_proxy, toy_task, few):
     scores = every["heads@positions"]
     grid, heads = scores.grid, every[""].top(4)
     shortest = sorted(toy_task.held_out, key=lambda e: len(e.fields["text"].split()))[:16]
@@ -247,35 +253,34 @@ def test_heads_at_all_positions_are_heads(every, toy_proxy, toy_task, toy_baseli
     wide = cl.NodeCircuit.of(nodes, grid)
     assert wide.heads() == heads
     found, plain = (
-        cl.faithfulness(
-            toy_proxy, toy_task, c, toy_baseline, examples=shortest, n_random=0, quiet=True
-        )
+        cl.faithfulness(toy_proxy, toy_task, c, few, examples=shortest, n_random=0, quiet=True)
         for c in (wide, heads)
     )
     assert found.margin == pytest.approx(plain.margin, rel=1e-5)
 
 
-def test_what_cannot_be_measured_is_refused(every, toy_proxy, toy_task, toy_baseline):
+def test_what_cannot_be_measured_is_refused(every, toy_proxy, toy_task, few):
     scores, given = every["heads@positions"], (toy_proxy, toy_task)
     narrow = cl.NodeGrid("heads@positions", 2, 3 * 8, 8)
     with pytest.raises(cl.InputError, match="told apart at 3 positions from the end, but"):
-        cl.faithfulness(*given, cl.NodeCircuit.of(["a0.h0@-1"], narrow), toy_baseline)
+        cl.faithfulness(*given, cl.NodeCircuit.of(["a0.h0@-1"], narrow), few)
     with pytest.raises(cl.InputError, match="A circuit has its own size"):
-        cl.faithfulness(*given, scores.top(2), toy_baseline, sizes=[1])
+        cl.faithfulness(*given, scores.top(2), few, sizes=[1])
     other = cl.NodeCircuit.of(["a0.h0"], GRIDS["heads+mlps"])
     with pytest.raises(cl.InputError, match="3 × 4 model, but toy-0 has 2 layers of 8"):
-        cl.faithfulness(*given, other, toy_baseline)
-    plain = cl.relevance(*given, toy_baseline, max_examples=4, quiet=True)
+        cl.faithfulness(*given, other, few)
+    plain = cl.relevance(*given, few, max_examples=4, quiet=True)
     with pytest.raises(cl.InputError, match="mlps=True"):
         cl.NodeScores.with_mlps(plain)
     with pytest.raises(cl.InputError, match="by_position=True"):
         cl.NodeScores.at_positions(plain)
     with pytest.raises(cl.InputError, match="rules of gradients, not 'cdt'"):
-        cl.neuron_relevance(*given, toy_baseline, rules="cdt")
+        cl.neuron_relevance(*given, few, rules="cdt")
     with pytest.raises(cl.InputError, match="strategy='neurons'"):
         every["neurons"].top(3).heads()
 
 
+@pytest.mark.slow
 def test_neurons_are_trained_and_nothing_else(toy_proxy, toy_task, toy_scores):
     circuit = toy_scores.top(3)
     choice = Choice(circuit, toy_scores, source=toy_task)

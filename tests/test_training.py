@@ -65,7 +65,14 @@ def test_only_selected_entries_change_to_the_bit_in_every_layout(name, weight_de
 ELSEWHERE = ("full", "gradual", "head-bias", "lottery", "shield", "circuit-lora-edges")
 
 
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(s, marks=[pytest.mark.slow] if s == "neurons" else [])
+        for s in STRATEGIES
+        if s not in ELSEWHERE
+    ],
+)
 def test_a_transfer_changes_no_frozen_bit(tmp_path, toy_proxy, toy_task, toy_scores, strategy):
     circuit = toy_scores.top(3)
     before = bits(toy_proxy)
