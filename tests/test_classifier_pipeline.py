@@ -101,7 +101,10 @@ def test_everything_that_is_measured_works(proxy, toy_task, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "gradual"])
+# The circuit of so small a model has no edges between heads.
+@pytest.mark.parametrize(
+    "strategy", [s for s in STRATEGIES if s not in ("gradual", "circuit-lora-edges")]
+)
 def test_every_strategy_adapts_it(proxy, toy_task, found, strategy, tmp_path):
     _, scores = found
     result = cl.transfer(

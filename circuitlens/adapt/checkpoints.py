@@ -21,6 +21,7 @@ from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import put, trained
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import count_backward, count_forward
 from circuitlens.tasks import Encoded
 from circuitlens.utils.storage import digest, read_json, read_tensors, write_json, write_tensors
 
@@ -83,6 +84,8 @@ class Checkpoints:
             return None
         weights, log = read_tensors(file, _FINISHED)
         put(self.parameters, weights)
+        count_forward(log.get("forward", 0.0))
+        count_backward(log.get("backward", 0.0))
         return TrainingLog(**{**log, "history": tuple(log["history"])})
 
     def last(self) -> Path | None:

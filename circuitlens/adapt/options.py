@@ -256,12 +256,15 @@ class TrainingLog:
         best: the entry whose weights were kept.
         steps: optimiser steps taken.
         seconds: that it took, in all processes that went on with it.
+        forward, backward: prompts that went through the model, validation too, in all of these.
     """
 
     history: tuple[dict[str, float], ...]
     best: dict[str, float]
     steps: int
     seconds: float
+    forward: float = 0.0
+    backward: float = 0.0
 
 
 def rank(entry: Mapping[str, float]) -> tuple[float, float]:

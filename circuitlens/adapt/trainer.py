@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from circuitlens.adapt.options import rank
 from circuitlens.errors import NotFiniteError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.passes import count_backward
+from circuitlens.models.passes import PassCount, count_backward, count_forward
 from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import evaluate_encoded
 from circuitlens.utils.progress import tell_run
@@ -165,6 +166,7 @@ class KeepBest(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.weights: dict[str, Tensor] = {}
+        self.count = PassCount()
         self._start = time.perf_counter()
 
     @property
@@ -200,7 +202,7 @@ class KeepBest(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             meta = {"history": self.history, "best": self.best, "seconds": self.seconds}
-            meta["steps"] = state.global_step
+            meta |= {"steps": state.global_step, **asdict(self.count)}
             write_tensors(folder / "best.safetensors", _BEST, self.weights, meta)
 
     def resume(self, checkpoint: Path) -> int:
@@ -209,6 +211,9 @@ class KeepBest(TrainerCallback):
         self.weights = {name: w.to(self.parameters[name]) for name, w in weights.items()}
         self.history, self.best = meta["history"], meta["best"]
         self._start -= meta["seconds"]
+        # What an earlier process ran belongs to this training too.
+        count_forward(meta.get("forward", 0.0))
+        count_backward(meta.get("backward", 0.0))
         return int(meta["steps"])
 
     def restore(self) -> None:

@@ -28,6 +28,7 @@ from circuitlens.adapt.trainer import KeepBest, LabelTrainer, Progress
 from circuitlens.errors import InputError, NotFiniteError
 from circuitlens.models.freezing import gradients
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.passes import counting
 from circuitlens.tasks import Encoded
 from circuitlens.utils.progress import interactive
 from circuitlens.utils.room import writing_to
@@ -76,11 +77,13 @@ def train(
     with (
         _own_randomness(),
         _what_trains(model, trainable),
+        counting() as count,
         tempfile.TemporaryDirectory() as scratch,
     ):
         steps_per_epoch = -(-len(data) // options.batch_size)
         warmup_steps = round(options.warmup * options.epochs * steps_per_epoch)
         keeper = KeepBest(model, options.patience, -(-warmup_steps // steps_per_epoch))
+        keeper.count = count
         kept = (
             None
             if checkpoints is None
@@ -145,7 +148,14 @@ def train(
             logger.info("%s had stopped early already.", checkpoints)
         _refuse_divergence(keeper, validation, options)
         keeper.restore()
-        log = TrainingLog(tuple(keeper.history), keeper.best or {}, n_steps, keeper.seconds)
+        log = TrainingLog(
+            tuple(keeper.history),
+            keeper.best or {},
+            n_steps,
+            keeper.seconds,
+            count.forward,
+            count.backward,
+        )
         if kept is not None and trainer.args.should_save:
             kept.finish(log)
     model.hf.eval()

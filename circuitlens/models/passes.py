@@ -48,13 +48,13 @@ def beginning_at(layer: int, n_layers: int) -> Iterator[None]:
         _SHARE.reset(token)
 
 
-def count_forward(rows: int) -> None:
+def count_forward(rows: float | int) -> None:
     """Add prompts that went forward."""
     for count in _COUNTS.get():
         count.forward += rows * _SHARE.get()
 
 
-def count_backward(rows: int) -> None:
+def count_backward(rows: float | int) -> None:
     """Add prompts that went backward."""
     for count in _COUNTS.get():
         count.backward += rows
