@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 import transformers as hf
 from transformers import (
@@ -142,6 +143,12 @@ def run_command(words: list[str], stands_for: dict[str, str], little: dict[str, 
     found = CliRunner().invoke(app, [*words, "-q", *little.get(words[0], "").split()])
     assert found.exit_code == 0, (words, found.output, found.exception)
     return words
+
+
+def quick_or_slow(name: str):
+    """A family as a parameter; all but one of each layout are left to the slow group."""
+    quick = ("qwen2", "gpt2", "phi3", "bloom", "bert", "modernbert", "mixtral")
+    return pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
 
 
 def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrainedModel:

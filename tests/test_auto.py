@@ -167,6 +167,7 @@ def test_what_auto_returns_is_the_transfer_by_what_it_chose(
     assert again.model.fingerprint() == result.model.fingerprint()
 
 
+@pytest.mark.slow
 def test_where_validation_is_small_the_training_pool_helps(toy_proxy, toy_task, toy_scores):
     near = shortened(toy_task.to("near"))
     by_label = [[e for e in near["validation"] if e.label == x][:4] for x in near.labels]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ALL, FLOAT32_ONLY, answers, batch_of, loaded, prompts, row, tiny
+from helpers import (
+    ALL,
+    FLOAT32_ONLY,
+    answers,
+    batch_of,
+    loaded,
+    prompts,
+    quick_or_slow,
+    row,
+    tiny,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,7 +87,7 @@ def width_of(model) -> int:
 
 
 @pytest.mark.parametrize("kind", ["heads+mlps", "heads@positions", "neurons"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in PLAIN])
 def test_ablation_of_many_circuits_is_that_of_one_prompt_alone(name, kind):
     model = loaded(name)
     neurons = width_of(model)

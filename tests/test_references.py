@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALL, FLOAT32_ONLY, answers, loaded, prompts, row
+from helpers import ALL, FLOAT32_ONLY, answers, loaded, prompts, quick_or_slow, row
 
 import circuitlens as cl
 from circuitlens.cdt import RULES
@@ -32,7 +32,7 @@ def paired(model, *lengths):
     return replace(batch, partner=partner), PairedMeans.pooled(*some_means(model))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in ALL])
 def test_ablated_heads_are_those_of_the_partner(name):
     model = loaded(name)
     batch, means = paired(model, 7, 4, 6)
