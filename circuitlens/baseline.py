@@ -299,6 +299,8 @@ def label_balanced_mean(
         raise InputError(
             "pooling='position' has nothing to tell apart at positions='decision': leave one out."
         )
+    if pooling == "position" and reference in ("optimal", *PAIRED):
+        raise InputError(f"reference={reference!r} knows no pooling by position: leave that out.")
     examples = task["pool_a"] if examples is None else _checked(task, examples)
     if reference == "counterfactual":
         for example in examples:
@@ -354,8 +356,6 @@ def label_balanced_mean(
     heads_at, mlps_at = by_position.split(split, dim=-1)
     heads = heads.unflatten(-1, (g.n_heads, g.d_head))
     each = pooling == "position"
-    if reference in ("optimal", *PAIRED) and each:
-        raise InputError(f"reference={reference!r} knows no pooling by position: leave that out.")
     if reference == "optimal":
         chosen = encoded.take(sorted(correct))
         heads = optimal_constants(model, chosen, heads, positions, seed=task.seed, quiet=quiet)

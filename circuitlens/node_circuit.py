@@ -12,7 +12,7 @@ import html
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -23,6 +23,9 @@ from circuitlens.errors import InputError
 from circuitlens.nodes import MLP, AnyNode, Head, HeadAt, Neuron, parse_node
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, whole, write_json
+
+if TYPE_CHECKING:
+    from circuitlens.models.hooked import HookedModel
 
 __all__ = ["NodeCircuit", "NodeGrid", "NodeKind"]
 
@@ -75,28 +78,26 @@ class NodeGrid:
         Raises:
             InputError: if the grid does not have it.
         """
-        column = {
-            "heads": lambda: node.index if isinstance(node, Head) else None,
-            "heads+mlps": lambda: (
-                self.n_heads if isinstance(node, MLP) else getattr(node, "index", None)
-            ),
-            "heads@positions": lambda: self._at(node),
-            "neurons": lambda: node.index if isinstance(node, Neuron) else None,
-        }[self.kind]()
-        wrong = self.kind == "heads+mlps" and not isinstance(node, Head | MLP)
-        inside = column is not None and 0 <= column < self.width and node.layer < self.n_layers
-        if wrong or not inside:
+        column = self._column(node)
+        if column is None or not (0 <= column < self.width and 0 <= node.layer < self.n_layers):
             raise InputError(
                 f"There is no node {node} among the {self.kind} of {self.n_layers} layers with "
                 f"{self.width} each."
             )
-        assert column is not None
-        return int(column)
+        return column
 
-    def _at(self, node: AnyNode) -> int | None:
-        if not isinstance(node, HeadAt) or not -self.n_positions <= node.position < 0:
+    def _column(self, node: AnyNode) -> int | None:
+        """Where a node would stand; ``None`` for one of another kind."""
+        if self.kind == "neurons":
+            return node.index if isinstance(node, Neuron) else None
+        if isinstance(node, MLP):
+            return self.n_heads if self.kind == "heads+mlps" else None
+        # The column behind the last head is no head's.
+        if not isinstance(node, Head | HeadAt) or not 0 <= node.index < self.n_heads:
             return None
-        if not 0 <= node.index < self.n_heads:
+        if isinstance(node, Head):
+            return node.index if self.kind != "heads@positions" else None
+        if self.kind != "heads@positions" or not -self.n_positions <= node.position < 0:
             return None
         return (node.position + self.n_positions) * self.n_heads + node.index
 
@@ -160,6 +161,19 @@ class NodeCircuit:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))} ({html.escape(self.selection)})</p>"
+
+    def check_model(self, model: HookedModel) -> None:
+        """Refuse a model with another grid of heads.
+
+        Raises:
+            InputError: if layers or heads differ in number.
+        """
+        g, grid = model.geometry, self.grid
+        if (grid.n_layers, grid.n_heads) != (g.n_layers, g.n_heads):
+            raise InputError(
+                f"The nodes are of a {grid.n_layers} × {grid.n_heads} model, but {model.name} has "
+                f"{g.n_layers} layers of {g.n_heads} heads: score this model."
+            )
 
     def heads(self) -> Circuit:
         """The heads among the nodes, at whatever positions, as a circuit that can be trained.

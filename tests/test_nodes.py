@@ -61,6 +61,11 @@ def test_nodes_have_names_and_places(kind, tmp_path):
             cl.NodeCircuit.of([name], grid)
 
 
+def test_the_column_of_the_mlp_is_no_head():
+    with pytest.raises(cl.InputError, match=r"There is no node a1\.h4 among the heads\+mlps"):
+        cl.NodeCircuit.of(["a1.h4"], GRIDS["heads+mlps"])
+
+
 @given(st.text("amhn.@-0123456789", max_size=12))
 def test_only_names_of_nodes_are_read(text):
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from circuitlens.adapt.choice import Choice
 from circuitlens.adapt.rivals import trained_first
+from circuitlens.adapt.selections import MAX_EXAMPLES
 from circuitlens.baseline import label_balanced_mean
 from circuitlens.errors import InputError, first_line
 from circuitlens.models.hooked import HookedModel
@@ -20,9 +21,6 @@ from circuitlens.nodes import Head
 from circuitlens.scoring.discovery import discover
 
 __all__ = ["edge_changed_layers"]
-
-# As many as selections of heads look at.
-_MAX_EXAMPLES = 256
 
 
 def edge_changed_layers(model: HookedModel, choice: Choice) -> dict[int, float]:
@@ -55,15 +53,14 @@ def edge_changed_layers(model: HookedModel, choice: Choice) -> dict[int, float]:
 
 
 def _edges(model: HookedModel, choice: Choice) -> dict[tuple[Head, Head], float]:
-    if choice.source is None:
-        raise InputError("This strategy looks at the source's data: pass source=….")
-    baseline = label_balanced_mean(model, choice.source, allow_chance=True, quiet=True)
+    source = choice.known
+    baseline = label_balanced_mean(model, source, allow_chance=True, quiet=True)
     found = discover(
         model,
-        choice.source,
+        source,
         baseline,
         share=len(choice.circuit) / len(model.geometry),
-        max_examples=_MAX_EXAMPLES,
+        max_examples=MAX_EXAMPLES,
         seed=choice.seed,
         quiet=True,
     )

@@ -67,12 +67,21 @@ class Choice:
             raise InputError("This strategy looks at the target's training data: give some.")
         return self.data
 
+    @property
+    def known(self) -> Task:
+        """The source task.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if self.source is None:
+            raise InputError("This strategy looks at the source's data: pass source=….")
+        return self.source
+
     def old(self, model: HookedModel) -> Encoded:
         """Pool A of the source, encoded.
 
         Raises:
             InputError: if there is no source task.
         """
-        if self.source is None:
-            raise InputError("This strategy looks at the source's data: pass source=….")
-        return self.source.encode(model, self.source["pool_a"])
+        return self.known.encode(model, self.known["pool_a"])

@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from circuitlens.adapt.choice import Choice
 from circuitlens.adapt.makers import slice_entries
+from circuitlens.adapt.selections import MAX_EXAMPLES
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.baseline import label_balanced_mean
 from circuitlens.circuit import Circuit
-from circuitlens.errors import InputError, UnsupportedModelError
+from circuitlens.errors import UnsupportedModelError
 from circuitlens.models.geometry import norm_parameters
 from circuitlens.models.hooked import HookedModel
 from circuitlens.neurons import neuron_site
@@ -22,9 +23,6 @@ from circuitlens.nodes import Neuron
 from circuitlens.scoring.score_neurons import neuron_relevance
 
 __all__ = ["neuron_masks", "relevant_neurons"]
-
-# As many as selections of heads look at; more hardly move the ranking.
-_MAX_EXAMPLES = 256
 
 
 def neuron_masks(
@@ -95,17 +93,16 @@ def relevant_neurons(model: HookedModel, choice: Choice, heads: Circuit | None) 
         InputError: if there is no source task.
         UnsupportedModelError: as :func:`neuron_masks`.
     """
-    if choice.source is None:
-        raise InputError("This strategy looks at the source's data: pass source=….")
+    source = choice.known
     positions = "all" if choice.scores is None else choice.scores.positions
     baseline = label_balanced_mean(
-        model, choice.source, positions=positions, allow_chance=True, quiet=True
+        model, source, positions=positions, allow_chance=True, quiet=True
     )
     scores = neuron_relevance(
         model,
-        choice.source,
+        source,
         baseline,
-        max_examples=_MAX_EXAMPLES,
+        max_examples=MAX_EXAMPLES,
         seed=choice.seed,
         quiet=True,
     )

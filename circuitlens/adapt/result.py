@@ -57,8 +57,8 @@ class TransferResult:
         test_front: start and front of it on the test splits, if that was asked for; nothing was
             chosen by them.
         passes: prompts that went forward and backward through the model while it chose what to
-            train, trained and was measured on the way, in all processes (a way back counts as two
-            forward); 0 in results from before 0.2.
+            train, trained and was measured on the way (with ``test_front``, on test too), in all
+            processes (a way back counts as two forward); 0 in results from before 0.2.
         validation: best validation accuracy for every rate tried, and at rate 0 before training.
         history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.

@@ -37,6 +37,7 @@ from circuitlens.scoring.scorers import scorer
 from circuitlens.tasks import Encoded, Example, Task
 
 __all__ = [
+    "MAX_EXAMPLES",
     "Criterion",
     "by_layer",
     "changed_layers",
@@ -49,7 +50,7 @@ __all__ = [
 
 Criterion = Literal["fisher", "weight-gradient", "lost-relevance"]
 # A gradient of each example by itself; more hardly move the ranking.
-_MAX_EXAMPLES = 256
+MAX_EXAMPLES = 256
 
 
 def select_heads(
@@ -61,7 +62,7 @@ def select_heads(
     layers: bool = False,
     scores: HeadScores | None = None,
     source: Task | None = None,
-    max_examples: int = _MAX_EXAMPLES,
+    max_examples: int = MAX_EXAMPLES,
     seed: int = 0,
 ) -> Circuit:
     """Choose the heads that a target language pulls at, or fails in, from its training data.
@@ -109,7 +110,7 @@ def head_pull(
     data: Encoded,
     by: str,
     *,
-    max_examples: int = _MAX_EXAMPLES,
+    max_examples: int = MAX_EXAMPLES,
     seed: int = 0,
 ) -> Float[Tensor, "layer head"]:
     """How much a loss pulls at every head, by ``"fisher"`` or ``"weight-gradient"``.
@@ -152,7 +153,7 @@ def lost_relevance(
     source: Task,
     scores: HeadScores,
     *,
-    max_examples: int = _MAX_EXAMPLES,
+    max_examples: int = MAX_EXAMPLES,
     seed: int = 0,
 ) -> Float[Tensor, "layer head"]:
     """Relevance on source examples minus relevance on the target's, in logits.

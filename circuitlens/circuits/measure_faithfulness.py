@@ -103,12 +103,10 @@ def faithfulness(
     grid = NodeGrid("heads", g.n_layers, g.n_heads, g.n_heads)
     if isinstance(scores, NodeScores | NodeCircuit):
         grid = scores.grid
-        _check_grid(model, grid)
     if isinstance(scores, Circuit | NodeCircuit):
         if sizes is not None:
             raise InputError("A circuit has its own size: leave sizes out, or give scores.")
-        if isinstance(scores, Circuit):
-            scores.check_model(model)
+        scores.check_model(model)
         seen, method = set(baseline.example_ids), scores.selection
         circuits = {0: (), len(scores): tuple(scores), len(grid): tuple(grid)}
     else:
@@ -169,20 +167,6 @@ def faithfulness(
     )
 
 
-def _check_grid(model: HookedModel, grid: NodeGrid) -> None:
-    """Refuse nodes of a model of another size.
-
-    Raises:
-        InputError: naming both sizes.
-    """
-    g = model.geometry
-    if (grid.n_layers, grid.n_heads) != (g.n_layers, g.n_heads):
-        raise InputError(
-            f"The nodes are of a {grid.n_layers} × {grid.n_heads} model, but {model.name} has "
-            f"{g.n_layers} layers of {g.n_heads} heads: score this model."
-        )
-
-
 def _check_prompts(encoded: Encoded, grid: NodeGrid) -> None:
     """Refuse prompts that are longer than the positions which are told apart.
 
@@ -210,8 +194,7 @@ def check_scores(
         InputError: if sizes or weights differ.
     """
     g = model.geometry
-    size = isinstance(scores, HeadScores) and (scores.n_layers, scores.n_heads)
-    if isinstance(scores, HeadScores) and size != (g.n_layers, g.n_heads):
+    if (scores.n_layers, scores.n_heads) != (g.n_layers, g.n_heads):
         raise InputError(
             f"The scores are of a {scores.n_layers} × {scores.n_heads} model, but {model.name} has "
             f"{g.n_layers} layers of {g.n_heads} heads: call cl.relevance on this model."

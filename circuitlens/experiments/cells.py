@@ -160,11 +160,9 @@ def _measure(spec: CellSpec, folder: CellFolder | None) -> dict[str, Any]:
     with PeakMemory(given["model"].device) as memory:
         result = transfer(**given, checkpoints=checkpoints)
     cell = {**result.to_dict(), "seed": spec.key.seed, "peak_mib": memory.mib}
-    if (
-        spec.key.strategy == AUTO
-        or (how := strategy_of(given["strategy"])).by_circuit
-        or how.by_scores
-    ):
+    # As transfer does, which asks of auto what it asks of circuit.
+    how = strategy_of("circuit" if spec.key.strategy == AUTO else given["strategy"])
+    if how.by_circuit or how.by_scores:
         cell["discovery_passes"] = spec.scores.passes if spec.scores else None
     # What a file gives back; numbers that are not finite fail here, with or without a file.
     return dict(json.loads(json.dumps(cell, allow_nan=False)))

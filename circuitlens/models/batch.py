@@ -349,8 +349,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        moved = self._each(lambda tensor, _: tensor.to(device))
-        return moved._with(None if self.partner is None else self.partner.to(device))
+        return self._each(lambda tensor, _: tensor.to(device), lambda b: b.to(device))
 
     def rows_of(self, examples: Int[Tensor, " example"]) -> Int[Tensor, " row"]:
         """Indices of the rows of these examples, in this order."""
@@ -362,8 +361,10 @@ class Batch:
     def take(self, examples: Int[Tensor, " example"]) -> Batch:
         """Return the examples of these indices, in this order; one may come several times."""
         rows = self.rows_of(examples)
-        taken = self._each(lambda tensor, by_row: tensor[rows if by_row else examples])
-        return taken._with(None if self.partner is None else self.partner.take(examples))
+        return self._each(
+            lambda tensor, by_row: tensor[rows if by_row else examples],
+            lambda b: b.take(examples),
+        )
 
     def part(self, chunk: range) -> Batch:
         """Return consecutive examples."""
@@ -371,17 +372,22 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """Return the examples ``times`` times over, one copy of the batch after the other."""
-        copied = self._each(lambda tensor, _: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
-        return copied._with(None if self.partner is None else self.partner.repeat(times))
+        return self._each(
+            lambda tensor, _: tensor.repeat(times, *[1] * (tensor.ndim - 1)),
+            lambda b: b.repeat(times),
+        )
 
-    def _with(self, partner: Batch | None) -> Batch:
-        return self if partner is None else replace(self, partner=partner)
+    def _each(
+        self, change: Callable[[Tensor, bool], Tensor], of_partner: Callable[[Batch], Batch]
+    ) -> Batch:
+        """Change every tensor, and the partner, if there is one.
 
-    def _each(self, change: Callable[[Tensor, bool], Tensor]) -> Batch:
-        """Change every tensor; the function is told whether it has a row for each prompt's row."""
+        ``change`` is told whether the tensor has a row for each prompt's row.
+        """
         by_row = ("input_ids", "attention_mask", "tail")
         changed: dict[str, Any] = {n: change(t, n in by_row) for n, t in self.tensors.items()}
-        return replace(self, **changed)
+        partner = None if self.partner is None else of_partner(self.partner)
+        return replace(self, **changed, partner=partner)
 
 
 _TENSORS = ("input_ids", "attention_mask", "gold", "reading", "tail")

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
+from circuitlens.utils.processes import summed
+
 __all__ = ["PassCount", "beginning_at", "count_backward", "count_forward", "counting"]
 
 
@@ -21,6 +25,19 @@ class PassCount:
     def both_ways(self) -> float:
         """In passes forward and backward, of which the way back takes two thirds."""
         return (self.forward + 2 * self.backward) / 3
+
+    def per_prompt(self, prompts: int, device: torch.device | None) -> dict[str, float | int]:
+        """Counts by prompt, as scores record them.
+
+        Args:
+            prompts: how many were scored.
+            device: where processes that shared them add up their counts; ``None`` if each did all.
+        """
+        spent = torch.tensor([self.forward, self.backward], dtype=torch.float64)
+        if device is not None:
+            spent = summed(spent, device)
+        forward, backward = (spent / prompts).tolist()
+        return {"forward": forward, "backward": backward, "prompts": prompts}
 
 
 _COUNTS: ContextVar[tuple[PassCount, ...]] = ContextVar("counts", default=())

@@ -88,6 +88,16 @@ class NodeScores:
         return cls(values, grid, *given, scores.unit)
 
     @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return self.grid.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Number of heads a layer, whatever the nodes are."""
+        return self.grid.n_heads
+
+    @property
     def mean(self) -> Float[Tensor, "layer column"]:
         """Mean over examples."""
         return self.per_example.double().mean(0)

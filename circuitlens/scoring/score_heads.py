@@ -142,14 +142,9 @@ def relevance(
     own["auto"] = ["rounds", "candidates"]
     settings |= {name: getattr(request, name) for name in own.get(by.name, ())}
     settings |= found.details
-    spent = torch.tensor([count.forward, count.backward], dtype=torch.float64)
-    if by.batch is not None:
-        # Processes share the batches; what sees all examples together each does for itself.
-        spent = summed(spent, model.device)
-    prompts = len(encoded) * encoded.n_rows
-    spent /= prompts
-    forward, backward = spent.tolist()
-    settings["passes"] = {"forward": forward, "backward": backward, "prompts": prompts}
+    # Processes share the batches; what sees all examples together each does for itself.
+    shared_by = None if by.batch is None else model.device
+    settings["passes"] = count.per_prompt(len(encoded) * encoded.n_rows, shared_by)
     return HeadScores(
         per_example=found.heads,
         method=by.name,

@@ -101,18 +101,13 @@ def neuron_relevance(
             f"{chosen.name} gave scores of {model.name} that are not finite: the activations "
             f"overflow in {model.dtype}; load the model with dtype float32."
         )
-    prompts = len(encoded) * encoded.n_rows
     settings = {
         "method": chosen.name,
         "positions": baseline.positions,
         "pooling": baseline.pooling,
         "reference": baseline.reference,
         "max_examples": max_examples,
-        "passes": {
-            "forward": count.forward / prompts,
-            "backward": count.backward / prompts,
-            "prompts": prompts,
-        },
+        "passes": count.per_prompt(len(encoded) * encoded.n_rows, model.device),
     }
     return NodeScores(
         found,

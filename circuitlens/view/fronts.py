@@ -198,12 +198,13 @@ def front_frame(
         columns = {"gain": gain, "low": low, "high": high}
         found.append(pd.DataFrame(about | {"allowed": 100 * steps, "lost": 100 * steps} | columns))
     starts = {language: both[0][1].start.target for (language, _), both in fronts.items()}
+    flat: set[tuple[str, str]] = set()
     for cell in cells_of(results):
         language, name = cell["target_language"], cell["strategy"]
-        if name not in SIMPLE or (name, language) in fronts or language not in starts:
-            continue
         # Seeds of it are the same.
-        fronts[name, language] = []
+        if name not in SIMPLE or (language, name) in flat or language not in starts:
+            continue
+        flat.add((language, name))
         accuracy = (
             cell["target_after"]["accuracy"]
             if split == "test"

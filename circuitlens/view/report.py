@@ -160,8 +160,8 @@ def _run(
         figures["faithfulness"] = faithfulness_curve(curve, circuit, scale=scale)
     if any(r.source_change is not None for r in results):
         figures["tradeoff"] = transfer_tradeoff(results)
-    figures |= _fronts(results)
     if results:
+        figures |= _fronts(results)
         figures["training"] = training_curves(results)
     if drifted := [r for r in results if r.heads is not None]:
         figures["drift"] = weight_drift(drifted[0])
@@ -186,8 +186,6 @@ def _run(
 
 def _fronts(results: Comparison | Sequence[TransferResult]) -> dict[str, go.Figure]:
     """Fronts on validation and on test, as far as they are there."""
-    if not isinstance(results, Comparison) and not results:
-        return {}
     cells = cells_of(results)
     found = {}
     # One training at one rate without a way between is a point, and no front.
