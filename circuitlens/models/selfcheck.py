@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["check_hooks"]
 
 _PADDING = 2
+_MASKED_OUT = "softmax in float32"
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -49,6 +50,12 @@ def check_hooks(model: HookedModel) -> None:
         fault, cause = first_line(error), error
     if fault is None:
         return
+    if fault == _MASKED_OUT:
+        raise UnsupportedModelError(
+            f"{type(model.hf).__name__} takes its softmax in float32, where float64 masks become "
+            "−∞: padded prompts would give NaN. Load it in float32, or, where the model has it, "
+            "with attn_implementation='sdpa'."
+        )
     kind, type_ = type(model.hf).__name__, model.hf.config.model_type
     if not tested:
         raise UnsupportedModelError(
@@ -56,7 +63,7 @@ def check_hooks(model: HookedModel) -> None:
             f"({tested_types()}), and it failed the check of its hooks: {fault}."
         ) from cause
     name = kind if model.name == kind else f"{model.name} ({kind})"
-    remedy = "load it in float32, or " if model.dtype in _SIXTEEN_BITS else ""
+    remedy = "" if model.dtype == torch.float32 else "load it in float32, or "
     raise UnsupportedModelError(
         f"{name} failed the check of its hooks: {fault}, as when TransformerLens "
         f"misreads its configuration; {remedy}use a model of the type {type_} with usual options."
@@ -76,6 +83,8 @@ def _fault_of_logits(
     tolerance = _tolerance(model.dtype)
     with _eager(model) if model.dtype in _SIXTEEN_BITS else nullcontext():
         native = model.hf_logits(batch)
+    if model.dtype == torch.float64 and not _exact_softmax(model, batch):
+        return _MASKED_OUT
     kept = batch.attention_mask[1].bool()
     alone = model.logits(model.unlabelled(batch.input_ids[1:, kept]))
     for found, expected, fault in (
@@ -87,6 +96,16 @@ def _fault_of_logits(
         if rows.any() and not _close(found[rows], expected[rows], tolerance):
             return fault
     return None
+
+
+def _exact_softmax(model: HookedModel, batch: Batch) -> bool:
+    """Whether attention weights of a float64 model add up to 1 as float64 numbers do.
+
+    Kernels do, and give no weights.
+    """
+    found = model.hf(input_ids=batch.input_ids[:1], output_attentions=True)
+    patterns = [p for p in found.get("attentions") or () if p is not None]
+    return all(bool((p.sum(-1) - 1).abs().max() < 1e-12) for p in patterns)
 
 
 @contextmanager

@@ -154,8 +154,11 @@ def refuse_not_finite(model: HookedModel, labels: Float[Tensor, "example label"]
     weights = model.hf.named_parameters()
     broken = next((name for name, p in weights if not bool(p.isfinite().all())), None)
     why = (
-        "load it with dtype float32 if float16 overflows, or go back to weights that have not "
-        "diverged."
+        (
+            "load it in float32, which reaches further than float16, or "
+            * (model.dtype == torch.float16)
+            + "go back to weights that have not diverged."
+        )
         if broken is None
         else f"its weight {broken} is not finite, so go back to weights that have not diverged."
     )
