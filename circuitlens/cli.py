@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +19,7 @@ import typer
 from rich.console import Console
 
 from circuitlens.adapt.options import TRANSFER
-from circuitlens.cli_options import parsed, run_options, settings_of, takes
+from circuitlens.cli_options import FigureFormat, parsed, run_options, settings_of, takes, width_of
 from circuitlens.cli_runner import Address, CPUs, Executor, GPUs, runner_of_options
 from circuitlens.cli_tables import pairs_table, plan_table, strategy_table, summary_table
 from circuitlens.errors import CircuitLensError, InputError
@@ -57,13 +56,6 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress no
 _out = Console(width=None if sys.stdout.isatty() else 140)
 
 
-class _Format(StrEnum):
-    PDF = "pdf"
-    SVG = "svg"
-    PNG = "png"
-    HTML = "html"
-
-
 def _begin(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     level = logging.WARNING if quiet else logging.INFO
@@ -91,13 +83,6 @@ def _options(
     ] = None,
 ) -> None:
     pass
-
-
-def _width(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # a name, which the export checks
 
 
 def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
@@ -165,8 +150,12 @@ def run(
 def discover(
     folder: _Dir,
     redo: Annotated[
-        bool, typer.Option("--redo", help="Replace what is there, and remove what came of it.")
+        bool, typer.Option("--redo", help="Replace the circuit and what came of it.")
     ] = False,
+    backup: Annotated[
+        bool,
+        typer.Option(help="Keep what is replaced, in `replaced-1` and so on, or remove it."),
+    ] = True,
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
@@ -176,14 +165,18 @@ def discover(
     check_run(folder)
     if (folder / "circuit.json").is_file() and not redo:
         raise InputError(
-            f"{folder} has a circuit already: add --redo to replace it, which also removes the "
-            "faithfulness, the transfers, the comparison and the report that came of it."
+            f"{folder} has a circuit already: add --redo to replace it, with the faithfulness, the "
+            "transfers, the comparison, the figures and the report that came of it. They are kept "
+            "in a folder of their own (not with --no-backup)."
         )
     from circuitlens.run_folder import RunFolder
 
     run = RunFolder.open(folder, quiet=quiet)
-    run.discover_anew(replace(run.settings, **changes))
+    replaced = run.discover_again(changes, backup=backup)
+    run.report()
     _out.print(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
+    if replaced is not None:
+        _out.print(f"What was there before: {replaced}", soft_wrap=True)
 
 
 @app.command()
@@ -205,6 +198,7 @@ def faithfulness(
     columns += ["layer_matched_faithfulness", "completeness"]
     table = run.curve.to_frame()[columns]
     _out.print(table.to_string(index=False, float_format="{:.3f}".format))
+    run.report()
     run.write_record()
 
 
@@ -267,6 +261,7 @@ def compare(
     run = RunFolder.open(folder, quiet=quiet)
     settings = run.settings
     out = folder / "compare"
+    run.outdate()
     result = compare_strategies(
         run.model,
         run.circuit,
@@ -289,8 +284,7 @@ def compare(
             pairs = pairs[pairs["language"] == result.languages[0]]
         _out.print(pairs_table(pairs, reference))
     _out.print(f"Tables: {out}", soft_wrap=True)
-    if (folder / "report.html").is_file():
-        _out.print(f"Report: {run.report()}", soft_wrap=True)
+    _out.print(f"Report: {run.report()}", soft_wrap=True)
     if result.errors:
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")
@@ -342,6 +336,7 @@ def predict(
 
 
 @app.command()
+@claiming
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved comparison.")],
     quiet: _Quiet = False,
@@ -374,7 +369,7 @@ def figures(
         Path | None, typer.Option(help="Folder for the figures; default: `figures` in DIR.")
     ] = None,
     format: Annotated[  # noqa: A002
-        list[_Format] | None,
+        list[FigureFormat] | None,
         typer.Option(help="Repeat for several; default: pdf and svg."),
     ] = None,
     width: Annotated[
@@ -392,7 +387,7 @@ def figures(
         folder,
         out,
         format or ("pdf", "svg"),
-        width=_width(width),
+        width=width_of(width),
         mode=mode,
     )
     _out.print(f"Figures: {out} ({len(files)} files)", soft_wrap=True)

@@ -21,6 +21,7 @@ from circuitlens.errors import InputError
 from circuitlens.run_settings import CHOICES, PEFT_FILE, RunSettings, wants_share_kept
 
 __all__ = [
+    "FigureFormat",
     "documentation",
     "pairs",
     "parsed",
@@ -28,7 +29,18 @@ __all__ = [
     "settings_of",
     "size_of",
     "takes",
+    "width_of",
 ]
+
+
+class FigureFormat(StrEnum):
+    """What figures are written as."""
+
+    PDF = "pdf"
+    SVG = "svg"
+    PNG = "png"
+    HTML = "html"
+
 
 # Fields that are given one at a time have a flag in the singular.
 _FLAGS = {
@@ -268,3 +280,11 @@ def size_of(text: str, flag: str = "--size") -> int | float:
         raise InputError(
             f"{flag} takes a number of heads (8) or a share of them (0.25), but got {text!r}."
         ) from None
+
+
+def width_of(text: str) -> str | float:
+    """Read the width of a figure: millimetres, or a name, which the export checks."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

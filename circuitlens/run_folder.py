@@ -11,6 +11,7 @@
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
     DIR/report.html                    all of it to look at
+    DIR/replaced-N/                    what came of an earlier circuit (circuitlens discover --redo)
 
 A stage whose files are there is loaded, not computed, so an interrupted run resumes there.
 """
@@ -18,10 +19,11 @@ A stage whose files are there is loaded, not computed, so an interrupted run res
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,8 +44,16 @@ from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import find_device
 from circuitlens.opening import load
 from circuitlens.planning import Plan, check_memory, plan_run
+from circuitlens.run_exchange import complete_exchange, exchange
 from circuitlens.run_output import Found, log_checks, record_of, report_of
-from circuitlens.run_settings import SCORING, RunSettings, check_run, folder_of, share_kept
+from circuitlens.run_settings import (
+    SCORING,
+    RunSettings,
+    check_run,
+    folder_of,
+    refuse_other_run,
+    share_kept,
+)
 from circuitlens.run_transfers import transfers_by
 from circuitlens.scoring.head_scores import HeadScores, head_count
 from circuitlens.scoring.score_heads import relevance
@@ -62,9 +72,15 @@ logger = logging.getLogger(__name__)
 class RunFolder:
     """A run and its folder. Attributes are computed, or loaded, when first asked for."""
 
-    def __init__(self, path: Path, settings: RunSettings, *, quiet: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: RunSettings, begun_in: str | None = None, *, quiet: bool
+    ) -> None:
         self.path = path
-        self.settings = settings
+        # As they were given; paths among them are relative to the folder the run was begun in.
+        self._given = settings
+        self._begun_in = begun_in or os.path.relpath(Path.cwd(), path.resolve())
+        base = Path(os.path.normpath(path.resolve() / self._begun_in))
+        self.settings = settings if base == Path.cwd() else settings.seen_from(base)
         self.quiet = quiet
         self._clock = RunClock()
         self._shared = SharedFiles(find_device(settings.device) or torch.device("cpu"))
@@ -79,6 +95,7 @@ class RunFolder:
             InputError: if the folder holds anything else, or a finished run.
         """
         path = Path(path)
+        complete_exchange(path)
         run = cls(path, settings, quiet=quiet)
         if run._shared.agreed(not path.exists() or not any(path.iterdir())):
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
@@ -94,20 +111,7 @@ class RunFolder:
                 f"The output folder {path} exists and is not empty, and holds no circuitlens run: "
                 "choose another --out."
             )
-        record = read_json(path / "run.json", RUN_SCHEMA)
-        if record["finished"]:
-            raise InputError(
-                f"{path} holds a finished run: choose another --out, or use the single stages "
-                "(circuitlens transfer, report, …) on it."
-            )
-        if RunSettings.from_dict(record["settings"]) != settings:
-            mine = settings.to_flat()
-            stored = RunSettings.from_dict(record["settings"]).to_flat()
-            name = next(key for key in mine if mine[key] != stored[key])
-            raise InputError(
-                f"{path} holds an unfinished run with other settings ({name} was "
-                f"{stored[name]!r}, now {mine[name]!r}): choose another --out, or the old settings."
-            )
+        refuse_other_run(path, read_json(path / "run.json", RUN_SCHEMA), settings)
         logger.info("Resuming the unfinished run in %s.", path)
         run.check()
         return run
@@ -121,8 +125,10 @@ class RunFolder:
         """
         path = Path(path)
         check_run(path)
+        complete_exchange(path)
         record = read_json(path / "run.json", RUN_SCHEMA)
-        return cls(path, RunSettings.from_dict(record["settings"]), quiet=quiet)
+        given = RunSettings.from_dict(record["settings"])
+        return cls(path, given, record.get("begun_in"), quiet=quiet)
 
     def check(self) -> None:
         """Find mistakes in the settings before any work is done."""
@@ -178,13 +184,7 @@ class RunFolder:
                 checkpoints=self.path / ".finetune",
                 quiet=self.quiet,
             )
-        temporary = self.path / ".proxy"
-        try:
-            if self._shared.writes:
-                trained.save(temporary)
-                temporary.rename(proxy)
-        finally:
-            self._shared.remove(temporary)
+        self._shared.write_folder(proxy, trained.save)
         self._shared.remove(self.path / ".finetune")
         # From the folder, so that an interrupted run and a whole one go on with the same model.
         return load(proxy, device=self.settings.device)
@@ -213,6 +213,7 @@ class RunFolder:
             given = [getattr(self, need) for need in needs]
             options = {key: getattr(self.settings, key) for key in settings}
             shared = {**self.settings.batch_size, "quiet": self.quiet}
+            self.outdate()
             return make(self.model, self.task, *given, **options, **shared)
 
         clock = self._clock.stage(planned or name.split(".")[0])
@@ -297,10 +298,10 @@ class RunFolder:
                 quiet=self.quiet,
             )
         if self._shared.writes:
+            self.outdate()
             result.save(path)
         self._shared.remove(path / ".training")
-        # The weights are in the folder; keeping an adapted model for each strategy would fill
-        # the memory.
+        # The weights are in the folder; an adapted model per strategy would fill the memory.
         return replace(result, model=None, folder=path, _scratch=None)
 
     def transfers_by(
@@ -314,6 +315,7 @@ class RunFolder:
             if not (self._transfer_path(task.language, strategy) / "result.json").is_file()
         ]
         if todo:
+            self.outdate()
             parts = (self.model, self.circuit, self.scores)
             transfers_by(
                 executor, *parts, todo, self.settings, self._transfer_path, quiet=self.quiet
@@ -340,38 +342,37 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all that the settings ask for is there."""
-        files = (self.path / name for name in ("faithfulness.safetensors", "report.html"))
-        return all(file.is_file() for file in files) and all(
-            (self._transfer_path(target, strategy) / "result.json").is_file()
-            for target in self._targets()
-            for strategy in self.settings.strategies
-        )
+        pairs = product(self._targets(), self.settings.strategies)
+        files = [self._transfer_path(*pair) / "result.json" for pair in pairs]
+        files += [self.path / "faithfulness.safetensors", self.path / "report.html"]
+        return all(file.is_file() for file in files)
 
-    def discover_anew(self, settings: RunSettings) -> None:
+    def discover_again(self, changes: Mapping[str, Any], *, backup: bool = True) -> Path | None:
         """Score the heads and choose the circuit by other settings.
 
-        All that came of the old ones is removed, once the new circuit is there.
+        Args:
+            changes: the settings that change.
+            backup: keep what came of the old circuit, in a folder of its own; else it is removed.
+
+        Returns:
+            The folder with the old results, if they are kept.
         """
-        options = {**settings.scoring, "quiet": self.quiet}
-        scores = relevance(self.model, self.task, self.baseline, **options)
+        settings = replace(self.settings, **changes)
+        given = self.model, self.task, self.baseline
+        scores = relevance(*given, **settings.scoring, quiet=self.quiet)
         circuit = self._choose(scores, settings.size)
+        self.settings, self._given = settings, replace(self._given, **changes)
+        old = None
         if self._shared.writes:
-            self._discard_discovery()
-            scores.save(self.path / "scores.safetensors")
-            circuit.save(self.path / "circuit.json")
+            record = self._record(None, None, finished=False)
+            backup = backup and (self.path / "circuit.json").is_file()
+            old = exchange(self.path, record, scores, circuit, backup=backup)
+        self._shared.wait()
         for name in ("scores", "circuit", "effects", "roles", "curve"):
             self.__dict__.pop(name, None)
-        self.settings = settings
         _ = self.effects, self.roles
         self.write_record()
-
-    def _discard_discovery(self) -> None:
-        for name in ("scores", "effects", "faithfulness"):
-            (self.path / f"{name}.safetensors").unlink(missing_ok=True)
-        for name in ("circuit.json", "roles.json", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("transfers", "compare"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        return old
 
     # -- output ----------------------------------------------------------------------------
 
@@ -399,7 +400,7 @@ class RunFolder:
         compared = self._shared.there(self.path / "compare" / "comparison.json")
         if self._shared.writes:
             folder = self.path / "compare" if compared else None
-            given = self.task, self.settings, found, results
+            given = self.task, self._given, found, results
             report_of(page, *given, trained=trained, comparison=folder)
         return page
 
@@ -408,10 +409,19 @@ class RunFolder:
         there = self._shared.there
         found = self._found() if there(self.path / "circuit.json") else None
         results = self.transfers() if there(self.path / "transfers") else None
-        record = record_of(self.settings, found, results, finished=self.finished)
+        record = self._record(found, results, finished=self.finished)
         if self._shared.writes:
             write_json(self.path / "run.json", RUN_SCHEMA, record)
         self._shared.wait()
+
+    def _record(self, *numbers: Any, finished: bool) -> dict[str, Any]:
+        record = record_of(self._given, *numbers, finished=finished)
+        return {**record, "begun_in": self._begun_in}
+
+    def outdate(self) -> None:
+        """Remove the report, as numbers come that it does not have."""
+        if self._shared.writes:
+            (self.path / "report.html").unlink(missing_ok=True)
 
     def run_all(self, executor: Runner | str | None = None) -> Sequence[TransferResult]:
         """Run all stages that are not finished, and write record and report.

@@ -37,6 +37,7 @@ __all__ = [
     "RunSettings",
     "check_run",
     "folder_of",
+    "refuse_other_run",
     "share_kept",
     "wants_share_kept",
 ]
@@ -117,6 +118,33 @@ def check_run(folder: Path) -> None:
         raise InputError(
             f"{folder} holds no circuitlens run (no run.json): begin one with circuitlens run."
         )
+
+
+def refuse_other_run(folder: Path, record: Mapping[str, Any], settings: RunSettings) -> None:
+    """Refuse to resume a run that is finished, or has other settings.
+
+    Args:
+        folder: of the run.
+        record: content of its ``run.json``.
+        settings: asked for now.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if record["finished"]:
+        raise InputError(
+            f"{folder} holds a finished run: choose another --out, or use the single stages "
+            "(circuitlens transfer, report, …) on it."
+        )
+    stored = RunSettings.from_dict(record["settings"])
+    if stored == settings:
+        return
+    before, now = stored.to_flat(), settings.to_flat()
+    name = next(key for key in now if now[key] != before[key])
+    raise InputError(
+        f"{folder} holds an unfinished run with other settings ({name} was {before[name]!r}, now "
+        f"{now[name]!r}): choose another --out, or the old settings."
+    )
 
 
 @dataclass(frozen=True)
@@ -283,6 +311,28 @@ class RunSettings:
         # Of transfers there are several.
         del flat["training.learning_rate"]
         return flat
+
+    def seen_from(self, folder: Path) -> RunSettings:
+        """The same settings, with paths that lead somewhere from another folder made absolute."""
+
+        def there(value: str) -> str:
+            path = Path(value)
+            # Of a pattern such as {language}.csv only the folder is sure to be there.
+            sure = path if not set("{*?[") & set(path.name) else path.parent
+            known = not path.is_absolute() and (folder / sure).exists()
+            return str((folder / path).resolve()) if known else value
+
+        def strategy(name: str) -> str:
+            file = name.removeprefix(PEFT_FILE)
+            return name if file == name else PEFT_FILE + there(file)
+
+        return replace(
+            self,
+            model=there(self.model),
+            task=there(self.task),
+            data=None if self.data is None else there(self.data),
+            strategies=tuple(strategy(name) for name in self.strategies),
+        )
 
     def check_names(self) -> None:
         """Look for what is misspelt, without importing anything that takes long.

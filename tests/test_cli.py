@@ -15,7 +15,7 @@ import torch
 from helpers import tiny
 
 import circuitlens as cl
-from circuitlens import run_folder
+from circuitlens import run_exchange, run_folder
 from circuitlens.adapt.options import COMPETENCE, TRANSFER
 from circuitlens.run_folder import RunFolder
 from circuitlens.run_settings import RunSettings
@@ -137,10 +137,21 @@ def test_single_stages_on_a_finished_run(cli, finished, tmp_path):
     assert code == 0
     assert "far" in out
     assert (folder / "transfers" / "far" / "norms" / "result.json").is_file()
+    (folder / "figures").mkdir()
+    (folder / "figures" / "old.csv").touch()
     code, out, _ = cli("discover", folder, "--redo", "--method", "cdt-linear", "--size", "2", "-q")
     assert code == 0
     assert len(cl.Circuit.load(folder / "circuit.json")) == 2
     assert not (folder / "transfers").exists()
+    assert not (folder / "figures").exists()
+    # What came of the old circuit is kept, and can be read.
+    old = folder / "replaced-1"
+    assert str(old) in out
+    assert json.loads((old / "run.json").read_text())["settings"]["size"] == 0.25
+    assert len(cl.Circuit.load(old / "circuit.json")) == 4
+    assert cl.TransferResult.load(old / "transfers" / "far" / "norms").strategy == "norms"
+    assert (old / "figures" / "old.csv").is_file()
+    assert "cdt-linear" in (folder / "report.html").read_text()
     assert not json.loads((folder / "run.json").read_text())["finished"]
     # What was redone is what later stages see.
     assert RunFolder.open(folder).settings.method == "cdt-linear"
@@ -148,6 +159,120 @@ def test_single_stages_on_a_finished_run(cli, finished, tmp_path):
     assert code == 0
     assert "report.html" in out
     assert "cdt-linear" in (folder / "report.html").read_text()
+
+
+def test_a_redo_without_backup_keeps_nothing_of_the_old_circuit(cli, finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    code, _, _ = cli("discover", folder, "--redo", "--no-backup", "--size", "2", "-q")
+    assert code == 0
+    assert not list(folder.glob("replaced-*"))
+    assert not (folder / "transfers").exists()
+    assert not (folder / "faithfulness.safetensors").exists()
+
+
+@pytest.mark.parametrize("step", range(1, 14))
+@pytest.mark.parametrize("backup", [True, False])
+def test_an_exchange_that_breaks_off_is_not_begun_or_completed(
+    finished, tmp_path, monkeypatch, step, backup
+):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    old = cl.Circuit.load(folder / "circuit.json")
+    scores = cl.HeadScores.load(folder / "scores.safetensors")
+    record = json.loads((folder / "run.json").read_text())
+    record["settings"]["size"] = 2
+    n_steps = 0
+
+    def breaking(function):
+        def broken(*args, **options):
+            nonlocal n_steps
+            n_steps += 1
+            if n_steps == step:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+
+        return broken
+
+    with monkeypatch.context() as patch:
+        for place, name in (
+            (os, "replace"),
+            (Path, "rename"),
+            (Path, "unlink"),
+            (shutil, "rmtree"),
+        ):
+            patch.setattr(place, name, breaking(getattr(place, name)))
+        try:
+            run_exchange.exchange(folder, record, scores, scores.top(2), backup=backup)
+        except KeyboardInterrupt:
+            assert n_steps >= step
+    run = RunFolder.open(folder, quiet=True)
+    sizes = len(cl.Circuit.load(folder / "circuit.json")), run.settings.size
+    transfers = len(list(folder.glob("transfers/*/*/result.json")))
+    kept = len(list(folder.glob("replaced-1/transfers/*/*/result.json")))
+    if sizes == (2, 2):
+        assert (transfers, kept) == (0, 2 if backup else 0)
+        assert not (folder / "report.html").exists()
+        assert (folder / "replaced-1" / "run.json").is_file() == backup
+    else:
+        assert sizes == (len(old), 0.25)
+        assert (transfers, kept) == (2, 0)
+    assert not (folder / ".redo").exists()
+
+
+def test_a_run_opens_from_any_folder_and_moves_with_its_data(cli, tmp_path, monkeypatch, toy_proxy):
+    import shutil
+
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    toy_proxy.save(project / "model")
+    for language in ("source", "near"):
+        rows = [
+            f"{e.id},{e.fields['text']},{e.label}"
+            for e in cl.load_task("toy", language)["pool_a"][:200]
+        ]
+        (project / f"{language}.csv").write_text("\n".join(["id,text,label", *rows]))
+    monkeypatch.chdir(project)
+    words = ["--model", "model", "--task", "{language}.csv", "--source", "source", "--size", "2"]
+    template = ["--template", "{text} ->", "--out", "runs/one", "--strategy", "norms"]
+    code, _, err = cli("run", *words, *template, *FAST, "-q")
+    assert code == 0, err
+    record = (project / "runs" / "one" / "run.json").read_text()
+    assert str(tmp_path) not in record
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("faithfulness", project / "runs" / "one", "--redo", "-q")
+    assert code == 0, err
+    shutil.move(project, tmp_path / "moved")
+    run = Path("moved", "runs", "one")
+    code, _, err = cli("transfer", run, "--target", "near", "-q")
+    assert code == 0, err
+    assert (run / "transfers" / "near" / "norms" / "result.json").is_file()
+    assert str(tmp_path) not in (run / "run.json").read_text()
+    assert str(tmp_path) not in (run / "report.html").read_text()
+
+
+def test_a_report_is_never_older_than_its_numbers(cli, finished, tmp_path, monkeypatch):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "report_of", broken)
+        code, _, _ = cli("transfer", folder, "--target", "far", "--strategy", "norms", "-q")
+    assert code != 0
+    assert (folder / "transfers" / "far" / "norms" / "result.json").is_file()
+    assert not (folder / "report.html").exists()
+    code, _, _ = cli("faithfulness", folder, "-q")
+    assert code == 0
+    assert "far" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import circuitlens as cl
+from circuitlens.adapt.trainer import KeepBest
 from circuitlens.tasks import toy
 
 pytestmark = pytest.mark.slow
@@ -157,6 +159,26 @@ def test_a_killed_transfer_goes_on_to_the_same_numbers(begin, tmp_path):
     again = cl.transfer(*begin, checkpoints=tmp_path, **OPTIONS)
     assert numbers(again) == numbers(whole)
     assert again.model.fingerprint() == whole.model.fingerprint()
+
+
+def test_a_clock_that_is_set_back_costs_no_checkpoint(begin, tmp_path, monkeypatch):
+    """Every checkpoint looks older than those before it."""
+    dates = iter(range(2_000_000_000, 0, -100_000))
+    kept = []
+    on_save = KeepBest.on_save
+
+    def saved(self, args, state, control, **options):
+        on_save(self, args, state, control, **options)
+        folders = list(Path(args.output_dir).glob("checkpoint-*"))
+        kept.append([int(f.name.split("-")[1]) for f in folders])
+        for folder in folders:
+            os.utime(folder, (date := next(dates), date))
+
+    monkeypatch.setattr(KeepBest, "on_save", saved)
+    result = cl.transfer(*begin, checkpoints=tmp_path, **{**OPTIONS, "epochs": 4})
+    assert result.n_trainable
+    assert kept == [[11], [22], [33], [44]] * (len(kept) // 4)
+    assert kept
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -198,12 +199,20 @@ class KeepBest(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete a checkpoint: it counts once this file is there."""
+        """Complete a checkpoint: it counts once this file is there. Older ones are removed then.
+
+        The Trainer would remove those with the older dates, of which a clock that is set back makes
+        the newest one.
+        """
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             meta = {"history": self.history, "best": self.best, "seconds": self.seconds}
             meta |= {"steps": state.global_step, **asdict(self.count)}
             write_tensors(folder / "best.safetensors", _BEST, self.weights, meta)
+            for old in folder.parent.glob("checkpoint-*"):
+                if old != folder:
+                    (old / "best.safetensors").unlink(missing_ok=True)
+                    shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, checkpoint: Path) -> int:
         """Go on from a checkpoint; return its number of steps."""

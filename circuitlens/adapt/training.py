@@ -123,8 +123,6 @@ def train(
                 seed=options.seed,
                 eval_strategy="no" if validation is None else "epoch",
                 save_strategy="no" if kept is None else "epoch",
-                # Two, as the older one counts until the newer one is complete.
-                save_total_limit=2,
                 logging_strategy="no",
                 report_to="none",
                 remove_unused_columns=False,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from circuitlens.utils.processes import agreed, is_main, together
+from circuitlens.utils.room import writing_to
 from circuitlens.utils.storage import replacing
 
 __all__ = ["SharedFiles"]
@@ -52,6 +53,18 @@ class SharedFiles:
             with replacing(path) as temporary:
                 write(temporary)
         self.wait()
+
+    def write_folder(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a folder that is whole once it is there."""
+        temporary = path.with_name(f".{path.name}")
+        self.remove(temporary)
+        try:
+            if self.writes:
+                write(temporary)
+                with writing_to(path.parent):
+                    temporary.rename(path)
+        finally:
+            self.remove(temporary)
 
     def remove(self, folder: Path) -> None:
         """Remove a folder, if it is there."""
