@@ -284,7 +284,8 @@ def compare(
             pairs = pairs[pairs["language"] == result.languages[0]]
         _out.print(pairs_table(pairs, reference))
     _out.print(f"Tables: {out}", soft_wrap=True)
-    _out.print(f"Report: {run.report()}", soft_wrap=True)
+    if (folder / "baseline.safetensors").is_file():
+        _out.print(f"Report: {run.report()}", soft_wrap=True)
     if result.errors:
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")

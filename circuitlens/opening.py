@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from circuitlens.adapt.restoring import restore
 from circuitlens.adapt.result import TransferResult
-from circuitlens.adapt.trainable import PROMPT, Trained, restore
+from circuitlens.adapt.tensor_files import Trained
+from circuitlens.adapt.trainable import PROMPT
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.loading import HasLabels, load_model
 from circuitlens.models.prompt import Prompt
+from circuitlens.utils.storage import read_plain_json
 
 __all__ = ["load"]
 
@@ -89,7 +91,7 @@ def _adapted(
         InputError: if the folder does not say which model that is.
     """
     config = folder / "adapter_config.json"
-    adapter = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    adapter = read_plain_json(config) if config.is_file() else {}
     result = TransferResult.load(folder) if (folder / "result.json").is_file() else None
     trained = Trained.found(folder) if result is None else result.trained
     # What was uploaded names a checkpoint on the hub; on this machine it may be a folder.

@@ -101,10 +101,7 @@ class RunFolder:
             # Before the folder is made, so that a mistake in an argument leaves nothing behind.
             run.check()
             run.write_record()
-            run._shared.write(
-                path / "run.yaml",
-                lambda file: file.write_text(settings_file(settings), encoding="utf-8"),
-            )
+            run._write_settings()
             return run
         if not (path / "run.json").is_file():
             raise InputError(
@@ -114,7 +111,12 @@ class RunFolder:
         refuse_other_run(path, read_json(path / "run.json", RUN_SCHEMA), settings)
         logger.info("Resuming the unfinished run in %s.", path)
         run.check()
+        run._write_settings()
         return run
+
+    def _write_settings(self) -> None:
+        content = settings_file(self._given)
+        self._shared.write(self.path / "run.yaml", lambda f: f.write_text(content, "utf-8"))
 
     @classmethod
     def open(cls, path: str | Path, *, quiet: bool = False) -> RunFolder:
@@ -440,11 +442,8 @@ class RunFolder:
         self.write_record()
         if executor is not None:
             self.transfers_by(executor, self.settings.targets, self.settings.strategies)
-        results = [
-            self.transfer(target, strategy)
-            for target in self.settings.targets
-            for strategy in self.settings.strategies
-        ]
+        pairs = product(self.settings.targets, self.settings.strategies)
+        results = [self.transfer(target, strategy) for target, strategy in pairs]
         self.report()
         self.write_record()
         return results

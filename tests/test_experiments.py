@@ -31,6 +31,7 @@ from circuitlens.run_folder import RunFolder
 from circuitlens.run_settings import RunSettings
 from circuitlens.tasks import toy
 from circuitlens.utils.provenance import Provenance
+from circuitlens.utils.storage import read_json
 
 METRICS = {"accuracy", "macro_f1", "margin", "calibration_error"}
 
@@ -474,7 +475,7 @@ def test_a_failure_is_recorded_and_tried_again(parts, fake, tmp_path, monkeypatc
     assert len(partial.cells) == 3
     assert cl.Comparison.load(out) == partial
     file = out / "cells" / "near" / "norms" / "seed-0.error.json"
-    assert json.loads(file.read_text()) == {"schema": "circuitlens.cell-error/1", **error}
+    assert read_json(file, "circuitlens.cell-error/1") == error
     fake.clear()
     full = cl.compare(*parts, ["near"], **GRID, out=out, **FAST)
     assert fake == [("near", "norms", 0)]
@@ -754,6 +755,7 @@ def test_the_command_says_what_failed(tmp_path, parts, monkeypatch):
         circuit=circuit,
         task=task,
         scores=None,
+        outdate=lambda: None,
         settings=RunSettings(model="toy", task="toy", targets=("near",), strategies=("norms",)),
     )
     monkeypatch.setattr(RunFolder, "open", lambda *_, **__: run)

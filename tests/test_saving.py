@@ -38,7 +38,7 @@ def files(folder):
 def forget_kind(folder):
     """Make the folder one that was saved before the kind was recorded."""
     content = json.loads((folder / "result.json").read_text())
-    del content["trained"]
+    del content["trained"], content["checksum"]
     (folder / "result.json").write_text(json.dumps(content))
     (folder / "trained.json").unlink()
 

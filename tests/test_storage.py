@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,28 @@ def test_a_failing_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="processes are asked for by a signal")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    path = tmp_path / "a[1].json"
+    gone = tmp_path / f".a[1].json.{ended}.abcd_123"
+    kept = [
+        tmp_path / f".a[1].json.{os.getppid()}.abcd_123",
+        tmp_path / f".b.json.{ended}.abcd_123",
+        tmp_path / ".a[1].json.notes",
+    ]
+    for file in (gone, *kept):
+        file.touch()
+    write_json(path, "circuitlens.x/1", {"a": 1})
+    assert not gone.exists()
+    assert all(file.exists() for file in kept)
+
+
 def test_results_have_the_mode_of_ordinary_files(tmp_path):
     previous = os.umask(0o027)
     try:

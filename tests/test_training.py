@@ -14,8 +14,9 @@ import circuitlens as cl
 from circuitlens.adapt import stages
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
 from circuitlens.adapt.options import TrainingOptions
+from circuitlens.adapt.restoring import restore
 from circuitlens.adapt.strategies import STRATEGIES, Choice, strategy_of
-from circuitlens.adapt.trainable import Trained, restore
+from circuitlens.adapt.tensor_files import Trained
 from circuitlens.adapt.training import train
 from circuitlens.models.geometry import norm_parameters, selection_masks
 from circuitlens.tasks import toy

@@ -35,9 +35,10 @@ import torch
 from jaxtyping import Bool, Float
 
 from circuitlens.adapt.choice import Choice
+from circuitlens.adapt.restoring import restore
 from circuitlens.adapt.search import Found, Search, search
 from circuitlens.adapt.strategies import strategy_of
-from circuitlens.adapt.trainable import Trained, restore
+from circuitlens.adapt.tensor_files import Trained
 from circuitlens.adapt.training import train
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.retention import Retained
 from circuitlens.adapt.strategies import STRATEGIES
-from circuitlens.adapt.trainable import Trained
+from circuitlens.adapt.tensor_files import Trained
 from circuitlens.circuit import Circuit
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.prompt import Prompt

@@ -66,7 +66,7 @@ class Checkpoints:
             "trained": _selection(trainable),
         }
         if not file.is_file():
-            write_json(file, _TRAINING, mine)
+            write_json(file, _TRAINING, mine, sealed=True)
             return
         stored = read_json(file, _TRAINING)
         for name, value in mine.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,9 +17,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.card import model_card
 from circuitlens.adapt.front import Front
+from circuitlens.adapt.restoring import restore
 from circuitlens.adapt.retention import CircuitShift, Retained
 from circuitlens.adapt.strategies import place_of
-from circuitlens.adapt.trainable import NOTE, TENSOR_FILES, Trained, restore
+from circuitlens.adapt.tensor_files import NOTE, NOTE_SCHEMA, TENSOR_FILES, Trained
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError, first_line
 from circuitlens.models.hooked import HookedModel
@@ -220,7 +220,7 @@ class TransferResult:
         self.trained.write(folder)
         with replacing(folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
-        write_json(folder / "result.json", _SCHEMA, self.to_dict())
+        write_json(folder / "result.json", _SCHEMA, self.to_dict(), sealed=True)
 
     def save_as_lora(
         self, folder: str | Path, model: HookedModel, *, beside: bool = True
@@ -359,16 +359,16 @@ class TransferResult:
 
 def _forget_paths(folder: Path) -> None:
     """Take the places of this machine's files out of a saved result that is to be published."""
-    for name in ("result.json", NOTE):
+    for name, schema in (("result.json", _SCHEMA), (NOTE, NOTE_SCHEMA)):
         path = folder / name
         if not path.is_file():
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, schema)
         for part in (content, content.get("provenance") or {}, content.get("trained") or {}):
             for key in ("model", "checkpoint"):
                 if isinstance(part.get(key), str):
                     part[key] = without_folder(part[key])
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_json(path, schema, content, sealed=True)
 
 
 def saved_transfers(folder: Path, languages: Sequence[str]) -> list[TransferResult]:

@@ -14,7 +14,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,21 +23,19 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from circuitlens.adapt.precision import in_16_bits, widen
+from circuitlens.adapt.tensor_files import (
+    ADAPTER,
+    ENTRIES,
+    ENTRIES_SCHEMA,
+    Trained,
+    digest_of_adapter,
+)
 from circuitlens.errors import InputError
 from circuitlens.models.hooked import HookedModel
 from circuitlens.utils.room import writing_to
-from circuitlens.utils.storage import read_json, read_tensors, replacing, write_json, write_tensors
+from circuitlens.utils.storage import read_plain_json, replacing, write_tensors
 
-__all__ = ["NOTE", "PROMPT", "TENSOR_FILES", "Trainable", "Trained", "merged_copy", "restore"]
-
-_SCHEMA = "circuitlens.weights/2"
-_NOTE_SCHEMA = "circuitlens.trained/1"
-NOTE = "trained.json"
-_ENTRIES = "weights.safetensors"
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Every file that trained tensors may be in. A new result replaces those of old versions of PEFT
-# too, though a pickle is never read.
-TENSOR_FILES = (*_ADAPTER, "adapter_model.bin", _ENTRIES)
+__all__ = ["PROMPT", "Trainable", "merged_copy", "whole_modules_in_float32"]
 
 # How far half a way may lie from the middle of its ends, as a share of their distance.
 _OFF_THE_LINE = 1e-3
@@ -46,70 +44,6 @@ _OFF_THE_LINE = 1e-3
 PROMPT = "circuitlens_prompt"
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the trained tensors in a folder are.
-
-    Attributes:
-        kind: ``"entries"`` of the weights, or the method of a PEFT adapter (``"headslice"``,
-            ``"lora"``).
-        origin: :attr:`HookedModel.origin` of the weights that they belong to; empty where it was
-            not recorded.
-        dtype: type of those weights, such as ``"bfloat16"``; empty where it was not recorded.
-        checkpoint: folder of those weights on this machine, if they came from one. It is not
-            published: adapters that are uploaded name a base on the hub, or none.
-    """
-
-    kind: str
-    origin: str = ""
-    dtype: str = ""
-    checkpoint: str = ""
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether they are a PEFT adapter."""
-        return self.kind != "entries"
-
-    @classmethod
-    def found(cls, folder: Path) -> Trained:
-        """What :meth:`Trainable.write` wrote, or a result that does not say: told by the files."""
-        if (folder / NOTE).is_file():
-            return cls.from_dict(read_json(folder / NOTE, _NOTE_SCHEMA))
-        config = folder / _ADAPTER[0]
-        if not config.is_file():
-            return cls("entries")
-        return cls(str(json.loads(config.read_text(encoding="utf-8"))["peft_type"]).lower())
-
-    def files(self, folder: Path) -> list[str]:
-        """Names of their files in ``folder``.
-
-        Raises:
-            InputError: if they are not there.
-        """
-        names = _ADAPTER if self.is_adapter else (_ENTRIES,)
-        present = [name for name in names if (folder / name).is_file()]
-        if len(present) < (2 if self.is_adapter else 1):
-            what = "adapter" if self.is_adapter else _ENTRIES
-            raise InputError(
-                f"{folder} does not hold the trained tensors of this result (its {what}) any more: "
-                "run the transfer again."
-            )
-        return present
-
-    def write(self, folder: Path) -> None:
-        """Write the note that :meth:`found` reads."""
-        write_json(folder / NOTE, _NOTE_SCHEMA, self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a plain dictionary for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Trained:
-        """Rebuild what :meth:`to_dict` returned."""
-        return cls(**content)
 
 
 @dataclass(frozen=True)
@@ -156,7 +90,7 @@ class Trainable:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
             torch.manual_seed(seed)
             adapter = get_peft_model(cast(Any, copy.hf), config)
-        _whole_modules_in_float32(adapter)
+        whole_modules_in_float32(adapter)
         # For classifiers PEFT trains the head besides, whatever the strategy.
         head = {f"{name}." for name in getattr(adapter, "modules_to_save", None) or ()}
         wanted = {f"{name}." for name in own}
@@ -277,12 +211,13 @@ class Trainable:
         if self.adapter is not None:
             with writing_to(folder):
                 self.adapter.save_pretrained(str(folder))
-            self._add_prompt(folder / _ADAPTER[0])
+            self._add_prompt(folder / ADAPTER[0])
             kind = str(self.adapter.peft_config["default"].peft_type.value).lower()
         else:
             self._write_entries(folder)
             kind = "entries"
-        Trained(kind, self.model.origin, self.base, _checkpoint(self.model)).write(folder)
+        found = "" if self.adapter is None else digest_of_adapter(folder)
+        Trained(kind, self.model.origin, self.base, _checkpoint(self.model), found).write(folder)
 
     def _add_prompt(self, path: Path) -> None:
         """Say in the adapter's configuration what it was trained to answer.
@@ -292,7 +227,7 @@ class Trainable:
         """
         if self.model.prompt is None:
             return
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_plain_json(path)
         mapping = config.get("auto_mapping") or {}
         config["auto_mapping"] = {**mapping, PROMPT: self.model.prompt.to_dict()}
         with replacing(path) as temporary:
@@ -306,7 +241,7 @@ class Trainable:
             tensors[f"{name}:all" if whole else name] = parameter if whole else parameter[mask]
             if not whole:
                 tensors[f"{name}:where"] = mask
-        write_tensors(folder / _ENTRIES, _SCHEMA, tensors, {})
+        write_tensors(folder / ENTRIES, ENTRIES_SCHEMA, tensors, {})
 
     def adapted(self) -> HookedModel:
         """Return the model that validation saw: plain if no bit is lost by that.
@@ -365,7 +300,7 @@ def merged_copy(module: Any) -> Any:
     return adapted.base_layer
 
 
-def _whole_modules_in_float32(adapter: Any) -> bool:
+def whole_modules_in_float32(adapter: Any) -> bool:
     """Have what PEFT copies whole (``modules_to_save``) in float32; say if any was in 16 bits.
 
     PEFT does so with adapter layers only.
@@ -403,40 +338,3 @@ def _type_of(model: HookedModel) -> str:
 def _checkpoint(model: HookedModel) -> str:
     """The folder that just these weights can be loaded from; empty if they came from none."""
     return str(Path(model.name).resolve()) if model.origin == "folder" else ""
-
-
-@torch.no_grad()
-def restore(model: HookedModel, folder: Path, trained: Trained) -> Trainable:
-    """Apply what :meth:`Trainable.write` wrote to a copy of ``model``.
-
-    Raises:
-        InputError: if the folder does not hold ``trained``.
-    """
-    trained.files(folder)
-    copy = model.clone()
-    if trained.is_adapter:
-        from peft import PeftModel
-        from peft.utils import load_peft_weights, set_peft_model_state_dict
-
-        import circuitlens.adapt.headslice  # noqa: F401  (makes its method known to PEFT)
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-            adapter = PeftModel.from_pretrained(cast(Any, copy.hf), str(folder))
-        if _whole_modules_in_float32(adapter):
-            # Its tensors were rounded on their way into modules in 16 bits.
-            weights = load_peft_weights(str(folder), device=str(model.device))
-            set_peft_model_state_dict(adapter, weights)
-        copy.adapter = adapter
-        return Trainable(copy)
-    widen(copy.hf)
-    tensors, _ = read_tensors(folder / _ENTRIES, _SCHEMA)
-    parameters = dict(copy.hf.named_parameters())
-    for key, values in tensors.items():
-        name, _, kind = key.partition(":")
-        if kind == "all":
-            parameters[name].copy_(values)
-        elif not kind:
-            where = tensors[f"{name}:where"].to(model.device)
-            parameters[name][where] = values.to(parameters[name])
-    return Trainable(copy)

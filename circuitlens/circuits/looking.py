@@ -141,7 +141,7 @@ class HeadRoles:
             "n_examples": self.n_examples,
             "provenance": self.provenance.to_dict(),
         }
-        write_json(Path(path), _SCHEMA, content)
+        write_json(Path(path), _SCHEMA, content, sealed=True)
 
     @classmethod
     def load(cls, path: str | Path) -> HeadRoles:

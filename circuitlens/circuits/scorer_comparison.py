@@ -91,7 +91,7 @@ class ScorerComparison:
             "n_held_out": self.n_held_out,
             "provenance": self.provenance.to_dict(),
         }
-        write_json(Path(path), _SCHEMA, content)
+        write_json(Path(path), _SCHEMA, content, sealed=True)
 
     @classmethod
     def load(cls, path: str | Path) -> ScorerComparison:

@@ -122,7 +122,7 @@ class CellFolder:
 
     def write(self, key: Key, cell: Mapping[str, Any]) -> None:
         """Write a finished cell; an earlier failure is forgotten."""
-        write_json(self._file(key), _CELL, cell, compact=True)
+        write_json(self._file(key), _CELL, cell, compact=True, sealed=True)
         self._file(key, ".error").unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints(key), ignore_errors=True)
 
@@ -138,7 +138,7 @@ class CellFolder:
 
     def fail(self, key: Key, error: Mapping[str, Any]) -> None:
         """Write why a cell failed."""
-        write_json(self._file(key, ".error"), _ERROR, error)
+        write_json(self._file(key, ".error"), _ERROR, error, sealed=True)
 
     def comparison(self) -> Comparison:
         """Return all cells of the folder, whichever call they came from."""

@@ -413,7 +413,7 @@ class Comparison:
             with replacing(folder / name) as temporary:
                 frame.to_csv(temporary, index=False)
         content = {"cells": list(self.cells), "errors": list(self.errors)}
-        write_json(folder / "comparison.json", _SCHEMA, content, compact=True)
+        write_json(folder / "comparison.json", _SCHEMA, content, compact=True, sealed=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

@@ -71,15 +71,15 @@ def simple_rival(task: Task, name: str = "n-grams") -> SimpleRival:
     labels = list(task.labels)
     pools = {pool: task[pool] for pool in ("pool_b", "validation", "test")}
     gold = {pool: [labels.index(e.label) for e in examples] for pool, examples in pools.items()}
-    # Every pool of a task has every label.
     counts = Counter(gold["pool_b"])
-    if name == "majority":
+    # Of one label there is nothing to fit.
+    if name == "majority" or len(counts) == 1:
         shares = np.array([counts[i] for i in range(len(labels))]) / len(gold["pool_b"])
         scores = {pool: np.tile(_log(shares), (len(pools[pool]), 1)) for pool in pools}
         n_features = 1
         tried = [(0.0, _accuracy(scores["validation"], gold["validation"]))]
     else:
-        scores, tried, n_features = _ngrams(pools, gold)
+        scores, tried, n_features = _ngrams(pools, gold, len(labels))
     result = summarise(
         torch.tensor(scores["test"], dtype=torch.float32), torch.tensor(gold["test"]), tuple(labels)
     )
@@ -114,7 +114,7 @@ def simple_rivals(task: Task, languages: Iterable[str]) -> list[SimpleRival]:
 
 
 def _ngrams(
-    pools: Mapping[str, Sequence[Example]], gold: Mapping[str, list[int]]
+    pools: Mapping[str, Sequence[Example]], gold: Mapping[str, list[int]], n_labels: int
 ) -> tuple[dict[str, np.ndarray], list[tuple[float, float]], int]:
     """Log-probabilities of labels in every pool, strengths tried, and the number of features."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -142,7 +142,12 @@ def _ngrams(
         if best is None or accuracy > best[0]:
             best = accuracy, model
     assert best is not None
-    scores = {pool: _log(best[1].predict_proba(rows)) for pool, rows in columns.items()}
+    scores = {}
+    for pool, rows in columns.items():
+        # A label that was never seen has no column.
+        shares = np.zeros((rows.shape[0], n_labels))
+        shares[:, best[1].classes_] = best[1].predict_proba(rows)
+        scores[pool] = _log(shares)
     return scores, tried, int(train.shape[1])
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "RecordSource",
     "Rows",
     "dataset_records",
+    "name_of_files",
     "sorted_labels",
     "to_examples",
 ]
@@ -332,3 +333,9 @@ def dataset_records(dataset: Any, label: str) -> Any:
         return None if number is None or number < 0 else str(feature.int2str(int(number)))
 
     return [{**row, label: name(row[label])} for row in rows]
+
+
+def name_of_files(path: Path) -> str:
+    """A task's name from that of its file, or where only the language tells files apart, folder."""
+    own = path.stem.replace("{language}", "").strip("-_. ")
+    return own or path.parent.name.replace("{language}", "").strip("-_. ") or "task"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,13 +125,18 @@ class Task:
 
     def _check(self, pool: str, examples: Sequence[Example]) -> None:
         self._check_examples(examples, f"{self.full_name}, {pool}")
-        counts = Counter(example.label for example in examples)
-        if absent := [label for label in self.labels if not counts[label]]:
+        # Of a target language there may be a handful of sentences, and nothing reads its pool A.
+        enough = self.origin is not None and (examples or pool == "pool_a")
+        if (absent := self._absent(pool)) and not enough:
             raise InputError(
                 f"No example has the label {absent[0]!r} in {pool} of {self.full_name} "
                 f"({len(examples)} examples): every class must occur in every pool; add examples, "
                 "or change seed or share_a."
             )
+
+    def _absent(self, pool: str) -> list[str]:
+        there = {example.label for example in self[pool]}
+        return [label for label in self.labels if label not in there]
 
     def _check_examples(self, examples: Sequence[Example], where: str) -> None:
         fields = self.prompt.fields
@@ -172,6 +176,7 @@ class Task:
         share_a: float = 0.5,
         max_text_tokens: int = 96,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        origin: Task | None = None,
         **style: Any,
     ) -> Task:
         """Make a task from a source of examples in several languages."""
@@ -179,7 +184,17 @@ class Task:
         language = source.resolve(language)
         pools = split_pools(source.splits(language), seed=seed, share_a=share_a)
         task = cls(
-            name, language, template, words, pools, max_text_tokens, seed, share_a, source, **style
+            name,
+            language,
+            template,
+            words,
+            pools,
+            max_text_tokens,
+            seed,
+            share_a,
+            source,
+            origin=origin,
+            **style,
         )
         if tokenizer is not None:
             task.prompt.readout_of(DEFAULT, tokenizer)
@@ -255,7 +270,7 @@ class Task:
         Raises:
             InputError: for files that cannot be read, and as :meth:`from_records`.
         """
-        from circuitlens.tasks.files import FileSource
+        from circuitlens.tasks.files import FileSource, name_of_files
 
         check_options(options, ("name", *FILE_OPTIONS, *COLUMNS, *OPTIONS), str(path))
         template = options.pop("template", "{text} label:")
@@ -270,7 +285,7 @@ class Task:
         words = options.pop("labels", None)
         if words is None:
             words = {value: f" {value}" for value in source.labels(language)}
-        name = options.pop("name", None) or _file_name(Path(path))
+        name = options.pop("name", None) or name_of_files(Path(path))
         return cls.from_source(
             source, language, name=name, template=template, labels=words, **options
         )
@@ -316,6 +331,7 @@ class Task:
             seed=self.seed,
             share_a=self.share_a,
             max_text_tokens=self.max_text_tokens,
+            origin=self,
             **{name: getattr(self, name) for name in STYLE},
         )
         compare_languages(self.full_name, self.pools, other.full_name, other.pools)
@@ -324,7 +340,12 @@ class Task:
         while ancestor is not None:
             pools = pools.apart_from(ancestor.pools)
             ancestor = ancestor.origin
-        return replace(other, pools=pools, origin=self)
+        found = replace(other, pools=pools)
+        for pool in POOLS[1:]:
+            if absent := found._absent(pool):
+                said = (absent[0], pool, found.full_name)
+                logger.warning("No example has the label %r in %s of %s.", *said)
+        return found
 
     # -- using tasks -----------------------------------------------------------------------
 
@@ -425,9 +446,3 @@ class Task:
         counts = self.to_frame().groupby(["pool", "label"], sort=False).size().unstack()
         title = html.escape(f"{self.full_name}: {self.template}")
         return f"<p><b>Task</b> {title}</p>{counts.to_html()}"
-
-
-def _file_name(path: Path) -> str:
-    """A task's name from that of its file, or where only the language tells files apart, folder."""
-    own = path.stem.replace("{language}", "").strip("-_. ")
-    return own or path.parent.name.replace("{language}", "").strip("-_. ") or "task"

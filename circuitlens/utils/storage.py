@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ __all__ = [
     "RUN_SCHEMA",
     "digest",
     "read_json",
+    "read_plain_json",
     "read_tensors",
     "replacing",
     "safe_name",
@@ -78,7 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _sweep(path)
+        prefix = f".{path.name}.{os.getpid()}."
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
         os.close(handle)
     temporary = Path(name)
     try:
@@ -94,8 +98,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed left of this file; a checkpoint takes gigabytes."""
+    if os.name != "posix":
+        return  # where a signal that asks would end the process
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        found = re.fullmatch(r"\.(\d+)\.[a-z0-9_]{8}", left.name.removeprefix(f".{path.name}"))
+        if found is None:
+            continue
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except OSError:
+            continue
+
+
 def write_json(
-    path: Path, schema: str, content: Mapping[str, Any], *, compact: bool = False
+    path: Path,
+    schema: str,
+    content: Mapping[str, Any],
+    *,
+    compact: bool = False,
+    sealed: bool = False,
 ) -> None:
     """Write ``content`` as JSON with a ``schema`` key, e.g. ``circuitlens.circuit/1``.
 
@@ -105,8 +130,13 @@ def write_json(
         content: what is written.
         compact: for long tables: a line for every entry, and for every item of an entry that is a
             list of objects, instead of one for every number.
+        sealed: with a checksum, so that a number that was changed since is noticed. Not for what
+            people write by hand too, such as circuits.
     """
     whole = {"schema": schema, **content}
+    if sealed:
+        # Of what will be read: keys that are numbers become texts.
+        whole["checksum"] = _digest_of_json(json.loads(_json(content)))
     text = _lines(whole) if compact else _json(whole, indent=2)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -144,6 +174,13 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
     _check_schema(path, content.pop("schema", None), schema)
+    # Files of earlier versions have none.
+    sealed = content.pop("checksum", None)
+    if sealed is not None and sealed != _digest_of_json(content):
+        raise InputError(
+            f"{path} was changed since it was written (its checksum differs): make it again, or "
+            "take it from a backup. If the change was meant, remove the line with the checksum."
+        )
     return content
 
 
@@ -180,6 +217,10 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, 
         return tensors, json.loads(meta)
 
 
+def _digest_of_json(content: Any) -> str:
+    return digest(_json(content, sort_keys=True))
+
+
 def _digest_of(tensors: Mapping[str, Tensor], meta: str) -> str:
     return digest(meta, *(part for name in sorted(tensors) for part in (name, tensors[name])))
 
@@ -201,6 +242,19 @@ def whole(path: str | Path) -> Iterator[None]:
             f"{path} is damaged, or was written by another version of circuitlens ({what}): make "
             "it again, or take it from a backup."
         ) from error
+
+
+def read_plain_json(path: Path) -> dict[str, Any]:
+    """Read an object from a JSON file of another library, such as a configuration.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    with whole(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__} where an object should be")
+        return content
 
 
 def digest(*parts: str | bytes | Tensor) -> str:
