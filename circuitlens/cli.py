@@ -26,6 +26,7 @@ from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
 from circuitlens.settings_files import RECIPES, expanded
 from circuitlens.utils.claims import claiming
+from circuitlens.utils.strangers import Plain, printable
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
@@ -53,11 +54,14 @@ _DISCOVERY = ("size", *SCORING)
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor log lines.")]
 
 # Wide enough for the tables when nobody has a terminal.
-_out = Console(width=None if sys.stdout.isatty() else 140)
+# Names in square brackets are names.
+_out = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 
 
 def _begin(quiet: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = logging.WARNING if quiet else logging.INFO
     if os.environ.get("RANK", "0") != "0":
         # Of the processes of accelerate launch, one speaks.
@@ -65,6 +69,10 @@ def _begin(quiet: bool) -> None:
     logging.getLogger("circuitlens").setLevel(level)
     # What torch and transformers warn about here is none of the user's making.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|transformers")
+
+
+def _say(text: str) -> None:
+    _out.print(printable(text), soft_wrap=True)
 
 
 def _version(wanted: bool | None) -> None:
@@ -91,7 +99,7 @@ def _finish(run: RunFolder, results: Sequence[TransferResult]) -> None:
 
         rivals = simple_rivals(run.task, [r.target_language for r in results])
         _out.print(strategy_table(results, rivals))
-    _out.print(f"Report: {run.path / 'report.html'}", soft_wrap=True)
+    _say(f"Report: {run.path / 'report.html'}")
 
 
 @app.command()
@@ -137,7 +145,7 @@ def run(
     if plan:
         planned = RunFolder(out, settings, quiet=quiet).plan()
         _out.print(plan_table(planned))
-        _out.print(f"All of it takes {planned}.", soft_wrap=True)
+        _say(f"All of it takes {planned}.")
         planned.check()
         return
     folder = RunFolder.create(out, settings, quiet=quiet)
@@ -174,9 +182,9 @@ def discover(
     run = RunFolder.open(folder, quiet=quiet)
     replaced = run.discover_again(changes, backup=backup)
     run.report()
-    _out.print(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
+    _say(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
     if replaced is not None:
-        _out.print(f"What was there before: {replaced}", soft_wrap=True)
+        _say(f"What was there before: {replaced}")
 
 
 @app.command()
@@ -197,7 +205,7 @@ def faithfulness(
     columns = ["heads", "faithfulness", "accuracy", "random_faithfulness", "random_accuracy"]
     columns += ["layer_matched_faithfulness", "completeness"]
     table = run.curve.to_frame()[columns]
-    _out.print(table.to_string(index=False, float_format="{:.3f}".format))
+    _say(table.to_string(index=False, float_format="{:.3f}".format))
     run.report()
     run.write_record()
 
@@ -283,9 +291,9 @@ def compare(
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]
         _out.print(pairs_table(pairs, reference))
-    _out.print(f"Tables: {out}", soft_wrap=True)
+    _say(f"Tables: {out}")
     if (folder / "baseline.safetensors").is_file():
-        _out.print(f"Report: {run.report()}", soft_wrap=True)
+        _say(f"Report: {run.report()}")
     if result.errors:
         # The log has named each of them.
         sys.stderr.write(f"{len(result.errors)} failed; the same command tries them again.\n")
@@ -333,7 +341,7 @@ def predict(
             added = found.rename(columns=taken).to_dict("records")
             table.add([{**row, **extra} for row, extra in zip(chunk, added, strict=True)])  # type: ignore[dict-item]
             n += len(chunk)
-    _out.print(f"Labelled: {out} ({n} texts)", soft_wrap=True)
+    _say(f"Labelled: {out} ({n} texts)")
 
 
 @app.command()
@@ -354,7 +362,7 @@ def report(
         page = folder / "report.html"
         comparison = Comparison.load(folder)
         write_report(page, title="Strategies compared", comparison=comparison)
-        _out.print(f"Report: {page}", soft_wrap=True)
+        _say(f"Report: {page}")
         return
     run = RunFolder.open(folder, quiet=quiet)
     run.report()
@@ -391,7 +399,7 @@ def figures(
         width=width_of(width),
         mode=mode,
     )
-    _out.print(f"Figures: {out} ({len(files)} files)", soft_wrap=True)
+    _say(f"Figures: {out} ({len(files)} files)")
 
 
 @app.command()
@@ -420,8 +428,8 @@ def demo(
         seed=seed,
     )
     # Weight decay leaves the task to the heads that it needs.
-    trained = settings.competence_options({"weight_decay": 1.0})
-    settings = replace(settings, finetuning=trained)
+    decayed = settings.competence_options({"weight_decay": 1.0})
+    settings = replace(settings, finetuning=decayed)
     folder = RunFolder.create(out, settings, quiet=quiet)
     _finish(folder, folder.run_all("processes"))
 
@@ -432,7 +440,7 @@ def main() -> None:
     try:
         app(args=expanded(sys.argv[1:]))
     except CircuitLensError as error:
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(f"Error: {printable(error)}\n")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

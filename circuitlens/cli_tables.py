@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from circuitlens.utils.strangers import on_one_line
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,7 +29,12 @@ def plan_table(plan: Plan) -> Table:
     for stage in plan.stages:
         counts = (stage.examples, stage.forward, stage.backward, stage.tokens)
         numbers = [f"{count:,.0f}" for count in counts]
-        table.add_row(stage.name, *numbers, f"{stage.seconds:,.1f}", f"{stage.memory / 2**30:.2f}")
+        table.add_row(
+            on_one_line(stage.name),
+            *numbers,
+            f"{stage.seconds:,.1f}",
+            f"{stage.memory / 2**30:.2f}",
+        )
     return table
 
 
@@ -47,8 +54,8 @@ def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRiv
     for r in results:
         before, after = r.source_before, r.source_after
         table.add_row(
-            r.target_language,
-            r.strategy,
+            on_one_line(r.target_language),
+            on_one_line(r.strategy),
             percent(r.target_before.accuracy),
             percent(r.target_after.accuracy),
             f"{100 * r.target_gain:+.1f}",
@@ -63,8 +70,8 @@ def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRiv
     for rival in rivals:
         accuracy, start = rival.result.accuracy, before_of[rival.language]
         table.add_row(
-            rival.language,
-            rival.name,
+            on_one_line(rival.language),
+            on_one_line(rival.name),
             percent(start),
             percent(accuracy),
             f"{100 * (accuracy - start):+.1f}",
@@ -98,8 +105,8 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
     for row in summary.to_dict("records"):
         table.add_row(
-            row["language"],
-            row["strategy"],
+            on_one_line(row["language"]),
+            on_one_line(row["strategy"]),
             str(row["n_seeds"]),
             percent(row["target_before"]),
             percent(row["target_after"], row["target_after_sd"]),
@@ -116,15 +123,17 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
 def pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
     """One row a difference."""
-    table = Table(title=f"Target accuracy of {reference} minus that of others, in points")
+    table = Table(
+        title=f"Target accuracy of {on_one_line(reference)} minus that of others, in points"
+    )
     table.add_column("target")
     table.add_column("other")
     for name in ("difference", "95 % interval", "p", "p (Holm)", "examples", "seeds"):
         table.add_column(name, justify="right")
     for row in pairs.to_dict("records"):
         table.add_row(
-            row["language"],
-            row["b"],
+            on_one_line(row["language"]),
+            on_one_line(row["b"]),
             f"{100 * row['difference']:+.1f}",
             f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
             f"{row['p']:.3f}" if row["p"] else "< 0.002",

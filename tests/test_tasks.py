@@ -29,7 +29,7 @@ from circuitlens.models.readouts import SequenceReadout, TokenReadout
 from circuitlens.tasks import Encoded, Example, Pools, Task
 from circuitlens.tasks.encoding import _report_truncation, encode
 from circuitlens.tasks.examples import split_pools
-from circuitlens.tasks.task import _file_name
+from circuitlens.tasks.files import name_of_files
 from circuitlens.tasks.toy import toy_model, toy_tokenizer
 
 POOLS = ("pool_a", "pool_b", "validation", "test")
@@ -1199,7 +1199,7 @@ def test_two_files_of_one_split_are_refused(tmp_path):
     ],
 )
 def test_a_task_is_named_after_its_file(path, name):
-    assert _file_name(Path(path)) == name
+    assert name_of_files(Path(path)) == name
 
 
 def test_a_text_of_the_test_split_is_not_validated_on(caplog):

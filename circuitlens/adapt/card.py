@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Protocol, cast, runtime_checkable
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -17,6 +18,7 @@ from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import DEFAULT
 from circuitlens.tasks.evaluation import Evaluation
 from circuitlens.utils.provenance import Provenance, without_folder
+from circuitlens.utils.strangers import as_code, as_markdown
 
 __all__ = ["model_card"]
 
@@ -164,9 +166,10 @@ def model_card(result: Described) -> ModelCard:
     card = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
-        title=name,
-        trained=f"strategy `{result.strategy}`, {result.n_trainable:,} trained entries, {rate}."
-        + (f" {result.decision.why}" if result.decision else ""),
+        title=as_markdown(name),
+        trained=f"strategy {as_code(result.strategy)}, "
+        f"{result.n_trainable:,} trained entries, {rate}."
+        + (f" {as_markdown(result.decision.why)}" if result.decision else ""),
         base=_base(result),
         code=_code(result),
         remarks=_remarks(result),
@@ -174,14 +177,14 @@ def model_card(result: Described) -> ModelCard:
         circuit=(
             "This strategy is not about heads."
             if heads is None
-            else f"{len(heads)} of {heads.n_layers * heads.n_heads} heads ({heads.selection}): "
-            + (", ".join(map(str, heads)) or "none")
+            else f"{len(heads)} of {heads.n_layers * heads.n_heads} heads "
+            f"({as_markdown(heads.selection)}): " + (", ".join(map(str, heads)) or "none")
         ),
-        data=target + _mixed_in(result),
-        task=target,
+        data=as_markdown(target) + _mixed_in(result),
+        task=as_markdown(target),
         rows="\n".join(_row(*entry) for entry in measured),
         provenance="\n".join(
-            f"- {key}: {shown if key == 'model' else value}"
+            f"- {key}: {as_markdown(shown if key == 'model' else value)}"
             for key, value in origin.to_dict().items()
             if value is not None
         ),
@@ -195,7 +198,10 @@ def _prompt(prompt: Prompt | None) -> str:
         return ""
     settings = {name: value for name, value in prompt.to_dict().items() if name != "labels"}
     shown = {**settings, **{f"label {label}": word for label, word in prompt.labels.items()}}
-    lines = [f"- {name}: `{json.dumps(v, ensure_ascii=False)}`" for name, v in shown.items()]
+    lines = [
+        f"- {as_markdown(name)}: {as_code(json.dumps(v, ensure_ascii=False))}"
+        for name, v in shown.items()
+    ]
     return (
         "## Prompt\n\nWhat the model is asked, and the answer word of every label (of a "
         "classification head, the class of this name). With it, "
@@ -214,10 +220,11 @@ def _base(result: Described) -> str:
     name, fingerprint = result.provenance.model, result.provenance.model_fingerprint
     what = "This adapter belongs" if result.is_adapter else "These weights belong"
     if _is_on_hub(result):
-        return f"{what} to [{name}](https://huggingface.co/{name}) (fingerprint `{fingerprint}`)."
+        link = f"[{as_markdown(name)}](https://huggingface.co/{quote(name)})"
+        return f"{what} to {link} (fingerprint `{fingerprint}`)."
     origin = result.trained.origin if result.trained else ""
     # A card is for others, who have no use for the place of a folder here.
-    shown = f"`{without_folder(name)}`"
+    shown = as_code(without_folder(name))
     to = _ORIGINS.get(origin, f"the weights of {{}}, {origin}").format(shown)
     return (
         f"{what} to {to} (fingerprint `{fingerprint}`). On any others it would give wrong answers; "
@@ -233,7 +240,7 @@ def _code(result: Described) -> str:
         if _is_on_hub(result):
             # The checkpoint's own type may be another one.
             dtype = result.trained.dtype if result.trained else ""
-            base = f'"{result.provenance.model}"' + (f', dtype="{dtype}"' if dtype else "")
+            base = json.dumps(result.provenance.model) + (f', dtype="{dtype}"' if dtype else "")
     template = _ADAPTER_CODE if result.is_adapter else _ENTRIES_CODE
     return template.format(
         auto=readout.auto_class().__name__,
@@ -268,7 +275,9 @@ def _mixed_in(result: Described) -> str:
     how = f"in stages, fewer in each, down to {each if replay else 'none'}"
     if not gradual:
         how = f"up to {each}"
-    return f" and on examples from the training pool of {result.retained[0].name} ({how})"
+    return (
+        f" and on examples from the training pool of {as_markdown(result.retained[0].name)} ({how})"
+    )
 
 
 def _row(name: str, before: Evaluation, after: Evaluation) -> str:
@@ -278,4 +287,4 @@ def _row(name: str, before: Evaluation, after: Evaluation) -> str:
         (before.calibration_error, after.calibration_error),
     )
     cells = [f"{value:.3f}" for pair in pairs for value in pair]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    return f"| {as_markdown(name)} | " + " | ".join(cells) + " |"

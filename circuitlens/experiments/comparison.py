@@ -25,6 +25,7 @@ from circuitlens.experiments.paired import (
 )
 from circuitlens.experiments.simple_rivals import SIMPLE
 from circuitlens.utils.storage import read_json, replacing, whole, write_json
+from circuitlens.utils.strangers import for_spreadsheets
 
 __all__ = ["Comparison"]
 
@@ -411,7 +412,7 @@ class Comparison:
         table = self.to_frame()
         for name, frame in (("table.csv", table), ("summary.csv", self.summary())):
             with replacing(folder / name) as temporary:
-                frame.to_csv(temporary, index=False)
+                for_spreadsheets(frame).to_csv(temporary, index=False)
         content = {"cells": list(self.cells), "errors": list(self.errors)}
         write_json(folder / "comparison.json", _SCHEMA, content, compact=True, sealed=True)
 

@@ -18,6 +18,7 @@ from circuitlens.experiments.cell_folder import CellFolder
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.utils.storage import RUN_SCHEMA, read_json, replacing
+from circuitlens.utils.strangers import for_spreadsheets
 from circuitlens.view.curves import faithfulness_curve
 from circuitlens.view.fronts import front_frame, transfer_fronts
 from circuitlens.view.graph import circuit_graph
@@ -111,7 +112,7 @@ def write_figures(
     for name, one in drawn.items():
         path = out / f"{name}.csv"
         with replacing(path) as temporary:
-            one.data.to_csv(temporary, index=False)
+            for_spreadsheets(one.data).to_csv(temporary, index=False)
         files.append(path)
     return files
 

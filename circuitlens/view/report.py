@@ -130,11 +130,11 @@ def render_report(
     if comparison is not None and has_cells:
         context["comparison"] = _comparison(comparison)
         context["warnings"] += comparison_warnings(comparison)
-        # Simple rivals have none; they stand beside strategies that do.
-        cell = next(c["provenance"] for c in comparison.cells if c.get("provenance"))
-        context.setdefault("provenance", Provenance.from_dict(cell))
-        if not context["settings"]:
-            context["settings"] = cell["settings"]
+        # Simple rivals have none, and where every training failed they stand alone.
+        cell = next((c["provenance"] for c in comparison.cells if c.get("provenance")), None)
+        if cell is not None:
+            context.setdefault("provenance", Provenance.from_dict(cell))
+            context["settings"] = context["settings"] or cell["settings"]
     return _ENVIRONMENT.get_template("report.html.j2").render(context)
 
 
