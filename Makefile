@@ -19,7 +19,7 @@ slow: $(STAMP)
 
 # Ten thousand random inputs; a few of each kind are among the tests.
 fuzz: $(STAMP)
-	FUZZ=1000 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ=1000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_models.py
 
 # Builds the site, runs every block of the README and of the site, and every notebook.
 docs: $(STAMP)
