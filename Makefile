@@ -10,8 +10,9 @@ PLAIN   = $(VENV)/.plain
 demo: $(PLAIN)
 	$(BIN)/circuitlens demo
 
+# COVERAGE=1 measures lines and branches too, which takes longer.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 # What takes long: several processes, kills, a notebook in a browser, whole trainings.
 slow: $(STAMP)

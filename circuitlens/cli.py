@@ -26,7 +26,7 @@ from circuitlens.errors import CircuitLensError, InputError
 from circuitlens.run_settings import SCORING, RunSettings, check_run
 from circuitlens.settings_files import RECIPES, expanded
 from circuitlens.utils.claims import claiming
-from circuitlens.utils.strangers import Plain, printable
+from circuitlens.utils.strangers import plain_log, printable
 
 if TYPE_CHECKING:
     from circuitlens.adapt import TransferResult
@@ -59,9 +59,7 @@ _out = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=F
 
 
 def _begin(quiet: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Plain("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[plain_log()])
     level = logging.WARNING if quiet else logging.INFO
     if os.environ.get("RANK", "0") != "0":
         # Of the processes of accelerate launch, one speaks.
@@ -173,9 +171,8 @@ def discover(
     check_run(folder)
     if (folder / "circuit.json").is_file() and not redo:
         raise InputError(
-            f"{folder} has a circuit already: add --redo to replace it, with the faithfulness, the "
-            "transfers, the comparison, the figures and the report that came of it. They are kept "
-            "in a folder of their own (not with --no-backup)."
+            f"{folder} has a circuit already: add --redo to replace it and all that came of it, "
+            "which is kept in a folder of its own (not with --no-backup)."
         )
     from circuitlens.run_folder import RunFolder
 
@@ -286,11 +283,10 @@ def compare(
     )
     _out.print(summary_table(result.summary()))
     if len(result.strategies) > 1:
-        reference = result.reference
-        pairs = result.pairs(reference)
+        pairs = result.pairs(result.reference)
         if len(result.languages) == 1:  # which is all of them
             pairs = pairs[pairs["language"] == result.languages[0]]
-        _out.print(pairs_table(pairs, reference))
+        _out.print(pairs_table(pairs, result.reference))
     _say(f"Tables: {out}")
     if (folder / "baseline.safetensors").is_file():
         _say(f"Report: {run.report()}")

@@ -7,6 +7,7 @@
     DIR/circuit.json                   the circuit
     DIR/effects.safetensors            what ablating each of its heads does
     DIR/roles.json                     what they look at, and which labels they raise
+    DIR/lens.safetensors               the task margin behind every layer
     DIR/faithfulness.safetensors       its faithfulness
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
@@ -35,6 +36,7 @@ from circuitlens.baseline import MeanBaseline, label_balanced_mean
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects, head_effects
+from circuitlens.circuits.lens import MarginByLayer, margin_by_layer
 from circuitlens.circuits.looking import HeadRoles, head_roles
 from circuitlens.circuits.measure_faithfulness import default_sizes, faithfulness
 from circuitlens.circuits.smallest import smallest_circuit
@@ -73,7 +75,7 @@ class RunFolder:
     """A run and its folder. Attributes are computed, or loaded, when first asked for."""
 
     def __init__(
-        self, path: Path, settings: RunSettings, begun_in: str | None = None, *, quiet: bool
+        self, path: Path, settings: RunSettings, begun_in: str | None = None, *, quiet: bool = False
     ) -> None:
         self.path = path
         # As they were given; paths among them are relative to the folder the run was begun in.
@@ -264,6 +266,11 @@ class RunFolder:
         return cast(HeadRoles, self._stage(*how, settings=("max_examples", "seed")))
 
     @cached_property
+    def lens(self) -> MarginByLayer:
+        """The task margin behind every layer."""
+        return cast(MarginByLayer, self._stage("lens.safetensors", MarginByLayer, margin_by_layer))
+
+    @cached_property
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of the circuit and of larger and smaller ones."""
 
@@ -286,19 +293,11 @@ class RunFolder:
         if self._shared.there(path / "result.json"):
             self._clock.skip(stage)
             return self._checked(TransferResult.load(path))
-        model, circuit, scores = self.model, self.circuit, self.scores
+        given = self.model, self.circuit, task
+        options = {**self.settings.transferring, "rediscover": self.settings.rediscover}
+        options |= {"scores": self.scores, "checkpoints": path / ".training"}
         with self._clock.stage(stage):
-            result = transfer(
-                model,
-                circuit,
-                task,
-                strategy=strategy,
-                scores=scores,
-                **self.settings.transferring,
-                rediscover=self.settings.rediscover,
-                checkpoints=path / ".training",
-                quiet=self.quiet,
-            )
+            result = transfer(*given, strategy=strategy, **options, quiet=self.quiet)
         if self._shared.writes:
             self.outdate()
             result.save(path)
@@ -318,10 +317,8 @@ class RunFolder:
         ]
         if todo:
             self.outdate()
-            parts = (self.model, self.circuit, self.scores)
-            transfers_by(
-                executor, *parts, todo, self.settings, self._transfer_path, quiet=self.quiet
-            )
+            given = (self.model, self.circuit, self.scores, todo, self.settings)
+            transfers_by(executor, *given, self._transfer_path, quiet=self.quiet)
 
     def _checked(self, result: TransferResult) -> TransferResult:
         if result.provenance.model_fingerprint != self.baseline.provenance.model_fingerprint:
@@ -344,10 +341,11 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all that the settings ask for is there."""
-        pairs = product(self._targets(), self.settings.strategies)
-        files = [self._transfer_path(*pair) / "result.json" for pair in pairs]
-        files += [self.path / "faithfulness.safetensors", self.path / "report.html"]
-        return all(file.is_file() for file in files)
+        files = (self.path / name for name in ("faithfulness.safetensors", "report.html"))
+        return all(file.is_file() for file in files) and all(
+            (self._transfer_path(*pair) / "result.json").is_file()
+            for pair in product(self._targets(), self.settings.strategies)
+        )
 
     def discover_again(self, changes: Mapping[str, Any], *, backup: bool = True) -> Path | None:
         """Score the heads and choose the circuit by other settings.
@@ -390,6 +388,7 @@ class RunFolder:
             self.circuit,
             stage("effects", "effects.safetensors"),
             stage("roles", "roles.json"),
+            stage("lens", "lens.safetensors"),
             stage("curve", "faithfulness.safetensors"),
         )
 
@@ -397,12 +396,11 @@ class RunFolder:
         """Write the report of what is there."""
         page = self.path / "report.html"
         # All of it may be a stage that processes share.
-        found, results = self._found(), self.transfers()
+        given = self.task, self._given, self._found(), self.transfers()
         trained = self._shared.there(self.path / "proxy")
         compared = self._shared.there(self.path / "compare" / "comparison.json")
         if self._shared.writes:
             folder = self.path / "compare" if compared else None
-            given = self.task, self._given, found, results
             report_of(page, *given, trained=trained, comparison=folder)
         return page
 
@@ -438,7 +436,7 @@ class RunFolder:
             self._clock.begin({stage.name: stage.seconds for stage in planned})
         logger.info("Discovery: %r", self.circuit)
         log_checks(self.circuit, self.curve, self.effects)
-        _ = self.roles
+        _ = self.roles, self.lens
         self.write_record()
         if executor is not None:
             self.transfers_by(executor, self.settings.targets, self.settings.strategies)

@@ -13,6 +13,7 @@ from circuitlens.baseline import MeanBaseline
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects
+from circuitlens.circuits.lens import MarginByLayer
 from circuitlens.circuits.looking import HeadRoles
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.simple_rivals import simple_rivals
@@ -36,6 +37,7 @@ class Found:
     circuit: Circuit
     effects: HeadEffects | None
     roles: HeadRoles | None
+    lens: MarginByLayer | None
     curve: FaithfulnessCurve | None
 
 
@@ -69,6 +71,7 @@ def report_of(
         circuit=found.circuit,
         effects=found.effects,
         roles=found.roles,
+        lens=found.lens,
         curve=found.curve,
         results=results,
         rivals=simple_rivals(task, [r.target_language for r in results]),
@@ -106,6 +109,8 @@ def record_of(
         record["circuit"] = found.circuit.to_dict()
         if found.effects is not None:
             record["effects"] = found.effects.to_frame(found.scores).to_dict("records")
+        if found.lens is not None:
+            record["margin_by_layer"] = found.lens.to_frame().to_dict("records")
         if found.curve is not None:
             table = found.curve.to_frame()
             rows = table.astype(object).where(table.notna(), None).to_dict("records")

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Plain", "as_code", "as_markdown", "for_spreadsheets", "on_one_line", "printable"]
+__all__ = [
+    "as_code",
+    "as_markdown",
+    "for_spreadsheets",
+    "on_one_line",
+    "plain_log",
+    "printable",
+]
 
 # They turn round what stands behind them.
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -39,12 +46,16 @@ def on_one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
-class Plain(logging.Formatter):
-    """Log lines without anything that a terminal would act on."""
+def plain_log() -> logging.Handler:
+    """Log lines on standard error, without anything that a terminal would act on."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Write a line."""
-        return printable(super().format(record))
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain("%(message)s"))
+    return handler
 
 
 def as_markdown(text: object) -> str:

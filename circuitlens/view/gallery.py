@@ -13,6 +13,8 @@ import plotly.graph_objects as go
 from circuitlens.adapt.result import saved_transfers
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.lens import MarginByLayer
+from circuitlens.circuits.looking import HeadRoles
 from circuitlens.errors import InputError
 from circuitlens.experiments.cell_folder import CellFolder
 from circuitlens.experiments.comparison import Comparison
@@ -24,6 +26,7 @@ from circuitlens.view.fronts import front_frame, transfer_fronts
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
 from circuitlens.view.paper import WIDTHS, Width, check_formats, export_all
+from circuitlens.view.roles import head_card, margin_lens
 from circuitlens.view.small_multiples import MEAN, Results, cells_of, transfer_points
 from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.theme import Mode, look
@@ -31,6 +34,10 @@ from circuitlens.view.tradeoff import transfer_tradeoff
 from circuitlens.view.training import drift_frame, history_frame, training_curves, weight_drift
 
 __all__ = ["Drawn", "figures_of", "write_figures"]
+
+
+# Heads that get a card each.
+_CARDS = 6
 
 
 class Drawn(NamedTuple):
@@ -156,6 +163,17 @@ def _discovery(source: Path, mode: Mode) -> dict[str, Drawn]:
     if circuit:
         lines = circuit.edge_frame() if circuit.edges else circuit.to_frame()
         found["circuit"] = Drawn(circuit_graph(circuit, scores, mode=mode), lines)
+    if (file := source / "roles.json").is_file():
+        roles = HeadRoles.load(file)
+        table = roles.to_frame()
+        known = [role.head for role in roles.roles]
+        strongest = known if scores is None else [h for h in scores.ranking() if h in known]
+        for head in strongest[:_CARDS]:
+            card = head_card(roles, head, circuit, mode=mode)
+            found[f"head-{head}"] = Drawn(card, table[table["head"] == str(head)])
+    if (file := source / "lens.safetensors").is_file():
+        lens = MarginByLayer.load(file)
+        found["lens"] = Drawn(margin_lens(lens, mode=mode), lens.to_frame())
     if (file := source / "faithfulness.safetensors").is_file():
         curve = FaithfulnessCurve.load(file)
         # As in the report: small circuits of large models would all sit at the left edge.

@@ -18,6 +18,7 @@ from circuitlens.adapt import STRATEGIES, TransferResult
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
 from circuitlens.circuits.effects import HeadEffects
+from circuitlens.circuits.lens import MarginByLayer
 from circuitlens.circuits.looking import HeadRoles
 from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
@@ -32,6 +33,7 @@ from circuitlens.view.curves import faithfulness_curve
 from circuitlens.view.fronts import transfer_fronts
 from circuitlens.view.graph import circuit_graph
 from circuitlens.view.heads import head_bars, head_heatmap
+from circuitlens.view.roles import head_card, margin_lens
 from circuitlens.view.small_multiples import cells_of
 from circuitlens.view.strategy_grids import paired_differences, strategy_table
 from circuitlens.view.tradeoff import transfer_tradeoff
@@ -41,6 +43,8 @@ from circuitlens.view.verdict import verdicts
 __all__ = ["render_report", "write_report"]
 
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d"]}
+# Heads of which the report shows a card.
+_CARDS = 3
 _ENVIRONMENT = Environment(
     loader=PackageLoader("circuitlens.view"),
     autoescape=True,
@@ -80,6 +84,7 @@ def render_report(
     circuit: Circuit | None = None,
     effects: HeadEffects | None = None,
     roles: HeadRoles | None = None,
+    lens: MarginByLayer | None = None,
     curve: FaithfulnessCurve | None = None,
     results: Sequence[TransferResult] = (),
     rivals: Sequence[SimpleRival] = (),
@@ -94,6 +99,7 @@ def render_report(
         scores, circuit: discovery; both or none.
         effects: what ablating each head of the circuit does, if it was measured.
         roles: what its heads look at, and which labels they raise.
+        lens: the task margin behind every layer.
         curve: faithfulness, if it was measured.
         results: single transfers, if there were any.
         rivals: simple rivals in their languages (:func:`circuitlens.experiments.simple_rival`).
@@ -123,6 +129,7 @@ def render_report(
         if circuit is None:
             raise InputError("A report of scores shows their circuit: pass circuit=… too.")
         context["run"] = _run(scores, circuit, effects, curve, results)
+        context["run"]["figures"] |= _embed(_looks(scores, circuit, roles, lens))
         context["run"] |= {"rivals": rivals, "roles": roles}
         context["verdicts"] = verdicts(scores, circuit, effects, curve, results, rivals)
         context["warnings"] += run_warnings(scores, curve, results)
@@ -182,6 +189,18 @@ def _run(
         "strategies": {s.name: s.description for s in STRATEGIES.values()},
         "figures": _embed(figures),
     }
+
+
+def _looks(
+    scores: HeadScores, circuit: Circuit, roles: HeadRoles | None, lens: MarginByLayer | None
+) -> dict[str, go.Figure]:
+    """What the strongest heads do, and in which layers the answer is made."""
+    found = {} if lens is None else {"lens": margin_lens(lens, by_label=len(set(lens.labels)) < 7)}
+    if roles is not None:
+        known = {role.head for role in roles.roles}
+        for head in [head for head in scores.ranking() if head in known][:_CARDS]:
+            found[f"card {head}"] = head_card(roles, head, circuit)
+    return found
 
 
 def _fronts(results: Comparison | Sequence[TransferResult]) -> dict[str, go.Figure]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 try:
     from latex2mathml.converter import convert
@@ -23,6 +24,9 @@ except ImportError:
 
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+# What the theme's offline search loads.
+_SHIM = "https://unpkg.com/iframe-worker/shim"
+_WORKER = "javascripts/worker-from-disk.js"
 _COMMANDS = "<!-- commands -->"
 
 
@@ -48,6 +52,20 @@ def on_page_content(content: str, **_: Any) -> str:
     """Turn formulas into MathML."""
     content = _INLINE.sub(lambda match: _formula(match[1], "inline"), content)
     return _BLOCK.sub(lambda match: _formula(match[1], "block"), content)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Have the search from disk start with our script, and nothing from elsewhere."""
+    return _from_here(output, page.url)
+
+
+def on_post_template(output_content: str, template_name: str, **_: Any) -> str:
+    """The same for pages without a source, such as 404.html."""
+    return _from_here(output_content, template_name)
+
+
+def _from_here(page: str, url: str) -> str:
+    return page.replace(_SHIM, get_relative_url(_WORKER, url))
 
 
 def _formula(tex: str, display: str) -> str:
