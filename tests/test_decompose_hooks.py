@@ -8,6 +8,7 @@ from hand_frozen import put
 from helpers import batch_of, loaded, node_means
 
 import circuitlens as cl
+from circuitlens.cdt.difference import _inside_attention
 from circuitlens.models.hooks import recording, then
 
 
@@ -77,3 +78,13 @@ def activations(model, batch, name, edits):
     with torch.no_grad():
         model.logits(batch, hooks)
     return found[name]
+
+
+def test_what_does_not_run_where_z_is_given():
+    inside = ("blocks.2.hook_attn_out", "blocks.2.attn.hook_pattern", "blocks.2.attn.q.hook_out")
+    outside = (
+        *("blocks.2.hook_mlp_out", "blocks.2.hook_in", "blocks.2.attn.o.hook_in"),
+        *("blocks.2.attn.hook_z", "blocks.1.hook_attn_out", "blocks.3.attn.hook_pattern"),
+    )
+    assert all(_inside_attention(name, 2) for name in inside)
+    assert not any(_inside_attention(name, 2) for name in outside)

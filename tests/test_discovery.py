@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import batch_of, loaded, node_means
 
 import circuitlens as cl
 from circuitlens.cdt import RULES
+from circuitlens.scoring import discovery
 from circuitlens.scoring.discovery import edges_by_difference, edges_by_gradient
 
 TARGETS = [cl.Head(1, 2), cl.Head(2, 0), cl.Head(2, 3)]
@@ -104,3 +107,30 @@ def test_impossible_searches_are_refused(toy_proxy, toy_task, toy_baseline):
         cl.discover(toy_proxy, toy_task, toy_baseline, share=2.0)
     with pytest.raises(cl.InputError, match="'greedy' cannot score one head's effect"):
         cl.discover(toy_proxy, toy_task, toy_baseline, method="greedy")
+
+
+def test_the_next_level_are_the_heads_with_most_edge_score_over_all_targets(
+    toy_proxy, toy_task, toy_baseline, toy_scores, monkeypatch
+):
+    g = toy_proxy.geometry
+    targets = [cl.Head(1, 1), cl.Head(1, 4), cl.Head(1, 6)]
+    values = torch.zeros_like(toy_scores.per_example)
+    for head in targets:
+        values[:, head.layer, head.index] = 1.0
+    known = replace(toy_scores, per_example=values)
+
+    def made_up(model, task, baseline, asked, *_):
+        assert asked == targets
+        scores = torch.zeros(g.n_layers, g.n_heads, len(asked))
+        # Head 5 is ahead by its sum, head 2 by one of the targets.
+        scores[0, 5], scores[0, 2, 0], scores[0, 7] = 1.0, 1.5, 0.9
+        return scores
+
+    monkeypatch.setattr(discovery, "relevance", lambda *_, **__: known)
+    monkeypatch.setattr(discovery, "_edge_scores", made_up)
+    found = cl.discover(toy_proxy, toy_task, toy_baseline, share=3 / len(g), quiet=True)
+    second = {head for head, level in found.levels.items() if level == 2}
+    assert second == {cl.Head(0, 5), cl.Head(0, 7), cl.Head(0, 2)}
+    alone = cl.discover(toy_proxy, toy_task, toy_baseline, share=3 / len(g), depth=1, quiet=True)
+    assert set(alone.levels) == set(targets)
+    assert list(found.levels)[3:] == [cl.Head(0, 5), cl.Head(0, 7), cl.Head(0, 2)]

@@ -11,7 +11,8 @@ import torch
 from helpers import task_margin, unchecked
 
 import circuitlens as cl
-from circuitlens.scoring import score_heads
+from circuitlens.scoring import rounds, score_heads
+from circuitlens.scoring.head_scores import head_count
 from circuitlens.scoring.scorers import Request
 
 
@@ -272,3 +273,37 @@ def test_discovery_without_a_supporting_head_says_so(
     monkeypatch.setattr(module, "relevance", lambda *_, **__: against)
     with pytest.raises(cl.InputError, match=r"No head of .* supports the task by cdt"):
         cl.discover(toy_proxy, toy_task, toy_baseline, quiet=True)
+
+
+def test_sizes_of_random_circuits_are_spread_evenly():
+    edges = rounds._edges(40, 24, torch.Generator().manual_seed(0))
+    assert sorted((edges / 24 * 40).floor().tolist()) == list(range(40))
+    assert edges.tolist() != sorted(edges.tolist())
+    assert len(set((edges % 1).tolist())) == 40
+
+
+def test_heads_at_the_edge_of_a_circuit_count_most():
+    width = rounds._WIDTH * 24
+    weight = rounds._weight(
+        torch.tensor([[0.0, width, -width, 2 * width]], dtype=torch.float64), 24
+    )
+    expected = torch.tensor([[1.0, np.exp(-1), np.exp(-1), np.exp(-4)]], dtype=torch.float64)
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "count"),
+    [(3, 16, 3), (0.25, 16, 4), (0.3, 10, 3), (0.01, 16, 1), (1.0, 7, 7), (0, 4, 0)],
+)
+def test_a_size_is_a_number_or_a_share_of_the_heads(size, total, count):
+    assert head_count(size, total) == count
+
+
+def test_passes_are_told_where_they_were_counted(toy_scores):
+    counted = toy_scores.provenance.settings["passes"]
+    both = (counted["forward"] + 2 * counted["backward"]) / 3
+    assert toy_scores.passes == pytest.approx(both * counted["prompts"])
+    assert toy_scores.passes > 0
+    old = {k: v for k, v in toy_scores.provenance.settings.items() if k != "passes"}
+    provenance = replace(toy_scores.provenance, settings=old)
+    assert replace(toy_scores, provenance=provenance).passes is None

@@ -67,16 +67,14 @@ def sampled(
     weighted = torch.zeros(n_examples, n, dtype=torch.float64)
     weights = torch.zeros(n_examples, n, dtype=torch.float64)
     for _ in range(request.rounds):
-        # Evenly spread over the sizes, each to a random example.
-        spread = torch.randperm(n_examples, generator=generator).double()
-        edge = (spread + torch.rand(n_examples, generator=generator).double()) / n_examples * n
+        edge = _edges(n_examples, n, generator)
         noise = torch.randn(n_examples, n, generator=generator).double() * _SHAKEN * n
         own = (place + noise).argsort(1).argsort(1).double() + 0.5
         inside = edge[:, None] - own
         blur = torch.rand(n_examples, 1, generator=generator).double() * _BLURRED * n
         gates = (inside / blur + 0.5).clamp(0, 1).float().view(-1, g.n_layers, g.n_heads)
         found = _in_circuits(model, batches, means, gates, request, "attribution")
-        weight = torch.exp(-((inside / (_WIDTH * n)) ** 2))
+        weight = _weight(inside, n)
         weighted += weight * found
         weights += weight
         place = ranks(-(place + ranks(weighted.sum(0) / weights.sum(0))))
@@ -84,6 +82,17 @@ def sampled(
     each = weighted / weights.mean(0)
     shaped = each.view(-1, g.n_layers, g.n_heads).float()
     return Scored(shaped, {"cdt-linear": torch.cat(first)})
+
+
+def _edges(n_examples: int, n: int, generator: torch.Generator) -> Float[Tensor, " example"]:
+    """Sizes of circuits, one in each of as many equal parts of 0 to n, in a random order."""
+    spread = torch.randperm(n_examples, generator=generator).double()
+    return (spread + torch.rand(n_examples, generator=generator).double()) / n_examples * n
+
+
+def _weight(inside: Float[Tensor, "example node"], n: int) -> Float[Tensor, "example node"]:
+    """How much a head counts by how far inside the circuit's edge it lies."""
+    return torch.exp(-((inside / (_WIDTH * n)) ** 2))
 
 
 def iterative(
