@@ -29,6 +29,7 @@ docs: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python -m figures.draw
+	$(BIN)/python -m figures.gallery
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

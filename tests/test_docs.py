@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -259,6 +260,35 @@ def test_every_figure_has_an_entry(site):
     text = (site / "reference" / "view.html").read_text(encoding="utf-8")
     entries = re.findall(r'doc-function-name">([^<]+)<', text)
     assert set(cl.view.__all__) <= set(entries)
+
+
+def test_every_figure_has_a_picture_beside_its_code():
+    """``python -m figures.gallery`` draws them."""
+    others = {"explore", "export", "export_all", "figures_of", "notebook_pictures"}
+    others |= {"render_report", "write_figures", "write_report"}
+    page = (ROOT / "docs" / "howto" / "figures.md").read_text(encoding="utf-8")
+    for name in set(cl.view.__all__) - others:
+        assert f"images/gallery/{name}.svg" in page, name
+        assert (ROOT / "docs" / "images" / "gallery" / f"{name}.svg").is_file(), name
+
+
+def test_the_search_works_from_disk(site):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        asked = []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto((site / "howto" / "plan.html").as_uri())
+        page.locator("input.md-search__input").click()
+        page.keyboard.type("faithfulness", delay=20)
+        page.locator(".md-search-result__item").first.wait_for(state="attached", timeout=20_000)
+        chromium.close()
+    assert not [url for url in asked if url.startswith("http")]
 
 
 def test_the_site_loads_nothing_from_elsewhere(site):

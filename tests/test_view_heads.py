@@ -543,7 +543,10 @@ def test_without_levels_columns_are_layers(size):
     (nodes,) = fig.data
     layers = sorted({head.layer for head in circuit})
     assert [layers[int(x)] for x in nodes.x] == [Head.parse(t).layer for t in nodes.text]
-    assert fig.layout.xaxis.ticktext == tuple(map(str, layers))
+    # Of many layers every second has a number.
+    every = 1 if len(layers) < 16 else 2
+    shown = [str(layer) if n % every == 0 else "" for n, layer in enumerate(layers)]
+    assert fig.layout.xaxis.ticktext == tuple(shown)
     labels = [a.text for a in fig.layout.annotations]
     # Whole names have no room when there are many columns.
     assert labels == [str(h) if size == 4 else str(h.index) for h in circuit]

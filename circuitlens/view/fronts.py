@@ -21,6 +21,8 @@ from circuitlens.view.small_multiples import (
     panels,
     shown,
     strategy_styles,
+    ticks_of,
+    title_below,
 )
 from circuitlens.view.theme import Mode, look
 
@@ -121,7 +123,8 @@ def transfer_fronts(
             **place,
         )
         seen.add(strategy)
-    axis = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1, "nticks": 6}
+    axis = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1}
+    fig.update_xaxes(nticks=ticks_of(n_columns))
     if split == "validation":
         fig.update_xaxes(range=[0, 100 * most_lost], **axis)
     else:
@@ -133,14 +136,14 @@ def transfer_fronts(
     high, low = float(seen_whole["high"].max()), min(0.0, float(seen_whole["low"].min()))
     edge = 0.06 * (high - low) or 1.0
     # Not left to plotly: beside axes that match, it takes no notice of what is drawn.
-    fig.update_yaxes(range=[low - edge, high + edge], **axis)
+    fig.update_yaxes(range=[low - edge, high + edge], nticks=6, **axis)
     fig.update_yaxes(title_text="target accuracy,<br>gain in points", col=1)
-    last = -(-len(languages) // n_columns)
     if split == "test":
-        fig.update_xaxes(title_text="source accuracy<br>lost, in points", row=last)
+        title_below(fig, "source accuracy<br>lost, in points", len(languages), n_columns)
         note = "strategy, on test; markers: points that validation chooses for 0, 1, 2, 5 lost"
     else:
-        fig.update_xaxes(title_text="source accuracy that may<br>be lost, in points", row=last)
+        below_all = "source accuracy that may<br>be lost, in points"
+        title_below(fig, below_all, len(languages), n_columns)
         note = "strategy, on validation" + "; band: 95 % interval over sentences" * banded
     fig.update_layout(legend=below(note))
     return fig

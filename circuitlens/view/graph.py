@@ -100,7 +100,10 @@ def _columns(circuit: Circuit) -> dict[int, list[Head]]:
 
 def _headings(circuit: Circuit, columns: Mapping[int, Sequence[Head]]) -> list[str]:
     if not circuit.levels:
-        return [str(heads[0].layer) for heads in columns.values()]
+        # Of many layers every second or third number has room.
+        step = 1 + len(columns) // 16
+        layers = [heads[0].layer for heads in columns.values()]
+        return [str(layer) if n % step == 0 else "" for n, layer in enumerate(layers)]
     levels = [circuit.levels.get(heads[0]) for heads in columns.values()]
     return [*("no level" if n is None else f"level {n}" for n in levels), "task margin"]
 

@@ -66,7 +66,11 @@ def head_heatmap(
     )
     limit = float(np.abs(mean).max()) or 1.0
     fig = figure(
-        title, mode=mode, height=min(900, 150 + max(22, min(46, 700 // n_layers)) * n_layers)
+        title,
+        mode=mode,
+        # Below some height plotly puts the colour bar on the axis.
+        height=max(280, min(900, 150 + max(22, min(46, 700 // n_layers)) * n_layers))
+        + (30 if title else 0),
     )
     fig.add_heatmap(
         z=mean,

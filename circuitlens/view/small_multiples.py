@@ -28,6 +28,8 @@ __all__ = [
     "seeds_of",
     "shown",
     "strategy_styles",
+    "ticks_of",
+    "title_below",
     "transfer_points",
 ]
 
@@ -257,6 +259,19 @@ def panels(
     fig.update_xaxes(tickangle=0, zeroline=False, title=title_style)
     fig.update_yaxes(zeroline=False, title=title_style)
     return fig
+
+
+def ticks_of(n_columns: int) -> int:
+    """Most numbers on the x axis of a panel; side by side they would run into each other."""
+    return 6 if n_columns < 3 else 4
+
+
+def title_below(fig: go.Figure, text: str, n_panels: int, n_columns: int) -> None:
+    """Name the x axes of the lowest row; where it has three panels or more, once for all."""
+    row = -(-n_panels // n_columns)
+    lowest = n_panels - (row - 1) * n_columns
+    once = {"col": (lowest + 1) // 2} if n_columns > 2 else {}
+    fig.update_xaxes(title_text=text, row=row, **once)
 
 
 def below(text: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from circuitlens.view.small_multiples import (
     seeds_of,
     shown,
     strategy_styles,
+    ticks_of,
     transfer_points,
 )
 from circuitlens.view.theme import Mode, figure, look
@@ -268,7 +269,7 @@ def paired_differences(
     edge = 0.06 * (high - low) or 1.0
     fig.update_xaxes(
         range=[low - edge, high + edge],
-        nticks=6,
+        nticks=ticks_of(n_columns),
         zeroline=True,
         zerolinecolor=colours.quiet,
         zerolinewidth=1,

@@ -122,8 +122,10 @@ def token_relevance(
     for k, (line, start, width) in enumerate(places):
         box = (line, slice(start * _FINE, (start + width) * _FINE - 1))
         cells[box], owner[box] = numbers[k], k
+    # With less room plotly puts the colour bar on the text.
+    n_rows = max(4, n_lines)
     # The title's margin comes on top of that of the lines.
-    height = (140 if title else 110) + _LINE * n_lines
+    height = (140 if title else 110) + _LINE * n_rows
     fig = figure(title, mode=mode, width=20 + 9 * columns, height=height)
     escaped = [plain(token) for token in visible(tokens)]
     fig.add_heatmap(
@@ -154,7 +156,7 @@ def token_relevance(
     )
     hidden = {"visible": False, "fixedrange": True}
     fig.update_xaxes(range=[0, columns], **hidden)
-    fig.update_yaxes(range=[n_lines - 0.5, -0.5], **hidden)
+    fig.update_yaxes(range=[n_rows - 0.5, -0.5], **hidden)
     fig.update_layout(margin={"l": 10, "r": 10, "b": 60})
     return fig
 

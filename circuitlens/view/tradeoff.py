@@ -20,6 +20,8 @@ from circuitlens.view.small_multiples import (
     seeds_of,
     shown,
     strategy_styles,
+    ticks_of,
+    title_below,
     transfer_points,
 )
 from circuitlens.view.theme import Mode, look
@@ -109,13 +111,13 @@ def transfer_tradeoff(
         span = _range(of_language, "gain", intervals, with_zero=False)
         fig.update_yaxes(range=span, row=row + 1, col=column + 1)
     zero = {"zeroline": True, "zerolinecolor": colours.quiet, "zerolinewidth": 1}
-    fig.update_xaxes(range=_range(points, "source_change", intervals), nticks=6, **zero)
+    fig.update_xaxes(
+        range=_range(points, "source_change", intervals), nticks=ticks_of(n_columns), **zero
+    )
     fig.update_yaxes(nticks=6, **zero)
     fig.update_yaxes(title_text="target accuracy,<br>gain in points", col=1)
     # In two lines: a panel in a column of a paper is not wider.
-    fig.update_xaxes(
-        title_text="source accuracy,<br>change in points", row=-(-len(languages) // n_columns)
-    )
+    title_below(fig, "source accuracy,<br>change in points", len(languages), n_columns)
     seeds = seeds_of(points, "bars")
     bars = f"strategy; bars: {_BARS[intervals]} {seeds}" if seeds else "strategy"
     fig.update_layout(legend=below(bars))
