@@ -75,6 +75,7 @@ def test_the_smallest_circuit_reaches_its_share_and_smaller_ones_do_not(
         reached[n] = by_hand(toy_proxy, toy_task, toy_baseline, examples, top)
     assert set(found) == set(ranking[: len(found)])
     assert reached[len(found)] >= 0.6 - 0.05
+    assert reached[len(found) - 1] < 0.6 + 0.05
     assert reached[len(found)] > reached[len(found) - 1]
     with pytest.raises(cl.InputError, match="between 0 and 1"):
         cl.smallest_circuit(toy_proxy, toy_task, toy_scores, toy_baseline, f=1.5)
