@@ -173,7 +173,7 @@ def test_a_redo_without_backup_keeps_nothing_of_the_old_circuit(cli, finished, t
     assert not (folder / "faithfulness.safetensors").exists()
 
 
-@pytest.mark.parametrize("step", range(1, 14))
+@pytest.mark.parametrize("step", range(1, 14, 2))
 @pytest.mark.parametrize("backup", [True, False])
 def test_an_exchange_that_breaks_off_is_not_begun_or_completed(
     finished, tmp_path, monkeypatch, step, backup

@@ -32,7 +32,7 @@ EXACT = {"gpt2", "falcon_new", "falcon_mq", "falcon_rw"} | (MASKED - {"modernber
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in ALL])
 def test_float64_gives_numbers_for_padded_prompts_or_is_refused(name, attention):
     config = CONFIGS[name]()
     config._attn_implementation = attention

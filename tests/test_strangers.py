@@ -61,7 +61,14 @@ def harmless(page: str) -> None:
     assert "<script>alert(1)" not in page
 
 
-@pytest.mark.parametrize("name", NASTY)
+# Drawing takes time, so some are among the long tests.
+DRAWN = [
+    pytest.param(name, marks=[] if n in (0, 2, 4, 7) else [pytest.mark.slow])
+    for n, name in enumerate(NASTY)
+]
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_a_comparison_of_strangers_is_only_read(name, tmp_path):
     """Its languages, strategies and source come from a JSON file."""
     cells = tuple(
@@ -145,7 +152,7 @@ def test_a_result_of_strangers_makes_a_harmless_card_and_page(name, tmp_path, ca
         assert "[red]" in shown
 
 
-@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("name", DRAWN)
 def test_labels_and_names_of_heads_of_strangers_are_shown_as_they_are(name, toy_scores, tmp_path):
     circuit = toy_scores.top(2)
     circuit = circuit.named({circuit.heads[0]: name})
