@@ -138,6 +138,7 @@ def test_of_those_within_one_error_the_smallest_wins():
 OPTIONS = {"learning_rates": [1e-3, 1e-2], "epochs": 2, "quiet": True}
 
 
+@pytest.mark.slow
 def test_what_auto_returns_is_the_transfer_by_what_it_chose(
     toy_proxy, toy_task, toy_scores, tmp_path
 ):

@@ -140,7 +140,7 @@ def test_a_folder_that_vanishes_costs_the_file_and_not_the_result(
 @pytest.mark.parametrize(
     ("layers", "heads"),
     [
-        (1, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
         pytest.param(1, 4, marks=pytest.mark.slow),
         pytest.param(3, 1, marks=pytest.mark.slow),
     ],
