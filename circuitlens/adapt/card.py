@@ -275,9 +275,8 @@ def _mixed_in(result: Described) -> str:
     how = f"in stages, fewer in each, down to {each if replay else 'none'}"
     if not gradual:
         how = f"up to {each}"
-    return (
-        f" and on examples from the training pool of {as_markdown(result.retained[0].name)} ({how})"
-    )
+    source = as_markdown(result.retained[0].name)
+    return f" and on examples from the training pool of {source} ({how})"
 
 
 def _row(name: str, before: Evaluation, after: Evaluation) -> str:

@@ -153,15 +153,11 @@ def refuse_not_finite(model: HookedModel, labels: Float[Tensor, "example label"]
         return
     weights = model.hf.named_parameters()
     broken = next((name for name, p in weights if not bool(p.isfinite().all())), None)
-    why = (
-        (
-            "load it in float32, which reaches further than float16, or "
-            * (model.dtype == torch.float16)
-            + "go back to weights that have not diverged."
-        )
-        if broken is None
-        else f"its weight {broken} is not finite, so go back to weights that have not diverged."
-    )
+    why = "go back to weights that have not diverged."
+    if broken is not None:
+        why = f"its weight {broken} is not finite, so {why}"
+    elif model.dtype == torch.float16:
+        why = f"load it in float32, which reaches further than float16, or {why}"
     raise NotFiniteError(
         f"{model.name} ({model.dtype}) gives NaN or infinite logits on {n_bad} of {len(labels)} "
         f"examples: {why}"
