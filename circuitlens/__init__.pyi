@@ -31,6 +31,7 @@ from .experiments import Comparison, compare
 from .models.batch import Batch
 from .models.geometry import HeadGeometry, WeightSlice
 from .models.hooked import HookedModel
+from .models.media import Audio
 from .models.prompt import Prompt
 from .node_circuit import NodeCircuit, NodeGrid
 from .nodes import MLP, Head, HeadAt, Neuron
@@ -54,6 +55,7 @@ __all__ = [
     "METHODS",
     "MLP",
     "RULES",
+    "Audio",
     "Batch",
     "Circuit",
     "CircuitLensError",

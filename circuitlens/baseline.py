@@ -123,7 +123,8 @@ class MeanBaseline:
             partners = self._of_another_label(task, examples)
         else:
             partners = [_counterfactual(task, example) for example in examples]
-        return replace(encoded, partners=task.encode(model, partners).tokens)
+        other = task.encode(model, partners)
+        return replace(encoded, partners=other.tokens, partner_features=other.features)
 
     def _of_another_label(self, task: Task, examples: Sequence[Example]) -> list[Example]:
         """For each example one of those that the baseline was taken on, with another label."""

@@ -33,6 +33,7 @@ def load(
     device: torch.device | str | None = None,
     revision: str | None = None,
     labels: Sequence[str] | HasLabels = (),
+    processor: Any = None,
     **options: Any,
 ) -> HookedModel:
     """Load a language model, or a model with a classification head, for circuit work.
@@ -43,6 +44,10 @@ def load(
     one is in 16 bits (:func:`circuitlens.merge`). On a few random tokens the hooked view is
     compared with Hugging Face's, which takes three small forward passes. No weight is ever random
     without being asked for.
+
+    Of a speech or vision model (Qwen2-Audio, Voxtral, LLaVA, …) the language model inside is
+    hooked and trained; encoder and projector stay as they are. :attr:`HookedModel.whole` is all of
+    it, with the trained weights, and is what :meth:`HookedModel.save` writes.
 
     Args:
         model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
@@ -55,6 +60,8 @@ def load(
         labels: names of the classes of a classification head, in their order, or a task that has
             these labels. A checkpoint without such a head gets one, which is random until
             :func:`circuitlens.finetune` trains it.
+        processor: of a speech or vision model in memory, if prompts are to have sounds or images;
+            for a name or folder it overrides the one found there.
         options: passed on to ``from_pretrained`` of a name or folder, such as ``token``,
             ``cache_dir``, ``attn_implementation``, or ``device_map`` for one device.
 
@@ -66,6 +73,7 @@ def load(
             fail the self-check.
     """
     given: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision, **options}
+    given["processor"] = processor
     if isinstance(model, str | Path) and _holds_tensors(folder := Path(model)):
         if labels:
             raise InputError(

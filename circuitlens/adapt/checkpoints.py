@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from circuitlens.adapt.monitors import Watch
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.trainer import put, trained
@@ -41,6 +42,7 @@ class Checkpoints:
         validation: chooses the epoch.
         options: how to train.
         trainable: what is trained; all weights if there is none.
+        watches: monitors, which may choose the epoch.
 
     Raises:
         InputError: if the folder holds another training, naming what differs.
@@ -54,6 +56,7 @@ class Checkpoints:
         validation: Encoded | None,
         options: TrainingOptions,
         trainable: Trainable | None = None,
+        watches: Sequence[Watch] = (),
     ) -> None:
         self.folder = folder
         self.parameters = trained(model.hf)
@@ -65,11 +68,14 @@ class Checkpoints:
             "first weights": model.fingerprint(),
             "trained": _selection(trainable),
         }
+        if watches:
+            # Of a function there is only the name to go by.
+            mine["monitors"] = [[watch.name, watch.keep] for watch in watches]
         if not file.is_file():
             write_json(file, _TRAINING, mine, sealed=True)
             return
         stored = read_json(file, _TRAINING)
-        for name, value in mine.items():
+        for name, value in ({"monitors": None} | mine).items():
             if stored.get(name) != value:
                 raise InputError(
                     f"{folder} holds checkpoints of another training ({name} was "
@@ -104,7 +110,8 @@ class Checkpoints:
 
 
 def _content(data: Encoded) -> str:
-    return digest(repr((data.ids, data.tokens, data.gold, data.readout)))
+    sounds = (part for features in data.features for part in features)
+    return digest(repr((data.ids, data.tokens, data.gold, data.readout)), *sounds)
 
 
 def _selection(trainable: Trainable | None) -> str:

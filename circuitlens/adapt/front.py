@@ -16,19 +16,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from circuitlens.adapt.monitors import PREFIX, Watch, measured
+from circuitlens.adapt.options import ROUNDING
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Encoded
 from circuitlens.tasks.evaluation import label_scores, summarise
 
-__all__ = ["ALPHAS", "LOSSES", "ROUNDING", "Front", "FrontPoint", "front_point", "points_between"]
+__all__ = ["ALPHAS", "LOSSES", "Front", "FrontPoint", "front_point", "points_between"]
 
 # Shares of the way from the start (0, which is common to all) to the trained entries.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 # Points of source accuracy that tables look at, as shares.
 LOSSES = (0.0, 0.01, 0.02, 0.05)
-# Accuracies are quotients: 0.85 - 0.84 is a little more than 0.01.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class FrontPoint:
         kept: accuracy on the validation split of every task in :attr:`Front.tasks`.
         right: which examples are answered right, ``"1"`` or ``"0"`` each: of the target's
             validation split, then of every task's; empty in results from before version 0.2.
+        watched: value of every monitor in :attr:`Front.monitors`.
     """
 
     learning_rate: float
@@ -52,6 +53,7 @@ class FrontPoint:
     margin: float
     kept: tuple[float, ...] = ()
     right: tuple[str, ...] = ()
+    watched: tuple[float, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -67,11 +69,15 @@ class Front:
         tasks: names of the tasks that may be forgotten, ``task/language``; the source is the first.
         points: one for every rate, amount of replay and α; the start is the first.
         ids: of the examples in :attr:`FrontPoint.right`.
+        monitors: names of what was watched.
+        limits: how much of each of them may be lost; ``None``: any.
     """
 
     tasks: tuple[str, ...]
     points: tuple[FrontPoint, ...]
     ids: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    monitors: tuple[str, ...] = ()
+    limits: tuple[float | None, ...] = ()
 
     @property
     def start(self) -> FrontPoint:
@@ -80,11 +86,16 @@ class Front:
 
     def lost(self, point: FrontPoint) -> float:
         """Return the largest loss of accuracy on any of the tasks; negative where all gained."""
-        return max(a - b for a, b in zip(self.start.kept, point.kept, strict=True))
+        return max((a - b for a, b in zip(self.start.kept, point.kept, strict=True)), default=0.0)
 
     def keeps(self, point: FrontPoint, keep_source: float) -> bool:
-        """Whether a point loses at most ``keep_source`` of accuracy on every task."""
-        return self.lost(point) <= keep_source + ROUNDING
+        """Whether a point loses at most ``keep_source`` on every task, and keeps the monitors."""
+        return self.lost(point) <= keep_source + ROUNDING and self.within(point)
+
+    def within(self, point: FrontPoint) -> bool:
+        """Whether a point loses at most its limit of every monitor."""
+        pairs = zip(self.limits, self.start.watched, point.watched, strict=False)
+        return all(k is None or before - now <= k + ROUNDING for k, before, now in pairs)
 
     def choose(self, keep_source: float) -> FrontPoint:
         """Return the best point on the target that :meth:`keeps` the tasks.
@@ -132,7 +143,7 @@ class Front:
     def to_frame(self) -> pd.DataFrame:
         """Return a row a point; ``lost`` is the largest loss, ``on_front`` says what is not beaten.
 
-        A column ``kept: TASK`` has the accuracy on every task.
+        A column ``kept: TASK`` has the accuracy on every task, ``monitor: NAME`` every monitor.
         """
         front = set(self.non_dominated())
         rows = []
@@ -146,7 +157,9 @@ class Front:
                 "on_front": point in front,
             }
             kept = zip(self.tasks, point.kept, strict=True)
-            rows.append(row | {f"kept: {task}": accuracy for task, accuracy in kept})
+            row |= {f"kept: {task}": accuracy for task, accuracy in kept}
+            watched = zip(self.monitors, point.watched, strict=False)
+            rows.append(row | {f"{PREFIX}{name}": value for name, value in watched})
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
@@ -154,23 +167,34 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
-        points = [
-            {**asdict(point), "kept": list(point.kept), "right": list(point.right)}
-            for point in self.points
-        ]
-        return {"tasks": list(self.tasks), "points": points, "ids": [*map(list, self.ids)]}
+        points = []
+        for point in self.points:
+            row = {**asdict(point), "kept": list(point.kept), "right": list(point.right)}
+            watched = row.pop("watched")
+            points.append(row | ({"watched": list(watched)} if watched else {}))
+        found = {"tasks": list(self.tasks), "points": points, "ids": [*map(list, self.ids)]}
+        if self.monitors:
+            found |= {"monitors": list(self.monitors), "limits": list(self.limits)}
+        return found
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Front:
         """Rebuild what :meth:`to_dict` returned."""
         points = [
-            {**point, "kept": tuple(point["kept"]), "right": tuple(point.get("right", ()))}
+            {
+                **point,
+                "kept": tuple(point["kept"]),
+                "right": tuple(point.get("right", ())),
+                "watched": tuple(point.get("watched", ())),
+            }
             for point in content["points"]
         ]
         return cls(
             tuple(content["tasks"]),
             tuple(FrontPoint(**point) for point in points),
             tuple(map(tuple, content.get("ids", ()))),
+            tuple(content.get("monitors", ())),
+            tuple(content.get("limits", ())),
         )
 
 
@@ -178,12 +202,15 @@ def front_point(
     model: HookedModel,
     validation: Encoded,
     held: Sequence[Encoded],
+    watches: Sequence[Watch] = (),
     *,
     learning_rate: float = 0.0,
     replay: float = 0.0,
     alpha: float = 0.0,
 ) -> FrontPoint:
     """Measure a model on the validation splits of the target and of what may be forgotten.
+
+    Monitors are measured too.
 
     Raises:
         NotFiniteError: if it gives logits that are not finite.
@@ -202,6 +229,7 @@ def front_point(
         target.margin,
         tuple(other.accuracy for other in kept),
         tuple(right),
+        measured(model, watches),
     )
 
 
@@ -210,6 +238,7 @@ def points_between(
     initial: Mapping[str, Tensor],
     validation: Encoded,
     held: Sequence[Encoded],
+    watches: Sequence[Watch] = (),
     *,
     learning_rate: float,
     replay: float,
@@ -222,19 +251,22 @@ def points_between(
         validation: of the target.
         held: validation splits of the tasks that may be forgotten; without any only the end of the
             way is of interest.
+        watches: monitors; what is on the way is of interest for one with a limit too.
         learning_rate, replay: of the training.
 
     Raises:
         NotFiniteError: if a model gives logits that are not finite.
     """
     end = trainable.state()
-    alphas = ALPHAS if held and trainable.is_line(initial, end) else (1.0,)
+    bound = held or any(watch.keep is not None for watch in watches)
+    alphas = ALPHAS if bound and trainable.is_line(initial, end) else (1.0,)
     for alpha in alphas:
         trainable.load(trainable.between(initial, end, alpha))
         yield front_point(
             trainable.model,
             validation,
             held,
+            watches,
             learning_rate=learning_rate,
             replay=replay,
             alpha=alpha,

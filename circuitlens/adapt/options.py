@@ -20,6 +20,7 @@ __all__ = [
     "COMPETENCE",
     "DEFAULT_RATES",
     "DEFAULT_STRATEGIES",
+    "ROUNDING",
     "TRANSFER",
     "TrainingKeywords",
     "TrainingLog",
@@ -133,6 +134,8 @@ class TrainingOptions:
         return asdict(self)
 
 
+# Accuracies are quotients: 0.85 - 0.84 is a little more than 0.01.
+ROUNDING = 1e-9
 # What finetune and transfer do unless told otherwise.
 COMPETENCE = TrainingOptions(learning_rate=1e-3, weight_decay=0.01, patience=3)
 DEFAULT_RATES = (3e-4, 1e-3, 3e-3)
@@ -251,8 +254,9 @@ class TrainingLog:
     """What happened.
 
     Attributes:
-        history: one entry per epoch: ``epoch``, ``accuracy`` and ``margin`` on validation; empty
-            without validation.
+        history: one entry per epoch: ``epoch``, ``accuracy`` and ``margin`` on validation, and
+            ``monitor: NAME`` of what was watched; ``within`` is 0 where a monitor lost more than
+            its limit. Empty without validation.
         best: the entry whose weights were kept.
         steps: optimiser steps taken.
         seconds: that it took, in all processes that went on with it.
@@ -267,7 +271,8 @@ class TrainingLog:
     backward: float = 0.0
 
 
-def rank(entry: Mapping[str, float]) -> tuple[float, float]:
+def rank(entry: Mapping[str, float]) -> tuple[float, float, float]:
     """Sort key of the entries of a history: the best epoch and the best rate are the largest."""
-    # Accuracy on a hundred examples ties often; the margin then decides.
-    return entry["accuracy"], entry["margin"]
+    # Those that a monitor's limit leaves out come last. Accuracy on a hundred examples ties often;
+    # the margin then decides.
+    return entry.get("within", 1.0), entry["accuracy"], entry["margin"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from circuitlens.adapt.auto import Decision
 from circuitlens.adapt.card import model_card
 from circuitlens.adapt.front import Front
+from circuitlens.adapt.monitors import PREFIX
 from circuitlens.adapt.restoring import restore
 from circuitlens.adapt.retention import CircuitShift, Retained
 from circuitlens.adapt.strategies import place_of
@@ -56,6 +57,8 @@ class TransferResult:
             without a source or other task to keep, and in results from before 0.2.
         test_front: start and front of it on the test splits, if that was asked for; nothing was
             chosen by them.
+        monitored: value of every monitor before and at the point that was chosen (validation, or
+            what the function returned).
         passes: prompts that went forward and backward through the model while it chose what to
             train, trained and was measured on the way (with ``test_front``, on test too), in all
             processes (a way back counts as two forward); 0 in results from before 0.2.
@@ -97,6 +100,7 @@ class TransferResult:
     front: Front | None = field(default=None, repr=False)
     test_front: Front | None = field(default=None, repr=False)
     passes: float = 0.0
+    monitored: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     model: HookedModel | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
     trained: Trained | None = field(default=None, repr=False)
@@ -158,6 +162,7 @@ class TransferResult:
             "front": self.front.to_dict() if self.front else None,
             "test_front": self.test_front.to_dict() if self.test_front else None,
             "passes": self.passes,
+            "monitored": {name: list(pair) for name, pair in self.monitored.items()},
             "validation": [[rate, accuracy] for rate, accuracy in self.validation.items()],
             "history": list(self.history),
             "seconds": self.seconds,
@@ -190,6 +195,8 @@ class TransferResult:
             "seconds": self.seconds,
             "passes": self.passes,
         }
+        for name, (before_value, value) in self.monitored.items():
+            row |= {f"{PREFIX}{name}, before": before_value, f"{PREFIX}{name}": value}
         return pd.DataFrame([row])
 
     def save(self, folder: str | Path) -> None:
@@ -336,6 +343,7 @@ class TransferResult:
                 if (on_test := content.get("test_front"))
                 else None,
                 passes=content.get("passes", 0.0),
+                monitored={n: (a, b) for n, (a, b) in content.get("monitored", {}).items()},
                 validation={rate: accuracy for rate, accuracy in content["validation"]},  # noqa: C416
                 history=tuple(content["history"]),
                 seconds=content["seconds"],

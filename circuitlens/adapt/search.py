@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuitlens.adapt.choice import Choice
 from circuitlens.adapt.front import Front, FrontPoint, front_point, points_between
+from circuitlens.adapt.monitors import Watch
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.stages import train_in_stages
 from circuitlens.adapt.strategies import Strategy
@@ -44,6 +45,7 @@ class Search:
         prompt: what the model is trained to answer.
         test: test splits of the target and of ``tasks``, on which the front is measured once it is
             there. Nothing is chosen by them.
+        watches: monitors, measured after every epoch and at every point.
     """
 
     stages: Mapping[float, Sequence[Encoded]]
@@ -56,6 +58,7 @@ class Search:
     quiet: bool
     prompt: Prompt | None = None
     test: Sequence[Encoded] = ()
+    watches: Sequence[Watch] = ()
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
     seconds = time.perf_counter() - began
     trainable.model.prompt = given.prompt
     initial = trainable.state()
-    start = front_point(trainable.model, given.validation, given.held)
+    start = front_point(trainable.model, given.validation, given.held, given.watches)
+    watches = [w.after(v) for w, v in zip(given.watches, start.watched, strict=True)]
     ids = tuple(tuple(encoded.ids) for encoded in (given.validation, *given.held))
-    front = Front(given.tasks, (start,), ids)
+    names, limits = tuple(w.name for w in watches), tuple(w.keep for w in watches)
+    front = Front(given.tasks, (start,), ids, names, limits)
     chosen, best = start, initial
     logs: dict[tuple[float, float], TrainingLog] = {}
     ends: dict[tuple[float, float], Mapping[str, Tensor]] = {}
@@ -117,10 +122,18 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
         where = f"rate-{rate:g}" if len(given.stages) == 1 else f"replay-{mix:g}-rate-{rate:g}"
         kept = given.checkpoints and given.checkpoints / where
         try:
-            log = train_in_stages(trainable, given.stages[mix], given.validation, option, kept)
+            log = train_in_stages(
+                trainable, given.stages[mix], given.validation, option, kept, watches
+            )
             seconds, logs[rate, mix] = seconds + log.seconds, log
             between = points_between(
-                trainable, initial, given.validation, given.held, learning_rate=rate, replay=mix
+                trainable,
+                initial,
+                given.validation,
+                given.held,
+                watches,
+                learning_rate=rate,
+                replay=mix,
             )
             # At the end of the way before its first point is taken.
             if given.test:
@@ -176,4 +189,7 @@ def _on_test(
 
 
 def _wanted(front: Front, point: FrontPoint, keep_source: float | None) -> bool:
-    return point.alpha == 1 if keep_source is None else front.keeps(point, keep_source)
+    if keep_source is not None:
+        return front.keeps(point, keep_source)
+    bound = any(limit is not None for limit in front.limits)
+    return front.within(point) if bound else point.alpha == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from circuitlens.adapt.monitors import Watch
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.trainable import Trainable
 from circuitlens.adapt.training import train
@@ -28,6 +29,7 @@ def train_in_stages(
     validation: Encoded,
     options: TrainingOptions,
     checkpoints: Path | None,
+    watches: Sequence[Watch] = (),
 ) -> TrainingLog:
     """Train on one stage after the other, as many epochs in all as the options say.
 
@@ -47,6 +49,7 @@ def train_in_stages(
             validation,
             replace(options, epochs=epochs),
             trainable=trainable,
+            watches=watches,
             checkpoints=checkpoints and checkpoints / f"stage-{n}",
             quiet=True,
         )

@@ -38,7 +38,7 @@ def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | Non
     if not model.readout.predicts_text():
         return None
     tokenizer = model.tokenizer
-    texts = [" ".join(e.fields.values()) for e in task[pool][:MAX_TEXTS]]
+    texts = [" ".join(e.texts.values()) for e in task[pool][:MAX_TEXTS]]
     rows = [tokenizer(text)["input_ids"][: task.max_text_tokens] for text in texts]
     if tokenizer.bos_token_id is not None:
         # So that the first token of a text is predicted too.

@@ -282,7 +282,9 @@ class Trainable:
         for parameter in plain.parameters():
             parameter.requires_grad_(True)
         model = self.model
-        found = HookedModel(plain, model._tokenizer, model.name, "adapted", model.labels)
+        found = HookedModel(
+            plain, model._tokenizer, model.name, "adapted", model.labels, model.composite
+        )
         found.prompt = model.prompt
         return found
 

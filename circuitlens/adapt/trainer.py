@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from circuitlens.adapt.batch_parts import AsIs, Part, Parts
-from circuitlens.adapt.options import rank
+from circuitlens.adapt.monitors import PREFIX, Watch, measured
+from circuitlens.adapt.options import ROUNDING, rank
 from circuitlens.errors import NotFiniteError
 from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
@@ -54,9 +55,15 @@ class LabelTrainer(Trainer):
     """
 
     def __init__(
-        self, hooked: HookedModel, data: Encoded, validation: Encoded | None, **kwargs: Any
+        self,
+        hooked: HookedModel,
+        data: Encoded,
+        validation: Encoded | None,
+        watches: Sequence[Watch] = (),
+        **kwargs: Any,
     ) -> None:
         self._hooked = hooked
+        self._watches = watches
         self._data = data
         self._validation = validation
         super().__init__(
@@ -106,7 +113,7 @@ class LabelTrainer(Trainer):
         return batch.readout.losses(self._hooked, batch, model) @ inputs["weights"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Accuracy and margin on validation; every process does it for itself.
+        """Accuracy and margin on validation, and monitors; every process does it for itself.
 
         Where the model has diverged, training ends, and there is nothing to compare.
         """
@@ -115,6 +122,7 @@ class LabelTrainer(Trainer):
         self._hooked.hf.eval()
         try:
             result = evaluate_encoded(self._hooked, self._validation)
+            watched = measured(self._hooked, self._watches)
         except NotFiniteError as error:
             logger.warning("Training stops: %s", error)
             self.control.should_training_stop = True
@@ -124,6 +132,8 @@ class LabelTrainer(Trainer):
         finally:
             self._hooked.hf.train(training)
         metrics = {"eval_accuracy": result.accuracy, "eval_margin": result.margin}
+        for watch, value in zip(self._watches, watched, strict=True):
+            metrics[f"{PREFIX}{watch.name}"] = value
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -160,8 +170,15 @@ class KeepBest(TrainerCallback):
     of the warm-up as patience, in which a model hardly moves.
     """
 
-    def __init__(self, model: HookedModel, patience: int, warmup_epochs: int) -> None:
+    def __init__(
+        self,
+        model: HookedModel,
+        patience: int,
+        warmup_epochs: int,
+        watches: Sequence[Watch] = (),
+    ) -> None:
         self.parameters = trained(model.hf)
+        self.watches = watches
         self.patience = patience
         self.warmup_epochs = warmup_epochs
         self.history: list[dict[str, float]] = []
@@ -191,6 +208,11 @@ class KeepBest(TrainerCallback):
             "accuracy": metrics["eval_accuracy"],
             "margin": metrics["eval_margin"],
         }
+        for watch in self.watches:
+            entry[f"{PREFIX}{watch.name}"] = metrics[f"{PREFIX}{watch.name}"]
+        if any(watch.keep is not None for watch in self.watches):
+            within = all(entry[f"{PREFIX}{w.name}"] >= w.least - ROUNDING for w in self.watches)
+            entry["within"] = float(within)
         self.history.append(entry)
         if self.best is None or rank(entry) > rank(self.best):
             self.best = entry

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from circuitlens.adapt.checkpoints import Checkpoints
 from circuitlens.adapt.masking import masked_adamw, only_selected_train
+from circuitlens.adapt.monitors import Watch
 from circuitlens.adapt.options import TrainingLog, TrainingOptions
 from circuitlens.adapt.precision import widen
 from circuitlens.adapt.trainable import Trainable
@@ -45,6 +46,7 @@ def train(
     options: TrainingOptions,
     *,
     trainable: Trainable | None = None,
+    watches: Sequence[Watch] = (),
     checkpoints: Path | None = None,
     quiet: bool = False,
 ) -> TrainingLog:
@@ -61,6 +63,7 @@ def train(
         validation: encoded examples that choose the epoch; without them the last one is kept.
         options: how to train.
         trainable: what of ``model`` (its own copy) is trained; by default all parameters.
+        watches: monitors, measured after every epoch.
         checkpoints: folder for the state after every epoch. A training that was killed resumes
             from the last one there, a finished one is not repeated.
         quiet: no progress bar.
@@ -82,12 +85,12 @@ def train(
     ):
         steps_per_epoch = -(-len(data) // options.batch_size)
         warmup_steps = round(options.warmup * options.epochs * steps_per_epoch)
-        keeper = KeepBest(model, options.patience, -(-warmup_steps // steps_per_epoch))
+        keeper = KeepBest(model, options.patience, -(-warmup_steps // steps_per_epoch), watches)
         keeper.count = count
         kept = (
             None
             if checkpoints is None
-            else Checkpoints(checkpoints, model, data, validation, options, trainable)
+            else Checkpoints(checkpoints, model, data, validation, options, trainable, watches)
         )
         if kept is not None and (log := kept.finished()) is not None:
             return log
@@ -109,6 +112,7 @@ def train(
             model,
             data,
             validation,
+            watches,
             optimizers=(optimizer, None),
             callbacks=[keeper],
             args=TrainingArguments(

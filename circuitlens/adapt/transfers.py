@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, get_args
 
@@ -18,6 +18,7 @@ import torch
 
 from circuitlens.adapt.auto import Decision, decide
 from circuitlens.adapt.merging import plain_copy
+from circuitlens.adapt.monitors import Measure, watches_of
 from circuitlens.adapt.options import (
     TRANSFER,
     TrainingKeywords,
@@ -82,6 +83,8 @@ def transfer(
     retain: Sequence[Task | str] = (),
     replay: float | Sequence[float] = 0.0,
     keep_source: float | None = None,
+    monitor: Task | Measure | Mapping[str, Task | Measure] | None = None,
+    keep_monitor: float | Mapping[str, float] | None = None,
     kv_policy: KVPolicy = "shared",
     rediscover: bool = False,
     test_front: bool = False,
@@ -116,6 +119,14 @@ def transfer(
             weights to the trained ones, are then chosen together on validation: the best on the
             target among those that keep within it, or the untouched model if none does better.
             What is lost on test can be more. By default the rate alone is chosen, by the target.
+        monitor: what to watch while the model is trained: a task (its validation accuracy), a
+            function that takes the model and returns a number (larger is better), or several by
+            name. It is measured at the start, after every epoch and at every α
+            (``result.history``, ``result.front``, :attr:`TransferResult.monitored`), such as
+            accuracy on speech while a speech model is adapted with text.
+        keep_monitor: how much of every monitor may be lost, in its own units, or by name. Epoch,
+            rate and α are then chosen among those that keep within it, together with
+            ``keep_source`` if that is given; or the model stays as it was.
         kv_policy: under grouped-query attention, train the key/value head that a chosen query
             head shares (``"shared"``), only where all its query heads are chosen (``"group"``), or
             none (``"frozen"``).
@@ -146,7 +157,7 @@ def transfer(
 
     Raises:
         InputError: for an unknown strategy, missing scores, a circuit or scores of another model,
-            or ``keep_source`` without a task to keep.
+            ``keep_source`` without a task to keep, or a monitor that gives no finite number.
         NotFiniteError: if training diverges at every learning rate. One rate that diverges is
             left out, with a warning in the log.
     """
@@ -182,6 +193,7 @@ def transfer(
     if (keep_source is not None or test_front) and not others:
         rule = "test_front" if keep_source is None else "keep_source"
         raise InputError(f"{rule} needs a task that is to be kept: pass source=… or retain=….")
+    watches = watches_of(model, monitor, keep_monitor)
     data = task.encode(model, task["pool_b"])
     validation = task.encode(model, task["validation"])
     held = [other.encode(model, other["validation"]) for other in others]
@@ -211,6 +223,7 @@ def transfer(
         quiet,
         task.prompt,
         [t.encode(model, t["test"]) for t in (task, *others)] if test_front else (),
+        watches,
     )
     scratch = tempfile.TemporaryDirectory(prefix="circuitlens-")
     target_before = _measure(model, task, quiet)[0]
@@ -232,6 +245,8 @@ def transfer(
             if keep_source is None
             else f"nothing that loses at most {keep_source:g} of accuracy elsewhere"
         )
+        if bound := [w for w in watches if w.keep is not None]:
+            within += f" within the limit of {', '.join(w.name for w in bound)}"
         logger.warning(
             "%s: %s did better on validation than no training (accuracy %.3f), so the model stays "
             "as it was: give other rates, or more epochs%s.",
@@ -283,6 +298,8 @@ def transfer(
         settings["replays"] = list(mixes)
     if keep_source is not None:
         settings["keep_source"] = keep_source
+    if any(w.keep is not None for w in watches):
+        settings["keep_monitor"] = {w.name: w.keep for w in watches if w.keep is not None}
     return TransferResult(
         strategy=name,
         heads=heads,
@@ -294,7 +311,11 @@ def transfer(
         n_trainable=found.n_entries,
         learning_rate=chosen.learning_rate,
         alpha=chosen.alpha if chosen is not start else 1.0,
-        front=front if others else None,
+        front=front if others or watches else None,
+        monitored={
+            watch.name: (before, now)
+            for watch, before, now in zip(watches, start.watched, chosen.watched, strict=True)
+        },
         test_front=found.test_front,
         passes=float(passes),
         validation={

@@ -19,7 +19,8 @@ from functools import cache
 import numpy as np
 from jaxtyping import Float
 
-from circuitlens.adapt.front import ROUNDING, Front
+from circuitlens.adapt.front import Front
+from circuitlens.adapt.options import ROUNDING
 from circuitlens.errors import InputError
 from circuitlens.experiments.paired import blocks_of
 

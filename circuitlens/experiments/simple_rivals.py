@@ -121,7 +121,7 @@ def _ngrams(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import FeatureUnion
 
-    texts = {pool: [" ".join(e.fields.values()) for e in found] for pool, found in pools.items()}
+    texts = {pool: [" ".join(e.texts.values()) for e in found] for pool, found in pools.items()}
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
     letters = TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True)
     try:

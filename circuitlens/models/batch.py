@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.errors import check_choice
 from circuitlens.models.families import ActivationSite, Family
+from circuitlens.models.features import Features
 from circuitlens.models.hooks import Hook
 from circuitlens.models.tokens import PromptText
 
@@ -273,6 +274,8 @@ class Batch:
         tail: tokens of each row that are the beginning of an answer.
         partner: prompts whose activations stand in for those of these, row by row, where heads are
             not measured from means (:class:`circuitlens.baseline.PairedMeans`).
+        values, places: features of sounds and images, and the positions where they stand instead
+            of the embeddings of tokens (:mod:`circuitlens.models.composite`).
     """
 
     input_ids: Int[Tensor, "row pos"]
@@ -285,6 +288,8 @@ class Batch:
     reading: Int[Tensor, "batch entry 5"] | None = None
     tail: Int[Tensor, " row"] | None = None
     partner: Batch | None = None
+    values: Float[Tensor, "row pos d_model"] | None = None
+    places: Bool[Tensor, "row pos"] | None = None
 
     def __len__(self) -> int:
         return len(self.gold)
@@ -299,6 +304,13 @@ class Batch:
         """All tensors by the name of their attribute."""
         found = {name: getattr(self, name) for name in _TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def features(self) -> Features | None:
+        """Features of sounds and images, if there are any."""
+        if self.values is None or self.places is None:
+            return None
+        return Features(self.values, self.places)
 
     def mask(self, positions: Positions) -> Bool[Tensor, "row pos"]:
         """Positions that a source or a mean speaks of.
@@ -341,11 +353,16 @@ class Batch:
 
     def last(self, width: int) -> Batch:
         """Return the last ``width`` columns."""
-        return replace(
-            self,
-            input_ids=self.input_ids[:, -width:],
-            attention_mask=self.attention_mask[:, -width:],
-        )
+        return self._columns(lambda tensor: tensor[:, -width:])
+
+    def without_columns(self, n: int) -> Batch:
+        """Leave out the first ``n`` columns."""
+        return self._columns(lambda tensor: tensor[:, n:])
+
+    def _columns(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = [name for name in _BY_COLUMN if getattr(self, name) is not None]
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
@@ -384,13 +401,14 @@ class Batch:
 
         ``change`` is told whether the tensor has a row for each prompt's row.
         """
-        by_row = ("input_ids", "attention_mask", "tail")
+        by_row = (*_BY_COLUMN, "tail")
         changed: dict[str, Any] = {n: change(t, n in by_row) for n, t in self.tensors.items()}
         partner = None if self.partner is None else of_partner(self.partner)
         return replace(self, **changed, partner=partner)
 
 
-_TENSORS = ("input_ids", "attention_mask", "gold", "reading", "tail")
+_BY_COLUMN = ("input_ids", "attention_mask", "values", "places")
+_TENSORS = (*_BY_COLUMN, "gold", "reading", "tail")
 
 
 def from_the_end(attention_mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:

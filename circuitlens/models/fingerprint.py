@@ -9,7 +9,7 @@ memory, PyTorch's counter of changes in place, and two sums over its bits, becau
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,12 @@ class Fingerprints:
     def __init__(self) -> None:
         self._known: dict[Key, tuple[tuple[int, int], str]] = {}
 
-    def of(self, hf: PreTrainedModel) -> str:
-        """SHA-256, 16 hex digits, of all parameters and of the rest that changes outputs."""
-        named = list(hf.named_parameters())
+    def of(self, hf: PreTrainedModel, around: Sequence[tuple[str, nn.Parameter]] = ()) -> str:
+        """SHA-256, 16 hex digits, of all parameters and of the rest that changes outputs.
+
+        ``around`` are parameters of a model that ``hf`` is inside of.
+        """
+        named = [*hf.named_parameters(), *around]
         sums = _sums([p for _, p in named])
         found: dict[Key, tuple[tuple[int, int], str]] = {}
         parts: list[str] = []

@@ -14,6 +14,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -25,16 +26,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, UnsupportedModelError
-from circuitlens.models.batch import Batch, Readout, Views
+from circuitlens.models.batch import Batch, Readout
 from circuitlens.models.bridging import Wiring, boot
+from circuitlens.models.composite import Composite
 from circuitlens.models.families import ActivationSite, Family, family_of
+from circuitlens.models.features import Features, replaced, replacing
 from circuitlens.models.fingerprint import Fingerprints
 from circuitlens.models.freezing import evaluating
 from circuitlens.models.geometry import HeadGeometry
 from circuitlens.models.hooks import Hook, recording
-from circuitlens.models.passes import beginning_at, count_forward
+from circuitlens.models.passes import count_forward
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.readouts import readout_of
+from circuitlens.models.shortened import Shortened
 from circuitlens.models.tokens import token_texts
 from circuitlens.models.writing import write_weights
 
@@ -43,11 +47,12 @@ __all__ = ["HookedModel"]
 Forward = Callable[[Batch, Mapping[str, Hook]], Tensor]
 
 
-class HookedModel(Views):
+class HookedModel(Shortened):
     """A language model with two views of the same weights, made by :func:`circuitlens.load`.
 
     Attributes:
-        hf: the pristine Hugging Face model; train it, save it, hand it to any other library.
+        hf: the pristine Hugging Face model; train it, save it, hand it to any other library. Of a
+            speech or vision model it is the language model inside, on the same weights.
         adapter: a PEFT model around ``hf``, if a transfer on weights in 16 bits keeps what it
             trained beside them. Hooks and files need :func:`circuitlens.merge`.
         name: name or folder it was loaded from.
@@ -67,12 +72,14 @@ class HookedModel(Views):
         name: str = "",
         origin: str = "memory",
         labels: Sequence[str] = (),
+        composite: Composite | None = None,
     ) -> None:
         self.hf = hf.eval()
         self.labels = tuple(labels)
         self.origin = origin
         self.name = name or str(hf.config.name_or_path) or type(hf).__name__
         self._tokenizer = tokenizer
+        self.composite = composite
         self.adapter: Any = None
         self._view: tuple[Any, HeadGeometry, Wiring] | None = None
         self._geometry: HeadGeometry | None = None
@@ -83,8 +90,9 @@ class HookedModel(Views):
     def __repr__(self) -> str:
         # Not through the property: a model that was rewired can still be named.
         g = self._geometry or self.geometry
+        inside = f"{type(self.composite.whole).__name__} with " if self.composite else ""
         return (
-            f"HookedModel({self.name!r}: {type(self.hf).__name__}, {g.n_layers} layers of "
+            f"HookedModel({self.name!r}: {inside}{type(self.hf).__name__}, {g.n_layers} layers of "
             f"{g.n_heads} heads, d_model {g.d_model}, {self.dtype}, {self.device}"
             f"{', new untrained head' * bool(self.new)}{', with an adapter' * bool(self.adapter)})"
         )
@@ -101,6 +109,15 @@ class HookedModel(Views):
                 f"{self.name} has no tokenizer, which text needs: cl.load(model, tokenizer=…)."
             )
         return self._tokenizer
+
+    @property
+    def whole(self) -> PreTrainedModel:
+        """The Hugging Face model that was loaded: of a speech or vision model with its encoder.
+
+        It has the weights of :attr:`hf` as they are now, so ``model.whole.generate(…)`` answers as
+        the trained model does.
+        """
+        return self.composite.follow(self.hf) if self.composite else self.hf
 
     @property
     def has_tokenizer(self) -> bool:
@@ -194,7 +211,42 @@ class HookedModel(Views):
 
         Parameters are hashed again only where they have changed.
         """
-        return self._fingerprints.of(self.hf)
+        around = self.composite.rest(self.hf) if self.composite else ()
+        return self._fingerprints.of(self.hf, around)
+
+    # -- sounds and images ---------------------------------------------------------------------
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether prompts can have sounds or images."""
+        return self.composite is not None
+
+    def placeholder(self, name: str) -> str:
+        """The token that stands for ``"audio"`` or ``"image"`` in a prompt, as text.
+
+        Raises:
+            InputError: if the model takes none, or has no processor.
+        """
+        if self.composite is None:
+            raise InputError(f"{self.name} takes text only, and no {name}.")
+        return self.composite.placeholder(name)
+
+    def features(
+        self, ids: Sequence[int], given: Mapping[str, Any], where: str = "the example"
+    ) -> tuple[tuple[int, ...], Features]:
+        """Tokens of a prompt with its placeholders repeated, and the features that go there.
+
+        Args:
+            ids: tokens of the prompt, each placeholder once.
+            given: sound and image by name.
+            where: what to call the example in errors.
+
+        Raises:
+            InputError, UnsupportedModelError: as
+                :meth:`circuitlens.models.composite.Composite.features`.
+        """
+        assert self.composite is not None
+        return self.composite.features(self.hf, ids, given, where)
 
     # -- forward ---------------------------------------------------------------------------
 
@@ -244,13 +296,17 @@ class HookedModel(Views):
         arguments |= self._arguments(batch)
         tokens = arguments.pop("input_ids")
         count_forward(len(tokens))
+        if batch.features is not None:
+            put, own = replaced(batch.features), hooks.get("embed.hook_out")
+            hooks = {**hooks, "embed.hook_out": put if own is None else lambda x: own(put(x))}
         with self.hooked(hooks):
             return self.bridge(tokens, **arguments)
 
     def run_hf(self, batch: Batch, module: torch.nn.Module | None = None, **arguments: Any) -> Any:
         """Output of the Hugging Face view; ``module`` as in :meth:`hf_logits`."""
         count_forward(len(batch.input_ids))
-        with evaluating(self.hf) if module is None else nullcontext():
+        mode = evaluating(self.hf) if module is None else nullcontext()
+        with mode, replacing(self.hf.get_input_embeddings(), batch.features):
             return (module or self.hf)(**self._arguments(batch), **arguments)
 
     @cached_property
@@ -300,87 +356,6 @@ class HookedModel(Views):
                 "the result would be wrong (TransformerLens fires hooks under canonical names)."
             )
 
-    @contextmanager
-    def starting_at(
-        self,
-        layer: int,
-        residual: Float[Tensor, "batch pos d_model"],
-        z: Float[Tensor, "batch pos head d_head"] | None = None,
-    ) -> Iterator[None]:
-        """Let forward passes in this block begin at ``layer``, which is given ``residual``.
-
-        With ``z`` (where :attr:`takes_z`) the heads of that layer are not computed either: these
-        are their outputs, to which the hook of z is applied as ever.
-
-        The blocks below pass their input through uncomputed. (TransformerLens' own
-        ``start_at_layer`` replaces the residual stream too, but still computes them.)
-        """
-        below = list(self.bridge.blocks)[:layer]
-
-        def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            return (residual,) if self._blocks_return_tuples else residual
-
-        # Read before the blocks are replaced: finding out runs the model.
-        _ = self._blocks_return_tuples
-        attention = self.bridge.blocks[layer].attn
-
-        def write(*_: Any, **__: Any) -> Any:
-            assert z is not None
-            assert self._attention_returns is not None
-            return (attention.o(z.flatten(2)), *[None] * (self._attention_returns - 1))
-
-        replaced = below if z is None else [*below, attention]
-        _ = z is not None and self._attention_returns
-        try:
-            for block in below:
-                block.__dict__["forward"] = skip
-            if z is not None:
-                attention.__dict__["forward"] = write
-            with beginning_at(layer, len(self.bridge.blocks)):
-                yield
-        finally:
-            for module in replaced:
-                del module.__dict__["forward"]
-
-    @cached_property
-    def takes_z(self) -> bool:
-        """Whether :meth:`starting_at` can take z: attention returns just what W_O makes of it."""
-        return self._attention_returns is not None
-
-    @cached_property
-    def _attention_returns(self) -> int | None:
-        """Length of the tuple that attention returns, if its first item is W_O's output."""
-        found: list[Any] = []
-        attention = self.bridge.blocks[0].attn
-        handles = [
-            attention.o.register_forward_hook(lambda _m, _i, output: found.append(output)),
-            attention.register_forward_hook(lambda _m, _i, output: found.append(output)),
-        ]
-        try:
-            with torch.no_grad():
-                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        written, returned = found[0], found[1]
-        if isinstance(returned, tuple) and torch.equal(returned[0], written):
-            return len(returned)
-        return None
-
-    @cached_property
-    def _blocks_return_tuples(self) -> bool:
-        """Whether the blocks of this architecture return ``(hidden_states, …)``."""
-        found: list[bool] = []
-        handle = self.bridge.blocks[0].register_forward_hook(
-            lambda _module, _inputs, output: found.append(isinstance(output, tuple))
-        )
-        try:
-            with torch.no_grad():
-                self.logits(self.unlabelled(torch.zeros(1, 1, dtype=torch.long)))
-        finally:
-            handle.remove()
-        return found[0]
-
     # -- head by head ----------------------------------------------------------------------
 
     @staticmethod
@@ -425,8 +400,10 @@ class HookedModel(Views):
 
     def clone(self) -> HookedModel:
         """Return an independent copy with weights of its own."""
-        hf, adapter = copy.deepcopy((self.hf, self.adapter))
-        twin = HookedModel(hf, self._tokenizer, self.name, self.origin, self.labels)
+        # Together, so that the copy of the whole has the copy of the language model inside.
+        hf, adapter, whole = copy.deepcopy((self.hf, self.adapter, self.whole))
+        around = self.composite and replace(self.composite, whole=whole)
+        twin = HookedModel(hf, self._tokenizer, self.name, self.origin, self.labels, around)
         twin.new, twin.prompt, twin.adapter = self.new, self.prompt, adapter
         twin._fingerprints = self._fingerprints.carried(self.hf, twin.hf)
         twin._geometry = self._geometry
@@ -434,6 +411,8 @@ class HookedModel(Views):
 
     def save(self, folder: str | Path) -> None:
         """Write weights, configuration and tokenizer the Hugging Face way.
+
+        Of a speech or vision model the whole is written, with its processor.
 
         Raises:
             InputError: if the model keeps an adapter beside its weights.
@@ -443,8 +422,10 @@ class HookedModel(Views):
                 f"{self!r} keeps an adapter beside its weights: save the transfer, result.save(…), "
                 "or merge the adapter first, cl.merge(model, task).model.save(…)."
             )
-        write_weights(self.hf, Path(folder), self.labels)
-        if self._tokenizer is not None:
+        write_weights(self.whole, Path(folder), self.labels)
+        if self.composite is not None and self.composite.processor is not None:
+            self.composite.processor.save_pretrained(folder)
+        elif self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.prompt is not None:
             self.prompt.save(Path(folder))

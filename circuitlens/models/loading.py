@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from circuitlens.errors import InputError
+from circuitlens.models.composite import Composite
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.inside import check_alike, language_model_of
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.selfcheck import check_hooks
-from circuitlens.models.weights import load_tokenizer, load_weights, plain_model
+from circuitlens.models.weights import load_processor, load_tokenizer, load_weights, plain_model
 
 __all__ = ["HasLabels", "find_device", "find_dtype", "load_model"]
 
@@ -45,13 +48,14 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
     labels: Sequence[str] | HasLabels = (),
+    processor: Any = None,
     **options: Any,
 ) -> HookedModel:
     """Load a whole model: see :func:`circuitlens.load`, which opens adapters besides."""
     where, kind = find_device(device), find_dtype(dtype)
     names = tuple(labels.labels if isinstance(labels, HasLabels) else labels)
     if isinstance(model, HookedModel):
-        given = (tokenizer, where, revision, *names, *options)
+        given = (tokenizer, where, revision, processor, *names, *options)
         if kind == "auto" and all(value is None for value in given):
             return model
         raise InputError(
@@ -63,8 +67,11 @@ def load_model(
         hf, new = load_weights(str(model), kind, revision, names, **options)
         elsewhere = "hub" if revision is None else f"revision {revision}"
         origin = "folder" if Path(model).exists() else elsewhere
+        if processor is None and tokenizer is None and language_model_of(hf) is not None:
+            processor = load_processor(str(model), revision, **options)
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         tokenizer = tokenizer or load_tokenizer(str(model), revision, **options)
-        hooked = HookedModel(hf, tokenizer, str(model), origin)
+        hooked = _hooked(hf, tokenizer, processor, str(model), origin)
         hooked.new = new
         hooked.prompt = Prompt.found(Path(model))
     else:
@@ -73,17 +80,45 @@ def load_model(
                 f"cl.load takes {next(iter(options))}= for a name or folder, which is loaded "
                 "with it, but was given a model in memory: leave it out."
             )
-        hooked = HookedModel(plain_model(model), tokenizer, labels=names)
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+        hooked = _hooked(plain_model(model), tokenizer, processor, labels=names)
         _check_classifier(hooked, names)
     _check_padding(hooked, loaded=isinstance(model, str | Path))
     if where is not None:
-        hooked.hf.to(where)
-    _check_one_device(hooked.hf)
+        cast(nn.Module, hooked.whole).to(where)
+    _check_one_device(hooked.whole)
     # Before anything else, because it checks that heads can be hooked.
     _ = hooked.geometry
     check_hooks(hooked)
+    if hooked.composite is not None:
+        check_alike(hooked.whole, hooked.hf)
     logger.info("Loaded %r.", hooked)
     return hooked
+
+
+def _hooked(
+    hf: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Any,
+    name: str = "",
+    origin: str = "memory",
+    labels: Sequence[str] = (),
+) -> HookedModel:
+    """The model, or the language model inside it.
+
+    Raises:
+        InputError: if there is a processor and nothing that takes more than text.
+        UnsupportedModelError: if the language model cannot stand alone.
+    """
+    inside = language_model_of(hf)
+    if inside is None:
+        if processor is not None:
+            raise InputError(
+                f"{type(hf).__name__} takes text only, so a processor serves nothing: leave it out."
+            )
+        return HookedModel(hf, tokenizer, name, origin, labels)
+    name = name or str(hf.config.name_or_path) or type(hf).__name__
+    return HookedModel(inside, tokenizer, name, origin, labels, Composite(hf.eval(), processor))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

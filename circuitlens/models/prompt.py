@@ -184,14 +184,18 @@ class Prompt:
         tokenizer: PreTrainedTokenizerBase,
         texts: Mapping[str, str],
         outer: tuple[str, str] = ("", ""),
+        marks: frozenset[str] = frozenset(),
     ) -> PromptText:
-        """Fill the template; ``outer`` is what :meth:`outer` gave."""
+        """Fill the template; ``outer`` is what :meth:`outer` gave.
+
+        ``marks`` are fields filled with placeholders, in which special tokens are special.
+        """
         parts: list[tuple[str, bool]] = [(outer[0], True)]
         for literal, name, spec, conversion in Formatter().parse(self.template):
             parts.append((literal, True))
             if name is not None:
                 how = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                parts.append((f"{{{name}{how}}}".format(**texts), False))
+                parts.append((f"{{{name}{how}}}".format(**texts), name in marks))
         parts.append((outer[1], True))
         return PromptText(tokenizer, tuple((text, mine) for text, mine in parts if text))
 

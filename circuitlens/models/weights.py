@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,10 +22,11 @@ from transformers import (
 from circuitlens.errors import InputError, UnsupportedModelError, first_line
 from circuitlens.models.families import refuse_type, tested_types
 from circuitlens.models.geometry import made_by
+from circuitlens.models.inside import is_composite
 from circuitlens.models.readouts import readout_for
 from circuitlens.utils.progress import hushed_transformers
 
-__all__ = ["load_tokenizer", "load_weights", "plain_model"]
+__all__ = ["load_processor", "load_tokenizer", "load_weights", "plain_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +120,16 @@ def load_weights(
             "network, or download it elsewhere and give the local folder."
         ) from error
     refuse_type(config)
+    if is_composite(config):
+        if labels:
+            raise InputError(
+                f"{name} is a {config.model_type} model, whose language model answers in words: "
+                "leave labels out."
+            )
+        whole, absent = _from_pretrained(
+            AutoModelForMultimodalLM, name, config, dtype, revision, options
+        )
+        return plain_model(whole), _check_missing(name, whole, "", absent, True, ())
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     has_head = saved_as.endswith(_CLASSIFIER)
     auto = readout_for(config, classifier=has_head or bool(labels)).auto_class()
@@ -129,6 +142,20 @@ def load_weights(
         )
     if labels:
         _name_classes(name, config, labels, has_head)
+    model, missing = _from_pretrained(auto, name, config, dtype, revision, options)
+    # A folder that holds an adapter as well comes with it inside.
+    return plain_model(model), _check_missing(name, model, saved_as, missing, has_head, labels)
+
+
+def _from_pretrained(
+    auto: Any,
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    options: Mapping[str, Any],
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load weights; name those that were not there."""
     try:
         # A new head begins the same every time, and leaves the caller's random numbers alone.
         with hushed_transformers(warnings=False), torch.random.fork_rng():
@@ -145,9 +172,8 @@ def load_weights(
         raise InputError(
             f"The weights of {name} could not be loaded ({first_line(error)})."
         ) from error
-    missing = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
-    # A folder that holds an adapter as well comes with it inside.
-    return plain_model(model), _check_missing(name, model, saved_as, missing, has_head, labels)
+    missing = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    return model, sorted(missing)
 
 
 def _access(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,3 +257,21 @@ def load_tokenizer(name: str, revision: str | None, **options: Any) -> PreTraine
             "or load the model yourself and pass cl.load(model, tokenizer=…)."
         ) from cause
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_processor(name: str, revision: str | None, **options: Any) -> Any:
+    """Load the processor of a speech or vision model; ``None`` if there is none.
+
+    Text needs a tokenizer only, so a missing processor is complained of where a prompt has a sound
+    or an image.
+    """
+    try:
+        found = AutoProcessor.from_pretrained(name, revision=revision, **_access(options))
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        logger.warning(
+            "%s has no processor that could be loaded (%s): prompts can have text only.",
+            name,
+            first_line(error),
+        )
+        return None
+    return found if hasattr(found, "tokenizer") else None

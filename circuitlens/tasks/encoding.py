@@ -23,10 +23,13 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError, check_whole
 from circuitlens.models.batch import Answers, Batch, Plan, Readout
+from circuitlens.models.features import Features
+from circuitlens.models.media import MEDIA
 from circuitlens.models.prompt import Prompt, template_fields
 from circuitlens.models.readouts.words import tokens_of_words
 from circuitlens.models.tokens import text_ids
 from circuitlens.tasks.examples import Example
+from circuitlens.tasks.media_fields import HasMedia, has_media, joined
 
 __all__ = ["Encoded", "encode"]
 
@@ -53,6 +56,7 @@ class Encoded:
         answers: tokens of the possible answers of every example, if it brings its own.
         partners: tokens of the prompt whose activations stand in for those of every example, where
             heads are not measured from means.
+        features: of the sounds and images of every example, if it has any, and of its partner.
     """
 
     ids: tuple[str, ...]
@@ -66,6 +70,8 @@ class Encoded:
     groups: tuple[str, ...] = ()
     answers: tuple[Answers, ...] = ()
     partners: tuple[tuple[int, ...], ...] = ()
+    features: tuple[Features, ...] = ()
+    partner_features: tuple[Features, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -100,6 +106,10 @@ class Encoded:
             groups=self.groups + other.groups,
             answers=self.answers + other.answers,
             partners=self.partners + other.partners,
+            features=joined((self.tokens, other.tokens), (self.features, other.features)),
+            partner_features=joined(
+                (self.partners, other.partners), (self.partner_features, other.partner_features)
+            ),
         )
 
     def take(self, indices: Sequence[int]) -> Encoded:
@@ -112,6 +122,10 @@ class Encoded:
             groups=tuple(self.groups[i] for i in indices),
             answers=tuple(self.answers[i] for i in indices) if self.answers else (),
             partners=tuple(self.partners[i] for i in indices) if self.partners else (),
+            features=tuple(self.features[i] for i in indices) if self.features else (),
+            partner_features=tuple(self.partner_features[i] for i in indices)
+            if self.partner_features
+            else (),
         )
 
     def _plan(self, index: int) -> Plan:
@@ -144,6 +158,7 @@ class Encoded:
             first = 0 if self.readout.pad_right else width - len(tokens)
             ids[row, first : first + len(tokens)] = torch.tensor(tokens)
             mask[row, first : first + len(tokens)] = 1
+        values, places = self._features(indices, mask)
         batch = Batch(
             ids,
             mask,
@@ -152,6 +167,8 @@ class Encoded:
             self.n_prefix,
             self.n_suffix,
             self.n_rows,
+            values=values,
+            places=places,
         )
         if any(plan.entries for plan in plans):
             most = max(len(plan.entries) for plan in plans)
@@ -161,9 +178,30 @@ class Encoded:
             batch = replace(batch, reading=reading, tail=torch.tensor(tails))
         if self.partners:
             # With the same answers behind them, so that they have the same rows.
-            other = replace(self, tokens=self.partners, partners=())
+            other = replace(
+                self,
+                tokens=self.partners,
+                features=self.partner_features,
+                partners=(),
+                partner_features=(),
+            )
             batch = replace(batch, partner=other.batch(indices))
         return batch if device is None else batch.to(device)
+
+    def _features(
+        self, indices: Sequence[int], mask: Int[Tensor, "row pos"]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Features of sounds and images in the rows of a batch, and where they stand."""
+        if not self.features:
+            return None, None
+        own = [self.features[i] for i in indices for _ in range(self.n_rows)]
+        values = own[0].values.new_zeros(*mask.shape, own[0].values.shape[-1])
+        places = torch.zeros_like(mask, dtype=torch.bool)
+        for row, (features, begin) in enumerate(zip(own, mask.argmax(1).tolist(), strict=True)):
+            end = begin + len(features.places)
+            # What stands behind the prompt, an answer, is text.
+            values[row, begin:end], places[row, begin:end] = features
+        return values, places
 
     def batches(
         self, batch_size: int, device: torch.device | None = None
@@ -209,6 +247,7 @@ def encode(
     context: int | None = None,
     n_embeddings: int | None = None,
     where: str = "examples",
+    media: HasMedia | None = None,
 ) -> Encoded:
     """Encode examples as prompts; the log says how many texts were cut, as a warning if many were.
 
@@ -221,6 +260,7 @@ def encode(
         context: most tokens that the model takes; lowers the limit where needed.
         n_embeddings: tokens that the model knows.
         where: what to call the examples in the log.
+        media: the model, which encodes sounds and images.
 
     Raises:
         InputError: for label words that the readout cannot tell apart, a limit that is not a whole
@@ -234,10 +274,12 @@ def encode(
     if not readout.prompted:
         _check_pair(fields)
     outer = prompt.outer(tokenizer) if readout.prompted else ("", "")
+    seen = [n for n in MEDIA if n in fields and has_media(n, examples, media, where)]
+    marks = {name: media.placeholder(name) for name in seen} if media else {}
 
     def filled(texts: Mapping[str, str]) -> tuple[int, ...]:
         if readout.prompted:
-            ids = prompt.text(tokenizer, texts, outer).ids()
+            ids = prompt.text(tokenizer, {**texts, **marks}, outer, frozenset(marks)).ids()
             # A template may begin with the token itself.
             given = tuple(ids[: len(frame.before)]) == frame.before
             return (*(() if given else frame.before), *ids, *frame.place, *frame.behind)
@@ -245,8 +287,9 @@ def encode(
         second = () if len(parts) < 2 else (*frame.between, *parts[1])
         return (*frame.before, *parts[0], *second, *frame.behind)
 
+    uses = Counter(name for name in fields if name not in marks)
+    longest = max(map(len, readout.plan(()).continuations), default=0)
     if context is not None:
-        longest = max(map(len, readout.plan(()).continuations), default=0)
         bare = len(filled(dict.fromkeys(fields, "x"))) + longest
         what = "prompt template" if readout.prompted else "frame of special tokens"
         if bare >= context:
@@ -263,17 +306,28 @@ def encode(
             )
     rows: list[tuple[int, ...]] = []
     answers: list[Answers] = []
+    features: list[Features] = []
     truncated = 0
     for example in examples:
-        texts = {name: example.fields[name] for name in fields}
+        texts = {name: example.fields[name] for name in fields if name not in marks}
         lengths = {name: len(text_ids(tokenizer, text)) for name, text in texts.items()}
-        limits = _share_out(lengths, Counter(fields), limit)
+        limits = _share_out(lengths, uses, limit)
         if limits != lengths:
             truncated += 1
             texts = {name: _cut(tokenizer, text, limits[name]) for name, text in texts.items()}
         rows.append(filled(texts))
+        if media and marks:
+            given = {name: example.fields[name] for name in marks}
+            rows[-1], own = media.features(rows[-1], given, f"example {example.id} ({where})")
+            features.append(own)
+            if context is not None and len(rows[-1]) + longest > context:
+                raise InputError(
+                    f"The prompt of example {example.id} ({where}) takes {len(rows[-1])} tokens "
+                    f"with its {' and '.join(marks)}, but the model's context has {context}: "
+                    "shorten it, or lower max_text_tokens."
+                )
         if prompt.choices:
-            asked = prompt.text(tokenizer, texts, outer)
+            asked = prompt.text(tokenizer, {**texts, **marks}, outer, frozenset(marks))
             blank = "" if prompt.chat else " "
             words = {c: f"{blank}{example.fields[c].strip()}" for c in prompt.choices}
             answers.append(tuple(tokens_of_words(asked, words).values()))
@@ -294,6 +348,7 @@ def encode(
         n_truncated=truncated,
         groups=tuple(e.group for e in examples),
         answers=tuple(answers),
+        features=tuple(features),
     )
 
 

@@ -14,9 +14,10 @@ import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from circuitlens.errors import InputError
+from circuitlens.models.media import digest_of
 
 __all__ = ["POOLS", "Example", "Pool", "Pools", "normal_text", "split_pools"]
 
@@ -34,6 +35,8 @@ class Example:
         id: unique within a language; equal ids in two languages of a parallel corpus mean the
             same sentence.
         fields: the texts by name, such as ``{"text": …}`` or ``{"premise": …, "hypothesis": …}``.
+            For a speech or vision model ``"audio"`` and ``"image"`` can be among them: the path of
+            a file (a ``pathlib.Path``), a :class:`circuitlens.Audio`, or a PIL image.
         label: the right label.
         group: what may not be torn apart by pools; the id unless examples share a sentence.
         counterfactual: texts that stand in place of those of the same name in the counterfactual
@@ -41,10 +44,10 @@ class Example:
     """
 
     id: str
-    fields: Mapping[str, str]
+    fields: Mapping[str, Any]
     label: str
     group: str = field(default="")
-    counterfactual: Mapping[str, str] = field(default_factory=dict)
+    counterfactual: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -53,7 +56,12 @@ class Example:
     @property
     def text(self) -> str:
         """All fields as one string, for display."""
-        return " / ".join(self.fields.values())
+        return " / ".join(self.texts.values())
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """The fields that are texts."""
+        return {n: v for n, v in self.fields.items() if isinstance(v, str)}
 
 
 @dataclass(frozen=True)
@@ -178,8 +186,12 @@ def _leave_out(
 
 
 def normal_text(example: Example) -> tuple[str, ...]:
-    """Texts as they are compared: whatever Unicode form, case, blanks and invisible characters."""
-    return tuple(map(_normal, example.fields.values()))
+    """Texts as they are compared: whatever Unicode form, case, blanks and invisible characters.
+
+    Sounds and images are compared by what is in them.
+    """
+    fields = example.fields.values()
+    return tuple(_normal(v) if isinstance(v, str) else digest_of(v) for v in fields)
 
 
 def _normal(text: str) -> str:

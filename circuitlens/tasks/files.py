@@ -12,6 +12,7 @@ from typing import Any, cast
 import pandas as pd
 
 from circuitlens.errors import InputError
+from circuitlens.models.media import MEDIA, media_value
 from circuitlens.tasks.examples import Example
 from circuitlens.tasks.reading import SUFFIXES, data_suffix, read_rows, refuse_doubled, stem
 
@@ -55,6 +56,7 @@ def to_examples(
     group: str | None,
     split: str,
     where: str,
+    folder: Path | None = None,
 ) -> list[Example]:
     """Turn rows into examples; without an id column they are numbered within their split.
 
@@ -63,6 +65,9 @@ def to_examples(
 
     The text of a column ``counterfactual_FIELD`` (or ``counterfactual``, where there is one field)
     stands in place of that field in the counterfactual prompt.
+
+    A column ``audio`` or ``image`` may hold sounds and images as ``datasets`` gives them, or names
+    of files, looked up in ``folder`` (that of the data file) or the working directory.
 
     Row numbers are shared by the languages of a parallel corpus, so its pools stay leak-safe.
 
@@ -85,9 +90,9 @@ def to_examples(
                     f"{where} has no column {column!r}; its columns are {list(row)} (its first "
                     "row, if it has no header: add one)."
                 )
-        texts = {name: _text(row[name], name, number, where) for name in fields}
+        texts = {name: _field(row[name], name, number, where, folder) for name in fields}
         others = {
-            name: _text(row[column], column, number, where)
+            name: _field(row[column], name, number, where, folder)
             for name in fields
             for column in _counterfactual_columns(name, fields)
             if column in row
@@ -113,6 +118,19 @@ def to_examples(
                     f"{where} has no {needed!r} in row {number + 1}: every row needs one; {hint}."
                 )
     return examples
+
+
+def _field(value: Any, name: str, number: int, where: str, folder: Path | None) -> Any:
+    """A text, or a sound or image."""
+    if name not in MEDIA:
+        return _text(value, name, number, where)
+    if not isinstance(value, str):
+        return media_value(name, value, f"Row {number + 1} of {where}")
+    text = value.strip()
+    if not text or "\n" in text:
+        return text
+    found = [path for path in ((folder or Path()) / text, Path(text)) if path.is_file()]
+    return found[0] if found else text
 
 
 def _id_column(row: Mapping[str, Any], taken: set[str | None], where: str) -> str | None:
@@ -266,6 +284,7 @@ class FileSource:
         found: dict[str, list[Example]] = {}
         for name, files in self._files(language).items():
             rows = [row for file in files for row in read_rows(file, encoding=self.encoding)]
+            # Of several files in as many folders, names of sounds are relative to the first.
             found[name] = to_examples(
                 rows,
                 fields=self.fields,
@@ -274,6 +293,7 @@ class FileSource:
                 group=self.group,
                 split=name,
                 where=str(files[0]) if len(files) == 1 else f"{files[0]} and others",
+                folder=files[0].parent,
             )
         return found
 

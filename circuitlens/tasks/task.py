@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from circuitlens.errors import InputError
 from circuitlens.models.batch import Words
+from circuitlens.models.media import digest_of
 from circuitlens.models.prompt import Prompt, label_words, template_fields
 from circuitlens.models.readouts import DEFAULT
+from circuitlens.tasks.checking import check_examples
 from circuitlens.tasks.comparing_languages import compare_languages
 from circuitlens.tasks.encoding import Encoded, encode
 from circuitlens.tasks.examples import POOLS, Example, Pool, Pools, split_pools
@@ -124,7 +126,7 @@ class Task:
             self._check(name, self[name])
 
     def _check(self, pool: str, examples: Sequence[Example]) -> None:
-        self._check_examples(examples, f"{self.full_name}, {pool}")
+        check_examples(examples, self.prompt, self.labels, f"{self.full_name}, {pool}")
         # Of a target language there may be a handful of sentences, and nothing reads its pool A.
         enough = self.origin is not None and (examples or pool == "pool_a")
         if (absent := self._absent(pool)) and not enough:
@@ -137,29 +139,6 @@ class Task:
     def _absent(self, pool: str) -> list[str]:
         there = {example.label for example in self[pool]}
         return [label for label in self.labels if label not in there]
-
-    def _check_examples(self, examples: Sequence[Example], where: str) -> None:
-        fields = self.prompt.fields
-        for example in examples:
-            if missing := [name for name in fields if name not in example.fields]:
-                raise InputError(
-                    f"Example {example.id} ({where}) has no field {missing[0]!r}, which the "
-                    f"template {self.template!r} needs; it has {sorted(example.fields)}."
-                )
-            if other := [name for name in fields if not isinstance(example.fields[name], str)]:
-                raise InputError(
-                    f"Example {example.id} ({where}) has the {other[0]} "
-                    f"{example.fields[other[0]]!r}, which is no string: give its text."
-                )
-            if empty := [name for name in fields if not example.fields[name].strip()]:
-                raise InputError(
-                    f"Example {example.id} ({where}) has an empty {empty[0]}: remove the row."
-                )
-            if example.label not in self.labels:
-                raise InputError(
-                    f"Example {example.id} ({where}) has the label {example.label!r}, which is "
-                    f"none of {list(self.labels)}."
-                )
 
     # -- making tasks ----------------------------------------------------------------------
 
@@ -403,7 +382,7 @@ class Task:
                 f"{other[0]!r} is no example of {self.full_name}: make one with "
                 "circuitlens.tasks.Example(id, fields, label)."
             )
-        self._check_examples(examples, self.full_name)
+        check_examples(examples, self.prompt, self.labels, self.full_name)
         return encode(
             examples,
             model.tokenizer,
@@ -412,6 +391,7 @@ class Task:
             context=model.context,
             n_embeddings=model.n_embeddings,
             where=self.full_name,
+            media=model,
         )
 
     def fingerprint(self) -> str:
@@ -423,7 +403,9 @@ class Task:
         for pool in POOLS:
             parts.append(pool)
             for e in self[pool]:
-                parts += [e.id, *e.fields.values(), *e.counterfactual.values(), e.label]
+                both = (*e.fields.values(), *e.counterfactual.values())
+                texts = (v if isinstance(v, str) else digest_of(v) for v in both)
+                parts += [e.id, *texts, e.label]
         return digest(*parts)
 
     def to_frame(self) -> pd.DataFrame:

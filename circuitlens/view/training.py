@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from circuitlens.adapt import TransferResult
+from circuitlens.adapt.monitors import PREFIX
 from circuitlens.adapt.options import rank
 from circuitlens.circuit import Circuit
 from circuitlens.errors import InputError
@@ -30,30 +31,38 @@ def history_frame(results: Results | TransferResult) -> pd.DataFrame:
     """Return validation after every epoch, as :func:`training_curves` draws it.
 
     Columns: ``language``, ``strategy``, ``seed``, ``epoch``, ``accuracy`` in per cent, ``margin``
-    in logits, and ``best``, whether the weights of this epoch were kept.
+    in logits, ``best``, whether the weights of this epoch were kept, and ``monitor: NAME`` of every
+    monitor. Where there are monitors, epoch 0 has their values before.
 
     Raises:
         InputError: if there is no result.
     """
     rows: list[dict[str, Any]] = []
+    watched: dict[str, None] = {}
     for cell in cells_of(results):
         history: list[Mapping[str, float]] = list(cell["history"])
         # As in training, of equal ones the earlier.
         ranks = list(map(rank, history))
         best = ranks.index(max(ranks)) if ranks else None
-        rows += [
-            {
-                "language": cell["target_language"],
-                "strategy": cell["strategy"],
-                "seed": cell["seed"],
-                "epoch": entry["epoch"],
-                "accuracy": 100 * entry["accuracy"],
-                "margin": entry["margin"],
-                "best": number == best,
-            }
-            for number, entry in enumerate(history)
-        ]
-    names = ["language", "strategy", "seed", "epoch", "accuracy", "margin", "best"]
+        about = {key: cell[key] for key in ("strategy", "seed")}
+        about = {"language": cell["target_language"], **about}
+        if history and cell.get("monitored"):
+            before = {f"{PREFIX}{n}": pair[0] for n, pair in cell["monitored"].items()}
+            rows.append({**about, "epoch": 0.0, "best": False, **before})
+        for number, entry in enumerate(history):
+            own = {key: value for key, value in entry.items() if key.startswith(PREFIX)}
+            watched |= dict.fromkeys(own)
+            rows.append(
+                {
+                    **about,
+                    "epoch": entry["epoch"],
+                    "accuracy": 100 * entry["accuracy"],
+                    "margin": entry["margin"],
+                    "best": number == best,
+                    **own,
+                }
+            )
+    names = ["language", "strategy", "seed", "epoch", "accuracy", "margin", "best", *watched]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -62,8 +71,9 @@ def training_curves(
 ) -> go.Figure:
     """Draw validation accuracy and margin after every epoch, at the learning rate chosen.
 
-    One line a strategy and seed, one row of panels a target language; the large outlined symbol is
-    the epoch whose weights were kept.
+    One line per strategy and seed, one row of panels per target language; the large outlined symbol
+    is the epoch whose weights were kept. A monitor has a column of panels, which begins at epoch 0,
+    before the training.
 
     Args:
         results: one result, several, or a comparison.
@@ -81,14 +91,17 @@ def training_curves(
     strategies = list(dict.fromkeys(frame["strategy"]))
     styles = strategy_styles(strategies)
     measures = {"accuracy": "accuracy, %", "margin": "margin, logits"}
+    watched = [name for name in map(str, frame) if name.startswith(PREFIX)]
+    measures |= {name: shown(name.removeprefix(PREFIX)) for name in watched}
+    # One line is too short for both at the width of a column.
     headings = [
-        what if len(languages) == 1 else f"{shown(language)}: {what}"
+        what if len(languages) == 1 else f"{shown(language)}:<br>{what}"
         for language in languages
         for what in measures.values()
     ]
     fig = panels(
         headings,
-        columns=2,
+        columns=len(measures),
         panel=210 if len(languages) == 1 else 140,
         legend=len(strategies),
         title=title,
@@ -145,19 +158,20 @@ def training_curves(
             )
         seen.add(strategy)
     for column, name in enumerate(measures, start=1):
-        # Accuracy and margin are two scales; each is shared by the languages.
+        # Each measure has its scale, which is shared by the languages.
         low, high = frame[name].min(), frame[name].max()
         edge = 0.08 * (high - low) or 1.0
         fig.update_yaxes(
             range=[low - edge, high + edge],
-            matches="y" if column == 1 else "y2",
+            matches="y" if column == 1 else f"y{column}",
             showticklabels=True,
             nticks=6,
             col=column,
         )
-    fig.layout.yaxis.matches = fig.layout.yaxis2.matches = None
+    for column in range(1, len(measures) + 1):
+        fig.layout[f"yaxis{column if column > 1 else ''}"].matches = None
     last = frame["epoch"].max()
-    fig.update_xaxes(range=[0.5, last + 0.5], nticks=6)
+    fig.update_xaxes(range=[-0.5 if watched else 0.5, last + 0.5], nticks=6)
     fig.update_xaxes(title_text="epoch", row=len(languages))
     fig.update_layout(legend=below("validation by strategy; large: the epoch that was kept"))
     return fig

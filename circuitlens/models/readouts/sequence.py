@@ -14,7 +14,7 @@ is then that of the token readout.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -239,17 +239,16 @@ def _of_gold(batch: Batch) -> Batch:
         ],
         device=device,
     )
-    ids, mask = batch.input_ids[index], batch.attention_mask[index]
-    # Columns that are padding now go.
-    first = int(mask.argmax(-1).min())
-    return Batch(
-        ids[:, first:],
-        mask[:, first:],
-        batch.gold,
-        batch.readout,
-        batch.n_prefix,
-        batch.n_suffix,
-        n_rows,
-        pad_sequence(entries, batch_first=True, padding_value=-1),
-        batch.tail[index],
+    found = replace(
+        batch,
+        input_ids=batch.input_ids[index],
+        attention_mask=batch.attention_mask[index],
+        values=None if batch.values is None else batch.values[index],
+        places=None if batch.places is None else batch.places[index],
+        n_rows=n_rows,
+        reading=pad_sequence(entries, batch_first=True, padding_value=-1),
+        tail=batch.tail[index],
+        partner=None,
     )
+    # Columns that are padding now go.
+    return found.without_columns(int(found.attention_mask.argmax(-1).min()))

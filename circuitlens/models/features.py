@@ -1,0 +1,49 @@
+"""What stands in the place of embeddings: an encoder's features of sounds and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+__all__ = ["Features", "replaced", "replacing"]
+
+
+class Features(NamedTuple):
+    """What stands in the place of embeddings.
+
+    Attributes:
+        values: output of encoder and projector; 0 where tokens have their own embedding.
+        places: where it stands.
+    """
+
+    values: Float[Tensor, "*row pos d_model"]
+    places: Bool[Tensor, "*row pos"]
+
+
+@contextmanager
+def replacing(embedding: nn.Module, features: Features | None) -> Iterator[None]:
+    """Within the block, put features in the places of what ``embedding`` gives."""
+    if features is None:
+        yield
+        return
+    hook = replaced(features)
+    handle = embedding.register_forward_hook(lambda _module, _inputs, output: hook(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replaced(features: Features) -> Callable[[Tensor], Tensor]:
+    """A function that puts features in the places of embeddings."""
+
+    def put(embeddings: Tensor) -> Tensor:
+        places = features.places.to(embeddings.device)[..., None]
+        return torch.where(places, features.values.to(embeddings), embeddings)
+
+    return put

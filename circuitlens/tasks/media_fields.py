@@ -1,0 +1,76 @@
+"""Fields of examples that are sounds or images, and their features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from circuitlens.errors import InputError
+from circuitlens.models.features import Features
+from circuitlens.tasks.examples import Example
+
+__all__ = ["HasMedia", "has_media", "joined"]
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@runtime_checkable
+class HasMedia(Protocol):
+    """What encodes sounds and images: a :class:`circuitlens.HookedModel`."""
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether it takes more than text."""
+        ...
+
+    def placeholder(self, name: str) -> str:
+        """The token that stands for a sound or an image."""
+        ...
+
+    def features(
+        self, ids: Sequence[int], given: Mapping[str, Any], where: str
+    ) -> tuple[tuple[int, ...], Features]:
+        """Expand placeholders and encode what they stand for."""
+        ...
+
+
+def has_media(name: str, examples: Sequence[Example], media: HasMedia | None, where: str) -> bool:
+    """Whether a field has sounds or images, which a model of text cannot read.
+
+    Raises:
+        InputError: if it cannot, or some examples have texts there.
+    """
+    texts = [example for example in examples if name in example.texts]
+    if media is None or not media.takes_media:
+        if len(texts) == len(examples):
+            return False
+        raise InputError(
+            f"The examples of {where} have the field {name!r}, and the model takes text only: load "
+            f"a model with an encoder for it, or leave {{{name}}} out of the template."
+        )
+    if texts:
+        raise InputError(
+            f"Example {texts[0].id} ({where}) has the {name} {texts[0].fields[name]!r}, which is "
+            "no file: check the path, which may be relative to the data file."
+        )
+    return True
+
+
+def joined(rows: Sequence[Rows], features: Sequence[tuple[Features, ...]]) -> tuple[Features, ...]:
+    """Features of these examples, then those; a prompt of text has none, but as many rows.
+
+    Text among sounds occurs in replay.
+    """
+    if not any(features):
+        return ()
+    width = next(iter(chain(*features))).values.shape[-1]
+
+    def of(tokens: Rows, own: tuple[Features, ...]) -> Iterator[Features]:
+        for row in () if own else tokens:
+            yield Features(torch.zeros(len(row), width), torch.zeros(len(row), dtype=torch.bool))
+        yield from own
+
+    return tuple(chain(*map(of, rows, features)))
