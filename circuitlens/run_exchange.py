@@ -37,7 +37,7 @@ def exchange(
     *,
     backup: bool,
 ) -> Path | None:
-    """Put scores and a circuit in the place of the old ones and of all that came of these.
+    """Replace the old scores and circuit, and all that is based on them, by new ones.
 
     Args:
         run: folder of the run.

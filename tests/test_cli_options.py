@@ -152,7 +152,7 @@ def test_what_is_no_field_is_refused():
         (["--label", "good"], "--label takes name=value"),
         (["--column", "text=words"], "There is no column 'text'"),
         (["--task", "nusa"], "There is no task 'nusa'; known are afrisenti, americasnli"),
-        (["--data", "nowhere"], "There is no folder nowhere"),
+        (["--data", "nowhere"], "There is no data folder nowhere"),
         (["--replay", "-1"], "replay is a number of source examples"),
         (["--n-random", "0"], "n_random must be positive"),
         (["--bogus"], "No such option: --bogus"),

@@ -546,7 +546,7 @@ def test_a_circuit_will_do(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["3.5"]}, "'3.5' is no head name"),
+        ({"heads": ["3.5"]}, "'3.5' is not a head name"),
         ({"heads": HEADS, "kv_policy": "some"}, "no kv_policy 'some'; known are shared, group"),
         ({"heads": HEADS, "norms": "final"}, "no norms 'final'; known are all, circuit, none"),
         ({"heads": HEADS, "projections": ["q", "w"]}, "no projection 'w'; known are q, k, v, o"),

@@ -32,10 +32,10 @@ _FINISHED = "circuitlens.training-finished/1"
 
 
 class Checkpoints:
-    """What is on disk of a training that is about to begin or to go on.
+    """What is on disk of a training that is about to start or to continue.
 
     Args:
-        folder: is made if need be.
+        folder: created if necessary.
         model: as it is before the training.
         data: to train on.
         validation: chooses the epoch.
@@ -72,7 +72,7 @@ class Checkpoints:
         for name, value in mine.items():
             if stored.get(name) != value:
                 raise InputError(
-                    f"{folder} holds checkpoints of another training ({name} was "
+                    f"{folder} contains checkpoints of another training ({name} was "
                     f"{stored.get(name)!r}, now {value!r}): choose another folder for checkpoints, "
                     "or remove that one."
                 )

@@ -194,7 +194,7 @@ class Readout(ABC):
     def label_logits(
         self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "batch label"]:
-        """Score of every label from the hooked view, in float32 at least."""
+        """Score of every label from the hooked view, in at least float32."""
 
     @abstractmethod
     def hf_logits(
@@ -210,7 +210,7 @@ class Readout(ABC):
 
     @abstractmethod
     def of_labels(self, logits: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch label"]:
-        """Pick the scores of the labels out of all outputs, in float32 at least."""
+        """Pick the scores of the labels out of all outputs, in at least float32."""
 
     def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:
         """Names of all outputs of :meth:`logits`; ``None`` if these are tokens of a vocabulary."""

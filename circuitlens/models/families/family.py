@@ -17,7 +17,7 @@ __all__ = ["ActivationSite", "Family"]
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """Names of the hooks round one activation function.
+    """Names of the hooks around one activation function.
 
     Attributes:
         post: its output, times the linear part if the MLP is gated.
@@ -31,7 +31,7 @@ class ActivationSite:
 
 
 class Family:
-    """Where things are in the hooked view of a causal model with one MLP a layer.
+    """Where things are in the hooked view of a causal model with one MLP per layer.
 
     Attributes:
         causal: whether tokens see only what stands before them; else it is a masked language

@@ -93,7 +93,7 @@ class ClassifierReadout(Readout):
             number = next((known[n] for n in map(_plain, tries) if n in known), None)
             if number is None:
                 raise InputError(
-                    f"The label {label!r} of the task is none of the classes of this model "
+                    f"The label {label!r} of the task is not one of the classes of this model "
                     f"({', '.join(self.names)}): rename one of them, cl.load(…, labels=[…]), or "
                     "choose a model of this task."
                 )
@@ -171,7 +171,7 @@ class ClassifierReadout(Readout):
         return self.of_labels(self.hf_logits(model, batch, module))
 
     def of_labels(self, logits: Float[Tensor, "*batch d_class"]) -> Float[Tensor, "*batch label"]:
-        """Pick the classes that stand for the labels, in float32 at least."""
+        """Pick the classes that stand for the labels, in at least float32."""
         return at_least_float32(logits[..., self._on(logits.device)])
 
     def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:

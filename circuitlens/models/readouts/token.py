@@ -178,7 +178,7 @@ class TokenReadout(VocabularyReadout):
         return self.of_labels(self.hf_logits(model, batch, module))
 
     def of_labels(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch label"]:
-        """Pick the logits of the label tokens, in float32 at least."""
+        """Pick the logits of the label tokens, in at least float32."""
         return at_least_float32(logits[..., self._on(logits.device)])
 
     def _on(self, device: torch.device) -> Int[Tensor, " label"]:

@@ -68,10 +68,10 @@ def pick(language: str, known: Mapping[str, str] | Sequence[str], what: str) -> 
 
 
 def refuse_foreign(languages: Sequence[str], folder: Path, what: str, holds: str) -> None:
-    """Say of a folder that is not the right one what it should hold, and not a list of nothing."""
+    """For a folder that is not the right one, say what it should contain."""
     if not languages:
         raise InputError(
-            f"The data folder {folder} holds no language of {what}; it should hold {holds}."
+            f"The data folder {folder} contains no language of {what}; it should contain {holds}."
         )
 
 
@@ -79,11 +79,11 @@ def open_folder(path: str | Path, *, holds: str) -> Path:
     """Return a data folder.
 
     Raises:
-        InputError: if it does not exist, saying what it should hold.
+        InputError: if it does not exist, saying what it should contain.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"The data folder {folder} does not exist; it should hold {holds}.")
+        raise InputError(f"The data folder {folder} does not exist; it should contain {holds}.")
     return folder
 
 
