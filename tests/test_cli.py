@@ -455,7 +455,7 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             "--out",
             tmp_path / "used",
         ],
-        r"There is no task 'poetry'; known are afrisenti, americasnli": [
+        r"There is no task 'poetry'; use afrisenti, americasnli": [
             *model,
             "--task",
             "poetry",

@@ -438,7 +438,7 @@ def test_what_a_scorer_cannot_do_is_refused():
 def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
     for fields, words in (
         (("x", True, True, "differnce"), r"activation='differnce' is unknown: .* difference, grad"),
-        (("x", True, "no", "secant"), r"freeze_scales of a rule set is .* but is 'no'"),
+        (("x", True, "no", "secant"), r"freeze_scales of a rule set must be .* but is 'no'"),
         (("", True, True, "secant"), "name of a rule set must be a string, but is ''"),
     ):
         with pytest.raises(cl.InputError, match=words):

@@ -547,9 +547,9 @@ def test_a_circuit_will_do(capsys):
     ("options", "message"),
     [
         ({"heads": ["3.5"]}, "'3.5' is not a head name"),
-        ({"heads": HEADS, "kv_policy": "some"}, "no kv_policy 'some'; known are shared, group"),
-        ({"heads": HEADS, "norms": "final"}, "no norms 'final'; known are all, circuit, none"),
-        ({"heads": HEADS, "projections": ["q", "w"]}, "no projection 'w'; known are q, k, v, o"),
+        ({"heads": HEADS, "kv_policy": "some"}, "no kv_policy 'some'; use one of shared, group"),
+        ({"heads": HEADS, "norms": "final"}, "no norms 'final'; use one of all, circuit, none"),
+        ({"heads": HEADS, "projections": ["q", "w"]}, "no projection 'w'; use one of q, k, v, o"),
         ({"heads": HEADS, "projections": []}, "No projection of the heads is chosen"),
         ({"norms": "none"}, "neither heads nor norms"),
         ({"heads": HEADS, "norms": "none", "qk_norms": True}, "qk_norms=True trains nothing"),

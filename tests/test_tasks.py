@@ -691,7 +691,7 @@ def test_pools_can_be_asked_for_by_name_and_unknown_ones_are_refused():
         assert found == cl.evaluate(model, task, task[pool], quiet=True)
     # The last is an attribute of what holds the pools.
     for name in ("train", "", "size"):
-        message = f"no pool '{name}'; known are pool_a, pool_b, validation, test"
+        message = f"no pool '{name}'; use one of pool_a, pool_b, validation, test"
         with pytest.raises(cl.InputError, match=message):
             cl.evaluate(model, task, name)
         with pytest.raises(cl.InputError, match=message):
@@ -714,8 +714,8 @@ def test_nothing_cannot_be_evaluated(nothing):
             "Example odd .* has the text 3, which is not a str",
         ),
         (example("odd", label="pos"), r"'pos', which is none of \['negative', 'positive'\]"),
-        ("a text", r"'a text' is no example of small/one: make one with .*Example\("),
-        ({"text": "x"}, r"is no example of small/one"),
+        ("a text", r"'a text' is not an example of small/one: make one with .*Example\("),
+        ({"text": "x"}, r"is not an example of small/one"),
     ],
 )
 def test_examples_of_ones_own_are_checked_before_they_are_encoded(odd, message):
@@ -875,9 +875,9 @@ def test_an_unknown_option_is_named_with_the_known_ones(tmp_path):
         # Before anything is downloaded.
         (lambda: cl.load_task("nusax", foo="x"), common),
     ):
-        with pytest.raises(cl.InputError, match="takes no option 'foo'; known are") as caught:
+        with pytest.raises(cl.InputError, match="takes no option 'foo'; it takes") as caught:
             make()
-        listed = str(caught.value).partition("known are ")[2].rstrip(".").split(", ")
+        listed = str(caught.value).partition("it takes ")[2].rstrip(".").split(", ")
         assert known <= set(listed)
     assert "id" not in listed
     with pytest.raises(cl.InputError, match="The task toy takes no option 'id'"):
@@ -901,7 +901,7 @@ def test_records_that_cannot_be_used_are_refused(change, message):
 
 
 def test_records_of_an_unknown_split_or_with_blank_texts_are_refused():
-    with pytest.raises(cl.InputError, match=r"split 'extra'; known are .*'train'"):
+    with pytest.raises(cl.InputError, match=r"split 'extra'; use only .*'train'"):
         Task.from_records({"train": records(), "extra": records()})
     rows = records()
     rows[7]["text"] = "  "
@@ -1211,6 +1211,4 @@ def test_a_text_of_the_test_split_is_not_validated_on(caplog):
     pools = split_pools(splits, seed=0)
     assert [e.id for e in pools.validation] == ["v2"]
     assert [e.id for e in pools.test] == ["x1"]
-    assert "1 validation examples were left out: the same text or group is in test" in (
-        caplog.text
-    )
+    assert "1 validation examples were left out: the same text or group is in test" in (caplog.text)
