@@ -10,7 +10,7 @@ The verbs, in the order in which a study uses them:
     circuit  = scores.top(0.05)                         the heads that carry it
     curve    = cl.faithfulness(model, task, scores, baseline)    how much the circuit keeps alone
     result   = cl.transfer(model, circuit, task.to("javanese"))  train only those heads
-    table    = cl.compare(model, circuit, task, ["javanese"])    beside LoRA, full fine-tuning, …
+    table    = cl.compare(model, circuit, task, ["javanese"])    against LoRA, full fine-tuning, …
 
 Figures are in ``cl.view``. Results have ``save``, ``load`` and ``to_frame``, and display
 themselves in notebooks. ``circuitlens run`` does all of it from the command line.

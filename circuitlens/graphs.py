@@ -92,7 +92,7 @@ def heads_of_graph(path: Path) -> tuple[list[Head], int, int]:
         cfg, nodes = content["cfg"], content["nodes"]
         heads = [
             Head.parse(name)
-            # Older files have a truth value in the place of the entry.
+            # Older files have a truth value in place of the entry.
             for name, node in nodes.items()
             if name.startswith("a") and (node if isinstance(node, bool) else node["in_graph"])
         ]

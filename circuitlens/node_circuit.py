@@ -87,7 +87,7 @@ class NodeGrid:
         return column
 
     def _column(self, node: AnyNode) -> int | None:
-        """Where a node would stand; ``None`` for one of another kind."""
+        """Where a node would be; ``None`` for one of another kind."""
         if self.kind == "neurons":
             return node.index if isinstance(node, Neuron) else None
         if isinstance(node, MLP):

@@ -247,7 +247,7 @@ def plan(
                 "validation": n * (epochs + tried),
                 "test": 2.0 + n * tested,
             }
-            # Accuracy before and after, and the loss of up to so many texts.
+            # Accuracy before and after, and the loss of up to this many texts.
             beside = [
                 (other, pool, times)
                 for other in others

@@ -62,7 +62,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Before the path of a configuration of PEFT, among the strategies.
 PEFT_FILE = "peft:"
-# How a model is asked, beside template and words.
+# How a model is asked, besides template and words.
 STYLE = ("readout", "bos", "chat", "system", "choices")
 # Scores follow from these, and from the seed.
 SCORING = (

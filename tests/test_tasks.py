@@ -605,7 +605,7 @@ def test_errors_of_an_example_name_the_example_and_its_pool(pool):
         (Example("odd", {"body": "x"}, "negative"), r"has no field 'text'.*\['body'\]"),
         (example("odd", ""), "has an empty text"),
         (example("odd", " \n\t"), "has an empty text"),
-        (example("odd", label="mixed"), r"'mixed', which is none of \['negative', 'positive'\]"),
+        (example("odd", label="mixed"), r"'mixed', which is not one of \['negative', 'positive'\]"),
     ]
     for first, message in cases:
         with pytest.raises(cl.InputError, match=rf"Example odd \(small/one, {pool}\).*{message}"):
@@ -713,7 +713,7 @@ def test_nothing_cannot_be_evaluated(nothing):
             Example("odd", {"a": "", "text": 3}, "negative"),
             "Example odd .* has the text 3, which is not a str",
         ),
-        (example("odd", label="pos"), r"'pos', which is none of \['negative', 'positive'\]"),
+        (example("odd", label="pos"), r"'pos', which is not one of \['negative', 'positive'\]"),
         ("a text", r"'a text' is not an example of small/one: make one with .*Example\("),
         ({"text": "x"}, r"is not an example of small/one"),
     ],
@@ -891,7 +891,7 @@ def test_an_unknown_option_is_named_with_the_known_ones(tmp_path):
         ({"label": "y"}, "no column 'y'"),
         ({"id": "key"}, "no column 'key'"),
         ({"group": "about"}, "no column 'about'"),
-        ({"labels": {"good": " good", "nice": " nice"}}, "label 'bad', which is none of"),
+        ({"labels": {"good": " good", "nice": " nice"}}, "label 'bad', which is not one of"),
         ({"share_a": 1.0}, "share_a must lie between 0 and 1"),
     ],
 )

@@ -112,7 +112,7 @@ def _selection(trainable: Trainable | None) -> str:
         return "all weights"
     if trainable.masks is not None:
         return digest(*trainable.masks, *trainable.masks.values())
-    # The heads of an adapter stand in its configuration only: its weights begin at zero.
+    # The heads of an adapter are only in its configuration: its weights begin at zero.
     configs = {name: c.to_dict() for name, c in trainable.adapter.peft_config.items()}
     return digest(json.dumps(configs, sort_keys=True, default=_plain))
 

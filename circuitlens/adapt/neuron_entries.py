@@ -38,7 +38,7 @@ def neuron_masks(
         Masks by the parameter's name, biases of the maps into the MLP among them.
 
     Raises:
-        UnsupportedModelError: for a mixture of experts, or maps that are no parameters.
+        UnsupportedModelError: for a mixture of experts, or maps that are not parameters.
     """
     by_layer: dict[int, list[int]] = {}
     for neuron in neurons:

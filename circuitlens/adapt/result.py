@@ -51,7 +51,7 @@ class TransferResult:
         learning_rate: the rate chosen on the target's validation split; 0 where none did better
             than no training, and the model was kept as it was.
         alpha: share of the way from the weights before to the trained ones at which the model
-            stands; below 1 only if ``keep_source`` chose it.
+            is; below 1 only if ``keep_source`` chose it.
         front: target and source on validation for every rate, amount of replay and α; ``None``
             without a source or other task to keep, and in results from before 0.2.
         test_front: start and front of it on the test splits, if that was asked for; nothing was

@@ -320,7 +320,7 @@ def _agreement(
     x, y = (v.double().flatten(1).numpy() for v in (a, b))
     if x.shape[1] < 2:
         raise InputError("A rank correlation needs at least two nodes, but the model has one.")
-    # Both are drawn alike. A scorer that says the same of all examples has no spread of its own,
+    # Both are drawn alike. A scorer that says the same of all examples has no spread itself,
     # but ablation has.
     ranks = [rankdata(resampled_means(v.T, seed, _DRAWS), axis=1) for v in (x, y)]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]

@@ -8,7 +8,7 @@ its columns of W_O. Checkpoints store these in a few layouts:
 * fused and concatenated, all queries, then all keys, then all values (Phi-3; GPT-2 with the
   transposed ``Conv1D``);
 * fused and interleaved by key/value head: its queries, its key, its value, then those of the next
-  (Falcon; GPT-NeoX and BLOOM, where every head is a group of its own).
+  (Falcon; GPT-NeoX and BLOOM, where every head is its own group).
 
 One :class:`WeightSlice` describes any of them as a range on one axis of one named parameter.
 """

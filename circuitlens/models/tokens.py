@@ -55,7 +55,7 @@ class PromptText:
         foreign = [(text, mine) for text, mine in (*self.parts, (word, False)) if text]
         if not any(token in text for text, mine in foreign if not mine for token in special):
             return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-        # The template is taken apart at its special tokens; all that stands between is text.
+        # The template is taken apart at its special tokens; everything between is text.
         border = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         ids: list[int] = []
         pending = ""
@@ -73,7 +73,7 @@ class PromptText:
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Tokens as text that people can read, with their spaces.
 
-    Decoding single tokens takes blanks from those of SentencePiece, and makes nothing of half a
+    Decoding single tokens removes spaces from those of SentencePiece, and makes nothing of half a
     letter, as byte-level vocabularies have them.
     """
     pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(list(ids))]
@@ -96,7 +96,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the vocabulary is of bytes: then it writes a blank as Ġ."""
+    """Whether the vocabulary is of bytes: then it writes a space as Ġ."""
     pieces = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "x x"))
     return any("Ġ" in str(piece) for piece in pieces)
 

@@ -36,7 +36,7 @@ class Example:
         fields: the texts by name, such as ``{"text": …}`` or ``{"premise": …, "hypothesis": …}``.
         label: the right label.
         group: what pools must not split; the id unless examples share a sentence.
-        counterfactual: texts that stand in place of those of the same name in the counterfactual
+        counterfactual: texts that replace those of the same name in the counterfactual
             prompt, where there is one (``reference="counterfactual"``).
     """
 

@@ -158,7 +158,7 @@ class Task:
             if example.label not in self.labels:
                 raise InputError(
                     f"Example {example.id} ({where}) has the label {example.label!r}, which is "
-                    f"none of {list(self.labels)}."
+                    f"not one of {list(self.labels)}."
                 )
 
     # -- making tasks ----------------------------------------------------------------------
@@ -265,7 +265,7 @@ class Task:
                 lets :meth:`to` find the other languages.
             language: language of the examples.
             options: as of :meth:`from_records`, and ``encoding`` of text files, if it is neither
-                UTF-8 nor said by a byte order mark.
+                UTF-8 nor given by a byte order mark.
 
         Raises:
             InputError: for files that cannot be read, and as :meth:`from_records`.

@@ -43,7 +43,7 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
             of a layer, or mix them.
 
     Raises:
-        InputError: for a head that is no name of a head, an unknown choice, or nothing to train.
+        InputError: for a head that is not a head's name, an unknown choice, or nothing to train.
     """
 
     heads: Iterable[str | Head] = ()

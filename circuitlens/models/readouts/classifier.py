@@ -1,7 +1,7 @@
 """The classifier readout: class scores of a model with a classification head.
 
 The model pools its last layer as it does in Hugging Face: encoders at the first token, decoders at
-the last one that is no padding, some over all tokens. There is no prompt and no answer word; the
+the last one that is not padding, some over all tokens. There is no prompt and no answer word; the
 texts are joined as the tokenizer joins them.
 """
 

@@ -42,8 +42,8 @@ class TokenReadout(VocabularyReadout):
 
     Attributes:
         tokens: the token of every label.
-        shared: tokens with which the words of all labels begin; they stand in the prompt.
-        masked: the model is a masked language model, which answers in the place of its mask.
+        shared: tokens with which the words of all labels begin; they are in the prompt.
+        masked: the model is a masked language model, which answers in place of its mask.
     """
 
     tokens: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class TokenReadout(VocabularyReadout):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model answers in the place of its mask."""
+        """Whether the model answers in place of its mask."""
         return self.masked
 
     # -- prompts -------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class DataSet:
         open: makes the source from a local folder; ``None`` stands for the hub.
         language: the usual source language.
         prompt: ``template`` and ``labels`` of the task, or what makes them.
-        prompts: what is otherwise where a language is loaded by its name, by the source's name of
+        prompts: what differs where a language is loaded by its name, by the source's name of
             the language. :meth:`Task.to` keeps the prompt of the language that it starts from.
     """
 
