@@ -114,7 +114,7 @@ class HeadRoles:
         for role in self.roles:
             if role.head == wanted:
                 return role
-        raise InputError(f"Head {wanted} is not in {', '.join(str(r.head) for r in self.roles)}.")
+        raise InputError(f"Head {wanted} is none of {', '.join(str(r.head) for r in self.roles)}.")
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per head: attention, tokens, and ``raises GOLD → LABEL`` in logits."""

@@ -172,7 +172,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not even text
         raise InputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object, so it is not a circuitlens file.")
+        raise InputError(f"{path} contains no JSON object, so it is not a circuitlens file.")
     _check_schema(path, content.pop("schema", None), schema)
     # Files of earlier versions have none.
     sealed = content.pop("checksum", None)

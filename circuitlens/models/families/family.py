@@ -35,7 +35,7 @@ class Family:
 
     Attributes:
         causal: whether tokens see only what comes before them; else it is a masked language
-            model, which answers in place of its mask token.
+            model, which answers at its mask token.
         passes_positions: position ids reach the body, though the head does not name them.
     """
 

@@ -66,7 +66,7 @@ class SequenceReadout(VocabularyReadout):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model answers in place of its mask."""
+        """Whether the model answers at its mask."""
         return self.mask is not None
 
     # -- prompts -------------------------------------------------------------------------------

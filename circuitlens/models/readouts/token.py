@@ -43,7 +43,7 @@ class TokenReadout(VocabularyReadout):
     Attributes:
         tokens: the token of every label.
         shared: tokens with which the words of all labels begin; they are in the prompt.
-        masked: the model is a masked language model, which answers in place of its mask.
+        masked: the model is a masked language model, which answers at its mask.
     """
 
     tokens: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class TokenReadout(VocabularyReadout):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model answers in place of its mask."""
+        """Whether the model answers at its mask."""
         return self.masked
 
     # -- prompts -------------------------------------------------------------------------------
