@@ -593,7 +593,7 @@ def test_models_without_heads_of_their_own_are_refused():
 def test_adapters_of_another_method_are_refused():
     hf = tiny("qwen2")
     get_peft_model(hf, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(cl.UnsupportedModelError, match=r"q_proj holds an adapter of another"):
+    with pytest.raises(cl.UnsupportedModelError, match=r"q_proj already has an adapter of another"):
         get_peft_model(hf, HeadSliceConfig(heads=["a0.h0"]))
 
 
