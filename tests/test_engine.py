@@ -445,7 +445,7 @@ def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
             unchecked(cl.RuleSet, *fields)
     # Tables and files know a method by its name only.
     for name in ("cdt", "ablation", "greedy", "hsu2024"):
-        with pytest.raises(cl.InputError, match=f"is a method '{name}' already"):
+        with pytest.raises(cl.InputError, match=f"already is a method '{name}'"):
             scorer(cl.RuleSet(name, True, False, "secant"))
     assert scorer(replace(RULES["cdt"])) is scorer("cdt")
     assert scorer(replace(RULES["cdt"], name="mine", freeze_scales=False)).name == "mine"
