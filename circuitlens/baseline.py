@@ -9,8 +9,8 @@
 
    and in the same way for the output of every MLP.
 
-Class directions cancel in the mean over labels, so μ_h holds what the head always says and no
-answer; no counterfactual prompts are needed (CT-SFT, arXiv 2601.08146).
+Class directions cancel in the mean over labels, so μ_h holds what the head always outputs and
+no answer; no counterfactual prompts are needed (CT-SFT, arXiv 2601.08146).
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class MeanBaseline:
     """Mean output of every head and MLP over a task, and the examples it was taken on.
 
     Attributes:
-        mean: μ of every head, float32 at least.
+        mean: μ of every head, at least float32.
         mlp_mean: μ of every MLP.
         by_position: heads' means of single positions counted from the end of the prompt (the last
             index is its last token), if those were asked for; where a label has no example as
-            long as that, the mean over positions stands.
-        mlp_by_position: the same of MLPs.
+            long as that, the mean over positions is used.
+        mlp_by_position: the same for MLPs.
         positions: ``"all"`` but the first, the ``"decision"`` position, or ``"all+first"``.
         example_ids: the correctly answered examples; discovery runs on these.
         n_per_label: how many there are for each label.
@@ -132,18 +132,18 @@ class MeanBaseline:
         known = [by_id[i] for i in self.example_ids]
         others = {label: [e for e in known if e.label != label] for label in task.labels}
         seed = self.provenance.seed
-        # By its id alone, so that an example has the same partner among whatever others.
+        # By its id alone, so that an example has the same partner whatever the others are.
         return [random.Random(f"{seed} {e.id}").choice(others[e.label]) for e in examples]
 
     def check_constant(self, what: str) -> None:
-        """Refuse a baseline in which every prompt has a partner instead of a mean.
+        """Reject a baseline in which every prompt has a partner instead of a mean.
 
         Raises:
             InputError: naming what needs means.
         """
         if self.reference in PAIRED:
             raise InputError(
-                f"{what} needs means, and this baseline has reference={self.reference!r}: take "
+                f"{what} needs means, and this baseline has reference={self.reference!r}: use "
                 "cl.label_balanced_mean with another reference."
             )
 
@@ -202,7 +202,7 @@ class MeanBaseline:
         )
 
     def check_model(self, model: HookedModel) -> None:
-        """Refuse a model with other weights than those the means were taken from.
+        """Reject a model with other weights than those the means were taken from.
 
         Raises:
             InputError: if the weights differ.
@@ -222,7 +222,7 @@ class MeanBaseline:
         return Provenance(model.name, weights, name, data, seed, settings)
 
     def check_task(self, task: Task) -> None:
-        """Refuse a task other than the one the means were taken on.
+        """Reject a task other than the one the means were taken on.
 
         Ids do not tell tasks apart: parallel corpora share them between languages.
 
@@ -259,24 +259,24 @@ def label_balanced_mean(
         model: competent in the task.
         task: gives pool A.
         positions: average over ``"all"`` prompt positions but the first, which is an attention
-            sink with or without ``<s>`` (each example counts once, whatever its length); take the
+            sink with or without ``<s>`` (each example counts once, whatever its length); use the
             ``"decision"`` position only; or average over ``"all+first"``, the sink included.
         pooling: one mean for all these positions, or one for each ``"position"``, counted from
             the decision (of use where prompts are aligned there, as templates are).
         reference: what heads are measured from and set to. ``"label-balanced"`` is the method's;
             ``"mean"`` counts every example the same, so that what labels have in unequal numbers
-            stays in it; ``"zero"`` is zero ablation, which takes a head's constant part away too;
+            stays in it; ``"zero"`` is zero ablation, which removes a head's constant part too;
             ``"optimal"`` is the constant of each head at which circuits answer most like the whole
             model, learned on these examples (:mod:`circuitlens.optimal_constants`).
             ``"resample"`` has for every prompt the activations of an example with another label,
             and ``"counterfactual"`` those of its own counterfactual prompt (a column
             ``counterfactual``, or ``counterfactual_FIELD``), aligned at the decision. The last
-            three are there to set results beside those of other tools; MLPs have label-balanced
+            three are there for comparison with other tools; MLPs have label-balanced
             means under ``"optimal"``.
         examples: use these instead of pool A. Those of other pools of the task can be scored by
-            :func:`circuitlens.relevance` too; others, with ids of their own, give means only.
+            :func:`circuitlens.relevance` too; others, with their own ids, give means only.
         batch_size: examples per forward pass; the result does not depend on it.
-        allow_chance: go on although the model does no better than chance.
+        allow_chance: continue even if the model does no better than chance.
         quiet: no progress bar.
 
     Raises:
@@ -298,10 +298,10 @@ def label_balanced_mean(
     check_choice("reference", reference, get_args(Reference))
     if pooling == "position" and positions == "decision":
         raise InputError(
-            "pooling='position' has nothing to tell apart at positions='decision': leave one out."
+            "pooling='position' has nothing to separate at positions='decision': leave one out."
         )
     if pooling == "position" and reference in ("optimal", *PAIRED):
-        raise InputError(f"reference={reference!r} knows no pooling by position: leave that out.")
+        raise InputError(f"reference={reference!r} has no pooling by position: leave that out.")
     examples = task["pool_a"] if examples is None else _checked(task, examples)
     if reference == "counterfactual":
         for example in examples:
@@ -310,7 +310,7 @@ def label_balanced_mean(
     if pooling == "position" and (encoded.n_rows > 1 or encoded.readout.pad_right):
         raise InputError(
             "pooling='position' counts positions from the one decision, which the readout "
-            f"{encoded.readout.name!r} does not have at the end of the prompt: take "
+            f"{encoded.readout.name!r} does not have at the end of the prompt: use "
             "pooling='pooled'."
         )
     labels = list(task.labels)
@@ -391,7 +391,7 @@ def _counterfactual(task: Task, example: Example) -> Example:
         raise InputError(
             f"Example {example.id!r} of {task.full_name} has no counterfactual prompt: give a "
             "column 'counterfactual' (or counterfactual_FIELD for some of several fields), or "
-            "take another reference."
+            "use another reference."
         )
     return replace(example, fields={**example.fields, **example.counterfactual})
 
@@ -412,8 +412,8 @@ def _checked(task: Task, examples: Sequence[Example]) -> tuple[Example, ...]:
     # Discovery looks the examples up by their ids, and would score other texts than these.
     if foreign := [e for e in examples if own.get(e.id, e) != e]:
         raise InputError(
-            f"Example {foreign[0].id!r} has the id of another example of {task.full_name}: take "
-            "the examples from this task, or give yours ids of their own."
+            f"Example {foreign[0].id!r} has the id of another example of {task.full_name}: use "
+            "the examples from this task, or give yours their own ids."
         )
     return examples
 
@@ -430,7 +430,7 @@ def _node_outputs(
 
 
 def _check_finite(model: HookedModel, means: Float[Tensor, "mean layer node_outputs"]) -> None:
-    """Refuse means that are NaN or infinite.
+    """Reject means that are NaN or infinite.
 
     Raises:
         NotFiniteError: naming the lowest node that has one.

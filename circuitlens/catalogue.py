@@ -61,7 +61,7 @@ def data_sets() -> dict[str, str]:
 
 
 def check_task(name: str, known: Collection[str]) -> None:
-    """Refuse the name of a task that is neither a known data set nor looks like a data file.
+    """Reject the name of a task that is neither a known data set nor looks like a data file.
 
     Raises:
         InputError: naming the known ones.
@@ -69,7 +69,7 @@ def check_task(name: str, known: Collection[str]) -> None:
     if name in known or Path(name).suffix or "{language}" in name or Path(name).is_dir():
         return
     raise InputError(
-        f"There is no task {name!r}; known are {', '.join(known)}, or give the path of a data file."
+        f"There is no task {name!r}; use {', '.join(known)}, or the path of a data file."
     )
 
 

@@ -35,9 +35,9 @@ class Circuit:
     """A set of heads of one model, in order of layer and index.
 
     Make one from scores (:meth:`circuitlens.HeadScores.top`) or with :meth:`of`. Circuits are equal
-    if their heads are and the sizes of their models, wherever they come from. ``|``, ``&``, ``-``
+    if their heads and the sizes of their models are, wherever they come from. ``|``, ``&``, ``-``
     and ``^`` combine and ``<=``, ``<``, ``>=`` and ``>`` compare circuits of models of one size as
-    sets; on their right may stand a set of heads.
+    sets; the right operand may be a set of heads.
 
     Attributes:
         heads: the heads, sorted and without repetition.
@@ -90,7 +90,7 @@ class Circuit:
 
     def __getitem__(self, key: object) -> NoReturn:
         raise InputError(
-            f"A circuit is a set, so there is no circuit[{key!r}]: take circuit.heads[{key!r}], or "
+            f"A circuit is a set, so there is no circuit[{key!r}]: use circuit.heads[{key!r}], or "
             "ask whether 'a3.h5' in circuit."
         )
 
@@ -103,18 +103,18 @@ class Circuit:
     def named(self, names: Mapping[Head | str, str]) -> Circuit:
         """Return the circuit with names for some of its heads, such as ``{"a0.h3": "negation"}``.
 
-        Names that it has already stay, unless they are given again; an empty one takes a name away.
+        Names that it already has stay, unless they are given again; an empty one removes a name.
 
         Raises:
-            InputError: for a head that is not in the circuit, or a name that is no text.
+            InputError: for a head that is not in the circuit, or a name that is not a string.
         """
         found = dict(self.names)
         for key, name in names.items():
             head = _head(key)
             if head not in self.heads:
-                raise InputError(f"Head {head} is not in the circuit, so it gets no name here.")
+                raise InputError(f"Head {head} is not in the circuit, so it cannot be named here.")
             if not isinstance(name, str):
-                raise InputError(f"The name of {head} must be a text, but is {name!r}.")
+                raise InputError(f"The name of {head} must be a string, but is {name!r}.")
             found[head] = " ".join(name.split())
         return replace(self, names={head: name for head, name in found.items() if name})
 
@@ -125,7 +125,7 @@ class Circuit:
     # -- set algebra -----------------------------------------------------------------------
 
     def _other(self, other: object) -> Circuit | None:
-        """The other side of an operator as a circuit, or None if it is no set of heads.
+        """The other side of an operator as a circuit, or None if it is not a set of heads.
 
         Raises:
             InputError: for a circuit of a model of another size.
@@ -165,12 +165,12 @@ class Circuit:
         return NotImplemented if right is None else self._combine(right, operator.sub, "-")
 
     def __xor__(self, other: Circuit | AbstractSet[Head]) -> Circuit:
-        """Heads that are in one of the two only."""
+        """Heads that are in only one of the two."""
         right = self._other(other)
         return NotImplemented if right is None else self._combine(right, operator.xor, "^")
 
     def __le__(self, other: Circuit | AbstractSet[Head]) -> bool:
-        """Whether all heads are in the other too."""
+        """Whether all heads are also in the other."""
         right = self._other(other)
         return NotImplemented if right is None else set(self.heads) <= set(right.heads)
 
@@ -228,7 +228,7 @@ class Circuit:
         return Circuit(tuple(chosen), self.n_layers, self.n_heads, selection, self.provenance)
 
     def check_model(self, model: HookedModel) -> None:
-        """Refuse a model with another grid of heads.
+        """Reject a model with another grid of heads.
 
         Raises:
             InputError: if layers or heads differ in number.
@@ -319,13 +319,13 @@ class Circuit:
         """Read the heads of a graph that EAP-IG or MIB wrote as JSON; MLPs are left out.
 
         Raises:
-            InputError: if the file is no such graph.
+            InputError: if the file is not such a graph.
         """
         heads, n_layers, n_heads = heads_of_graph(Path(path))
         return cls(tuple(heads), n_layers, n_heads, f"from {Path(path).name}")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head, with its level and its name if there are any."""
+        """Return one row per head, with its level and its name if there are any."""
         rows = [{"head": str(h), "layer": h.layer, "index": h.index} for h in self.heads]
         frame = pd.DataFrame(rows, columns=["head", "layer", "index"])
         if self.levels:
@@ -336,7 +336,7 @@ class Circuit:
         return frame
 
     def edge_frame(self) -> pd.DataFrame:
-        """Return one row an edge, the strongest first."""
+        """Return one row per edge, the strongest first."""
         rows = [(str(s), str(t), score) for (s, t), score in self.edges.items()]
         frame = pd.DataFrame(rows, columns=["source", "target", "score"])
         return frame.sort_values("score", ascending=False, ignore_index=True)
@@ -356,4 +356,4 @@ def _head(head: object) -> Head:
         return Head.parse(head)
     if isinstance(head, Sequence) and len(head) == 2 and all(isinstance(n, Integral) for n in head):
         return Head(int(head[0]), int(head[1]))
-    raise InputError(f"{head!r} is no head: write cl.Head(3, 5), 'a3.h5' or (3, 5).")
+    raise InputError(f"{head!r} is not a head: write cl.Head(3, 5), 'a3.h5' or (3, 5).")

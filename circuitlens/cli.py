@@ -1,6 +1,6 @@
 """The command line: parses, calls the verbs, prints tables.
 
-The heavy imports stand inside the commands, so that ``--help`` answers at once.
+The heavy imports are inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ INTERRUPTED = 130
 _Dir = Annotated[Path, typer.Argument(help="Folder of an earlier `circuitlens run`.")]
 # What discovery can be repeated with.
 _DISCOVERY = ("size", *SCORING)
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Neither progress nor log lines.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show neither progress nor log lines.")]
 
-# Wide enough for the tables when nobody has a terminal.
-# Names in square brackets are names.
+# Wide enough for the tables when there is no terminal.
+# Square brackets are not markup.
 _out = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 
 
@@ -62,10 +62,10 @@ def _begin(quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[plain_log()])
     level = logging.WARNING if quiet else logging.INFO
     if os.environ.get("RANK", "0") != "0":
-        # Of the processes of accelerate launch, one speaks.
+        # Of the processes of accelerate launch, only one prints.
         level, _out.quiet = logging.ERROR, True
     logging.getLogger("circuitlens").setLevel(level)
-    # What torch and transformers warn about here is none of the user's making.
+    # What torch and transformers warn about here is not the user's doing.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|transformers")
 
 
@@ -107,13 +107,13 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for all results; must be new or unfinished.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="Settings file (YAML): every option is a key. Options take its place."),
+        typer.Option(help="Settings file (YAML): every option is a key. Options override it."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help=f"Settings of a published protocol: {', '.join(RECIPES)}.")
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the run will take, and end.")
+        bool, typer.Option("--plan", help="Show what the run will take, then stop.")
     ] = False,
     executor: Executor = None,
     address: Address = None,
@@ -132,7 +132,7 @@ def run(
     An interrupted run resumes when the same command is given again.
     """
     _begin(quiet)
-    # main() has put their settings in their place.
+    # main() has replaced them by their settings.
     assert config is None
     assert recipe is None
     settings = settings_of(values)
@@ -156,7 +156,7 @@ def run(
 def discover(
     folder: _Dir,
     redo: Annotated[
-        bool, typer.Option("--redo", help="Replace the circuit and what came of it.")
+        bool, typer.Option("--redo", help="Replace the circuit and all that is based on it.")
     ] = False,
     backup: Annotated[
         bool,
@@ -171,8 +171,8 @@ def discover(
     check_run(folder)
     if (folder / "circuit.json").is_file() and not redo:
         raise InputError(
-            f"{folder} has a circuit already: add --redo to replace it and all that came of it, "
-            "which is kept in a folder of its own (not with --no-backup)."
+            f"{folder} already has a circuit: add --redo to replace it and what is based on it, "
+            "which is kept in a separate folder (not with --no-backup)."
         )
     from circuitlens.run_folder import RunFolder
 
@@ -181,7 +181,7 @@ def discover(
     run.report()
     _say(run.scores.to_frame().head(len(run.circuit)).to_string(index=False))
     if replaced is not None:
-        _say(f"What was there before: {replaced}")
+        _say(f"The old results: {replaced}")
 
 
 @app.command()
@@ -191,7 +191,7 @@ def faithfulness(
     redo: Annotated[bool, typer.Option("--redo", help="Measure again.")] = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Measure how much of the task the circuit does alone."""
+    """Measure how much of the task the circuit does on its own."""
     _begin(quiet)
     check_run(folder)
     from circuitlens.run_folder import RunFolder
@@ -215,7 +215,7 @@ def transfer(
     quiet: _Quiet = False,
     **values: Any,
 ) -> None:
-    """Adapt the model to further languages, or by further strategies; finished ones are kept."""
+    """Adapt the model to further languages, or with further strategies; finished ones are kept."""
     _begin(quiet)
     chosen = parsed(values)
     check_run(folder)
@@ -311,11 +311,11 @@ def predict(
     strategy: Annotated[
         str | None, typer.Option(help="Strategy of the transfer, where a run has several.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device, such as cpu or cuda:0.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.", min=1)] = 64,
     quiet: _Quiet = False,
 ) -> None:
-    """Label new texts with what a run has made; each gets its label and their probabilities."""
+    """Label new texts with a run's model; each gets its label and the labels' probabilities."""
     _begin(quiet)
     from circuitlens.tasks.streams import Table, chunks, stream_rows
 
@@ -324,7 +324,7 @@ def predict(
     # Before a model is loaded, which takes seconds.
     first = next(chunks(rows, 16 * batch_size), None)
     if first is None:
-        raise InputError(f"{texts} holds no texts.")
+        raise InputError(f"{texts} contains no texts.")
     from circuitlens.predicting import predict as label_texts
     from circuitlens.run_model import open_run
 
@@ -346,7 +346,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved comparison.")],
     quiet: _Quiet = False,
 ) -> None:
-    """Write the report of what the folder holds."""
+    """Write the report of a folder's results."""
     _begin(quiet)
     if not (folder / "comparison.json").is_file():
         check_run(folder)
@@ -383,7 +383,7 @@ def figures(
     mode: Annotated[Literal["light", "dark"], typer.Option(help="Colours.")] = "light",
     quiet: _Quiet = False,
 ) -> None:
-    """Write all figures of a folder for a paper, each with its data as CSV beside it."""
+    """Write all figures of a folder for a paper, each with its data as CSV next to it."""
     _begin(quiet)
     from circuitlens.view import write_figures
 
@@ -441,7 +441,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             sys.stderr.write(
-                "Interrupted. What was finished is whole; the same command resumes there.\n"
+                "Interrupted. Finished results are complete; the same command resumes there.\n"
             )
         raise
 

@@ -34,7 +34,7 @@ __all__ = [
 
 
 class FigureFormat(StrEnum):
-    """What figures are written as."""
+    """File formats of figures."""
 
     PDF = "pdf"
     SVG = "svg"
@@ -76,7 +76,7 @@ _TYPES: dict[str, Any] = {
 
 
 def documentation(kind: type) -> dict[str, str]:
-    """What the ``Attributes`` section of a class says of each field."""
+    """What the ``Attributes`` section of a class says about each field."""
     _, _, section = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
     section = re.split(r"\n\n|\nRaises:", section)[0]
     found = re.findall(r"^    (\w+): (.*(?:\n      +.*)*)", section, re.MULTILINE)
@@ -138,14 +138,12 @@ def _one_of(field: str) -> Any:
 
 
 def _known_strategies(names: list[str] | None) -> list[str] | None:
-    """Refuse names of no strategy; files of configurations have names of their own."""
+    """Reject names of unknown strategies; files of configurations have their own names."""
     known = CHOICES["strategies"]
     for name in names or ():
         if name not in known and not name.startswith(PEFT_FILE):
             listed = ", ".join(map(repr, known))
-            raise typer.BadParameter(
-                f"{name!r} is not one of {listed}, and no {PEFT_FILE}FILE.json."
-            )
+            raise typer.BadParameter(f"{name!r} is not one of {listed}, nor {PEFT_FILE}FILE.json.")
     return names
 
 
@@ -219,7 +217,7 @@ def settings_of(values: Mapping[str, Any]) -> RunSettings:
     """Settings from the values of the options.
 
     Raises:
-        InputError: for what no run could work with.
+        InputError: for settings that no run could work with.
     """
     given = {name: value for name, value in values.items() if value is not None}
     own = {field.name: given.pop(field.name) for field in _TRAINING if field.name in given}

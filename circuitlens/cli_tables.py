@@ -21,7 +21,7 @@ __all__ = ["pairs_table", "plan_table", "strategy_table", "summary_table"]
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row a stage."""
+    """One row per stage."""
     table = Table(title="Plan: at most")
     table.add_column("stage")
     for name in ("examples", "forward passes", "backward", "tokens", "seconds", "GiB"):
@@ -39,7 +39,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRival] = ()) -> Table:
-    """One row a transfer, and one for each simple rival."""
+    """One row per transfer, and one for each simple rival."""
     table = Table(title="Transfer: test accuracy in percent")
     table.add_column("target")
     table.add_column("strategy")
@@ -86,8 +86,8 @@ def strategy_table(results: Sequence[TransferResult], rivals: Sequence[SimpleRiv
 
 
 def summary_table(summary: pd.DataFrame) -> Table:
-    """One row a language and strategy."""
-    # Not with the module: it takes pandas, and tables of plans do not.
+    """One row per language and strategy."""
+    # Imported here: it needs pandas, and tables of plans do not.
     from circuitlens.experiments.costs import all_passes
 
     table = Table(title="Test accuracy in percent, means over seeds ± standard deviation")
@@ -99,7 +99,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
         table.add_column(name, justify="right")
 
     def percent(mean: float, sd: float = math.nan) -> str:
-        # NaN is what there is without a source task, and of the spread with one seed.
+        # NaN: there is no source task, or one seed and so no spread.
         spread = "" if math.isnan(sd) else f" ± {100 * sd:.1f}"
         return "–" if math.isnan(mean) else f"{100 * mean:.1f}{spread}"
 
@@ -122,7 +122,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
 
 
 def pairs_table(pairs: pd.DataFrame, reference: str) -> Table:
-    """One row a difference."""
+    """One row per difference."""
     table = Table(
         title=f"Target accuracy of {on_one_line(reference)} minus that of others, in points"
     )

@@ -1,6 +1,6 @@
 """The errors that circuitlens raises on purpose.
 
-Each message is one sentence that names the offending thing and the remedy; the command line
+Each message is one sentence that names what is wrong and the remedy; the command line
 prints it without a traceback.
 """
 
@@ -58,7 +58,7 @@ class CompetenceError(CircuitLensError):
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Refuse the value of an argument that is none of the known ones.
+    """Reject the value of an argument that is not one of the known ones.
 
     Raises:
         InputError: naming the argument, its value and the known ones.
@@ -69,7 +69,7 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def check_types(verb: str, **arguments: tuple[object, type | tuple[type, ...], str]) -> None:
-    """Refuse arguments of another type, such as two that were swapped.
+    """Reject arguments of another type, such as two that were swapped.
 
     Args:
         verb: the function that was called.

@@ -1,4 +1,4 @@
-"""Circuits as the graphs of EAP-IG and MIB: JSON with nodes, edges and what of them is in.
+"""Circuits as the graphs of EAP-IG and MIB: JSON with nodes, edges and which of them are in.
 
 Those graphs go by edges between heads (their queries, keys and values apart), MLPs, the input and
 the logits. A circuit of heads keeps all MLPs, the input and the logits, and all edges between what
@@ -29,7 +29,7 @@ def write_graph(
     parallel: bool,
     scores: Mapping[Head, float] | None,
 ) -> None:
-    """Write the graph in which the heads, and all that is no head, are in.
+    """Write the graph in which the heads, and all that is not a head, are in.
 
     Args:
         path: of the file.
@@ -82,17 +82,17 @@ def _edges(n_layers: int, n_heads: int, parallel: bool) -> Iterator[tuple[str, s
 
 
 def heads_of_graph(path: Path) -> tuple[list[Head], int, int]:
-    """Read the heads that are in a graph, and the numbers of layers and heads a layer.
+    """Read the heads that are in a graph, and the numbers of layers and heads per layer.
 
     Raises:
-        InputError: if the file is no such graph.
+        InputError: if the file is not such a graph.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cfg, nodes = content["cfg"], content["nodes"]
         heads = [
             Head.parse(name)
-            # Older files have a truth value in the place of the entry.
+            # Older files have a truth value in place of the entry.
             for name, node in nodes.items()
             if name.startswith("a") and (node if isinstance(node, bool) else node["in_graph"])
         ]
@@ -101,5 +101,5 @@ def heads_of_graph(path: Path) -> tuple[list[Head], int, int]:
         raise InputError(f"There is no file {path}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is no graph of EAP-IG or MIB, which is JSON with cfg, nodes and edges."
+            f"{path} is not a graph of EAP-IG or MIB, which is JSON with cfg, nodes and edges."
         ) from error

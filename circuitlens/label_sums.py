@@ -44,7 +44,7 @@ class LabelSums:
         mask: Bool[Tensor, "row pos"],
         right: Bool[Tensor, " batch"],
     ) -> None:
-        """Count the examples that were answered right, at the positions of ``mask``."""
+        """Count the examples that were answered correctly, at the positions of ``mask``."""
         # The rows of an example side by side.
         n = len(batch)
         gold, mask = batch.gold[right], mask.reshape(n, -1)[right]

@@ -32,7 +32,7 @@ def neuron_hook(model: HookedModel, layer: int) -> str:
 
 
 def neuron_site(model: HookedModel, layer: int) -> ActivationSite:
-    """Names of the hooks round the neurons of a layer.
+    """Names of the hooks around the neurons of a layer.
 
     Raises:
         UnsupportedModelError: for a mixture of experts, or an MLP without such a hook.
@@ -51,7 +51,7 @@ def neuron_site(model: HookedModel, layer: int) -> ActivationSite:
 def neuron_means(
     model: HookedModel, task: Task, baseline: MeanBaseline, *, batch_size: int = 32
 ) -> Float[Tensor, "layer neuron"]:
-    """Means of all neurons over what a baseline was taken on, in its way.
+    """Means of all neurons over the examples of a baseline, taken as it takes them.
 
     Args:
         model: the model of the baseline.
@@ -60,7 +60,7 @@ def neuron_means(
         batch_size: examples per forward pass; the result does not depend on it.
 
     Returns:
-        In float32 at least, on the model's device.
+        In at least float32, on the model's device.
 
     Raises:
         UnsupportedModelError: as :func:`neuron_hook`.

@@ -1,6 +1,6 @@
 """Circuits of other nodes than heads alone, and the grid in which such nodes lie.
 
-A grid has a row a layer. Its columns are the heads of the layer (``heads``), the heads and then
+A grid has one row per layer. Its columns are the heads of the layer (``heads``), the heads and then
 the MLP (``heads+mlps``), the heads at every position counted from the end of the prompt
 (``heads@positions``), or the neurons of the MLP (``neurons``). Ablation, random circuits and
 rankings work on such grids and need not know what a column is.
@@ -42,7 +42,7 @@ class NodeGrid:
         kind: what a column is (module docstring).
         n_layers: rows.
         width: columns.
-        n_heads: heads a layer.
+        n_heads: heads per layer.
     """
 
     kind: NodeKind
@@ -87,12 +87,12 @@ class NodeGrid:
         return column
 
     def _column(self, node: AnyNode) -> int | None:
-        """Where a node would stand; ``None`` for one of another kind."""
+        """Where a node would be; ``None`` for one of another kind."""
         if self.kind == "neurons":
             return node.index if isinstance(node, Neuron) else None
         if isinstance(node, MLP):
             return self.n_heads if self.kind == "heads+mlps" else None
-        # The column behind the last head is no head's.
+        # The column behind the last head is not a head's.
         if not isinstance(node, Head | HeadAt) or not 0 <= node.index < self.n_heads:
             return None
         if isinstance(node, Head):
@@ -163,7 +163,7 @@ class NodeCircuit:
         return f"<p>{html.escape(repr(self))} ({html.escape(self.selection)})</p>"
 
     def check_model(self, model: HookedModel) -> None:
-        """Refuse a model with another grid of heads.
+        """Reject a model with another grid of heads.
 
         Raises:
             InputError: if layers or heads differ in number.

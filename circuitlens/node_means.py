@@ -84,7 +84,7 @@ class NodeMeans:
 class PairedMeans(NodeMeans):
     """Every prompt has a partner, whose activations its nodes are measured from and set to.
 
-    Where a partner's prompt does not reach, the means stand.
+    Where a partner's prompt does not reach, the means are used.
     """
 
     @torch.no_grad()

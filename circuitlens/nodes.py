@@ -32,7 +32,7 @@ class Head:
         """
         match = _HEAD_NAME.fullmatch(name)
         if match is None:
-            raise InputError(f"{name!r} is no head name; write a<layer>.h<index>, such as a3.h5.")
+            raise InputError(f"{name!r} is not a head name; write a<layer>.h<index>, as in a3.h5.")
         return cls(int(match[1]), int(match[2]))
 
 
@@ -80,12 +80,12 @@ def parse_node(name: str) -> AnyNode:
     """Read ``a3.h5``, ``a3.h5@-1``, ``m3`` or ``m3.n12``.
 
     Raises:
-        InputError: if ``name`` is none of these.
+        InputError: if ``name`` is not one of these.
     """
     match = _NODE_NAME.fullmatch(name)
     if match is None:
         raise InputError(
-            f"{name!r} is no node name; write a3.h5 (a head), a3.h5@-1 (at the last token), m3 "
+            f"{name!r} is not a node name; write a3.h5 (a head), a3.h5@-1 (at the last token), m3 "
             "(an MLP) or m3.n12 (a neuron)."
         )
     layer, head, position, mlp, neuron = (None if g is None else int(g) for g in match.groups())

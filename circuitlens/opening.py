@@ -40,17 +40,17 @@ def load(
 
     A checkpoint of a classifier comes with its head; other encoders such as BERT come with their
     masked-language-model head. A folder that holds an adapter, or a saved
-    :class:`circuitlens.TransferResult`, comes in the model that it belongs to, merged unless that
-    one is in 16 bits (:func:`circuitlens.merge`). On a few random tokens the hooked view is
+    :class:`circuitlens.TransferResult`, is loaded into the model that it belongs to, merged unless
+    that is in 16 bits (:func:`circuitlens.merge`). On a few random tokens the hooked view is
     compared with Hugging Face's, which takes three small forward passes. No weight is ever random
-    without being asked for.
+    unless asked for.
 
     Of a speech or vision model (Qwen2-Audio, Voxtral, LLaVA, …) the language model inside is
     hooked and trained; encoder and projector stay as they are. :attr:`HookedModel.whole` is all of
     it, with the trained weights, and is what :meth:`HookedModel.save` writes.
 
     Args:
-        model: a hub name, a local folder, or a model in memory (taken as it is, not copied).
+        model: a hub name, a local folder, or a model in memory (used as it is, not copied).
         tokenizer: needed only for a model in memory, and only where text is encoded; for a name
             or a folder it overrides the tokenizer found there.
         dtype: float32, bfloat16, float16 or float64, or ``"auto"`` for the checkpoint's own. A

@@ -1,8 +1,8 @@
 """Constants that ablated heads are set to, learned: the least harm that ablation can do.
 
-Means are one choice of a constant, and what a head is replaced by can do harm of its own. Li and
+Means are one choice of a constant, and what a head is replaced by can itself do harm. Li and
 Janson (2024, arXiv 2409.09951) replace it by the constant at which the model loses least. Theirs
-are learned for each circuit; here one constant a head serves all circuits, as a baseline has to:
+are learned for each circuit; here one constant per head serves all circuits, as a baseline has to:
 
 1. Begin at the label-balanced means.
 2. In every step, each example of a batch draws a share between 0 and 1 and keeps each head with

@@ -1,8 +1,8 @@
 """What a run will cost, before it begins: passes, examples, tokens, memory and time of each stage.
 
 1. Count the forward and backward passes of every stage, in examples, from the pools of the task and
-   the settings. What the data decide (how many examples are answered right, when training stops
-   early) is counted at its most.
+   the settings. What the data decide (how many examples are answered correctly, when training stops
+   early) is counted at its maximum.
 2. Measure two batches, forward alone and forward and backward, for the seconds of a token and the
    memory of activations.
 3. Add up the memory: weights, the copy that is trained, its gradients and the optimiser's state.
@@ -64,10 +64,10 @@ class PlannedStage:
 
     Attributes:
         name: such as ``"faithfulness"``, or ``"transfer to javanese, circuit"``.
-        examples: that it looks at.
+        examples: how many it looks at.
         forward, backward: passes, each of one example.
         tokens: in all forward passes together.
-        seconds: by what two batches took; NaN if none were measured.
+        seconds: estimated from two batches; NaN if none were measured.
         memory: bytes at its peak, weights included.
     """
 
@@ -85,7 +85,7 @@ class Plan:
     """What a run takes, stage by stage.
 
     Attributes:
-        stages: in their order.
+        stages: in order.
         free: bytes of memory that are free for it, those of the loaded weights included.
         device: where it runs.
     """
@@ -105,7 +105,7 @@ class Plan:
         return max(stage.memory for stage in self.stages)
 
     def check(self) -> None:
-        """Refuse what does not fit.
+        """Reject what does not fit.
 
         Raises:
             InputError: naming the stage, what it needs and what is free.
@@ -115,7 +115,7 @@ class Plan:
             raise InputError(
                 f"{worst.name[0].upper()}{worst.name[1:]} needs about {worst.memory / _GIB:.1f} "
                 f"GiB of memory, and {self.device} has {self.free / _GIB:.1f} GiB free: leave out "
-                "strategies that train all weights, load the model in bfloat16, or take smaller "
+                "strategies that train all weights, load the model in bfloat16, or use smaller "
                 "batches (accumulation)."
             )
 
@@ -171,7 +171,7 @@ def plan(
     checked: int = 0,
     probe: bool = True,
 ) -> Plan:
-    """Say what competence, discovery, faithfulness and transfers will take, without running them.
+    """Estimate what competence, discovery, faithfulness and transfers take, without running them.
 
     Args:
         model: as for the run.
@@ -188,10 +188,10 @@ def plan(
         probe: measure two batches; without it there are no seconds, and no memory of activations.
 
     Returns:
-        Upper bounds: training may stop early, and only what is answered right is scored.
+        Upper bounds: training may stop early, and only correctly answered examples are scored.
 
     Raises:
-        InputError: for a method, strategy or language that there is not.
+        InputError: for an unknown method, strategy or language.
     """
     check_types("plan", model=(model, HookedModel, MODEL), task=(task, Task, TASK))
     costs = _Costs(model, task if probe else None, batch_size)
@@ -247,7 +247,7 @@ def plan(
                 "validation": n * (epochs + tried),
                 "test": 2.0 + n * tested,
             }
-            # Accuracy before and after, and the loss of up to so many texts.
+            # Accuracy before and after, and the loss of up to this many texts.
             beside = [
                 (other, pool, times)
                 for other in others
@@ -297,7 +297,7 @@ def plan_run(model: HookedModel, task: Task, settings: RunSettings) -> Plan:
 
 
 def check_memory(model: HookedModel, strategies: Sequence[str], *, finetunes: bool) -> None:
-    """Refuse a run whose weights, gradients and optimiser do not fit; activations come besides.
+    """Reject a run whose weights, gradients and optimiser do not fit; activations come besides.
 
     Raises:
         InputError: as :meth:`Plan.check`.

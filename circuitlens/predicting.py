@@ -38,11 +38,11 @@ def predict(
         quiet: no progress bar.
 
     Returns:
-        A row a text, in the order given: the ``label``, and the probability of each label among
+        One row per text, in the order given: the ``label``, and the probability of each label among
         them all, ``p(label)`` (softmax over the labels' scores).
 
     Raises:
-        InputError: if the prompt is unknown, there are no texts, one is empty or no string, or a
+        InputError: if the prompt is unknown, there are no texts, one is empty or not a string, or a
             field is missing.
         NotFiniteError: if a score is NaN or infinite.
     """
@@ -77,7 +77,7 @@ def _examples(texts: Any, prompt: Prompt) -> list[Example]:
         texts = [texts]
     rows = texts.to_dict("records") if isinstance(texts, pd.DataFrame) else list(texts)
     if not rows:
-        raise InputError("There are no texts to label: give one at least.")
+        raise InputError("There are no texts to label: give at least one.")
     examples = []
     for number, row in enumerate(rows, start=1):
         if isinstance(row, str):

@@ -1,6 +1,6 @@
-"""Another circuit in the folder of a run, in one step that a kill cannot halve.
+"""Another circuit in the folder of a run, in one step that a kill cannot leave half done.
 
-The new scores and circuit are written to a folder of their own, which is then named ``.redo``. From
+The new scores and circuit are written to a separate folder, which is then named ``.redo``. From
 there on the exchange can only be completed: whoever opens the run next does what is left of it.
 """
 
@@ -37,7 +37,7 @@ def exchange(
     *,
     backup: bool,
 ) -> Path | None:
-    """Put scores and a circuit in the place of the old ones and of all that came of these.
+    """Replace the old scores and circuit, and all that is based on them, by new ones.
 
     Args:
         run: folder of the run.
@@ -62,7 +62,7 @@ def exchange(
 
 
 def complete_exchange(run: Path) -> None:
-    """Do what is left of an exchange, if one was begun in the folder of a run."""
+    """Complete an exchange, if one was started in the folder of a run."""
     coming = run / ".redo"
     if not (coming / "redo.json").is_file():
         shutil.rmtree(coming, ignore_errors=True)

@@ -7,12 +7,12 @@
     DIR/circuit.json                   the circuit
     DIR/effects.safetensors            what ablating each of its heads does
     DIR/roles.json                     what they look at, and which labels they raise
-    DIR/lens.safetensors               the task margin behind every layer
+    DIR/lens.safetensors               the task margin after every layer
     DIR/faithfulness.safetensors       its faithfulness
     DIR/transfers/LANGUAGE/STRATEGY/   result.json and the trained weights of a transfer
     DIR/compare/                       strategies × languages × seeds (circuitlens compare)
-    DIR/report.html                    all of it to look at
-    DIR/replaced-N/                    what came of an earlier circuit (circuitlens discover --redo)
+    DIR/report.html                    all of it, to look at
+    DIR/replaced-N/                    results of an earlier circuit (circuitlens discover --redo)
 
 A stage whose files are there is loaded, not computed, so an interrupted run resumes there.
 """
@@ -107,7 +107,7 @@ class RunFolder:
             return run
         if not (path / "run.json").is_file():
             raise InputError(
-                f"The output folder {path} exists and is not empty, and holds no circuitlens run: "
+                f"The output folder {path} exists, is not empty and contains no circuitlens run: "
                 "choose another --out."
             )
         refuse_other_run(path, read_json(path / "run.json", RUN_SCHEMA), settings)
@@ -140,7 +140,7 @@ class RunFolder:
             self.task.to(target)
         size = self.settings.size
         if not isinstance(size, str) and not head_count(size, len(self._start.geometry)):
-            raise InputError("A circuit of no heads was asked for: give a larger size.")
+            raise InputError("The circuit would have no heads: give a larger size.")
         # Encoding one example checks the tokenizer and the label words.
         self.task.encode(self._start, self.task["validation"][:1])
         strategies = self.settings.strategies if self.settings.targets else ()
@@ -177,7 +177,7 @@ class RunFolder:
             return self._start
         competent, accuracy = is_competent(self._start, self.task)
         if mode == "auto" and competent:
-            logger.info("Competence: validation accuracy is %.3f already.", accuracy)
+            logger.info("Competence: validation accuracy is already %.3f.", accuracy)
             return self._start
         logger.info("Competence: validation accuracy is %.3f, so fine-tuning begins.", accuracy)
         with self._clock.stage("competence"):
@@ -190,7 +190,7 @@ class RunFolder:
             )
         self._shared.write_folder(proxy, trained.save)
         self._shared.remove(self.path / ".finetune")
-        # From the folder, so that an interrupted run and a whole one go on with the same model.
+        # From the folder, so that an interrupted run and a whole one continue with the same model.
         return load(proxy, device=self.settings.device)
 
     def _stage(
@@ -267,7 +267,7 @@ class RunFolder:
 
     @cached_property
     def lens(self) -> MarginByLayer:
-        """The task margin behind every layer."""
+        """The task margin after every layer."""
         return cast(MarginByLayer, self._stage("lens.safetensors", MarginByLayer, margin_by_layer))
 
     @cached_property
@@ -325,7 +325,7 @@ class RunFolder:
             raise InputError(
                 f"{self._transfer_path(result.target_language, result.strategy)} was trained from "
                 "other weights than the baseline of this run was taken from: remove that folder, "
-                "or begin a new run."
+                "or start a new run."
             )
         return result
 
@@ -352,7 +352,7 @@ class RunFolder:
 
         Args:
             changes: the settings that change.
-            backup: keep what came of the old circuit, in a folder of its own; else it is removed.
+            backup: keep the results of the old circuit, in a separate folder; else remove them.
 
         Returns:
             The folder with the old results, if they are kept.

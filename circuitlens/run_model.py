@@ -41,7 +41,7 @@ def open_run(
     ]
     if len(found) > 1:
         names = ", ".join(f"--target {r.target_language} --strategy {r.strategy}" for r in found)
-        raise InputError(f"{folder} holds several transfers: name one ({names}).")
+        raise InputError(f"{folder} contains several transfers: name one ({names}).")
     if found:
         assert found[0].folder is not None
         model = load(found[0].folder, device=device)
@@ -53,7 +53,7 @@ def open_run(
         return model
     if target or strategy:
         raise InputError(
-            f"{folder} holds no transfer to {target or 'any language'} by "
+            f"{folder} contains no transfer to {target or 'any language'} by "
             f"{strategy or 'any strategy'}: run circuitlens transfer first, or leave them out."
         )
     run = RunFolder.open(folder, quiet=True)

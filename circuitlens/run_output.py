@@ -122,7 +122,7 @@ def record_of(
 
 
 def log_checks(circuit: Circuit, curve: FaithfulnessCurve, effects: HeadEffects) -> None:
-    """Say what the checks of a circuit came to."""
+    """Report the results of a circuit's checks."""
     at = curve.at(len(circuit))
     logger.info(
         "Faithfulness: the circuit alone keeps f = %.2f (95 %% interval %.2f to %.2f; random "

@@ -47,7 +47,7 @@ FAITHFUL = "faithful"
 
 TOY = "toy"
 
-# By field, what it may be; of tuples, what their items may be.
+# The allowed values of a field; for tuples, those of their items.
 CHOICES: dict[str, tuple[str, ...]] = {
     "competence": ("auto", "always", "never"),
     "readout": catalogue.choices("models/prompt.py", "READOUTS"),
@@ -62,9 +62,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Before the path of a configuration of PEFT, among the strategies.
 PEFT_FILE = "peft:"
-# How a model is asked, beside template and words.
+# How a model is asked, besides template and words.
 STYLE = ("readout", "bos", "chat", "system", "choices")
-# Of these come the scores, with the seed.
+# Scores follow from these, and from the seed.
 SCORING = (
     *("method", "mlps", "by_position", "path", "steps", "rounds", "share", "candidates"),
     "max_examples",
@@ -104,19 +104,19 @@ def folder_of(strategy: str) -> str:
         return strategy
     path = Path(strategy.removeprefix(PEFT_FILE))
     if not path.is_file():
-        raise InputError(f"There is no file {path} of a configuration of PEFT.")
+        raise InputError(f"There is no PEFT configuration file {path}.")
     return f"peft-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:6]}"
 
 
 def check_run(folder: Path) -> None:
-    """Refuse a folder that holds no run.
+    """Reject a folder that contains no run.
 
     Raises:
         InputError: naming it.
     """
     if not (folder / "run.json").is_file():
         raise InputError(
-            f"{folder} holds no circuitlens run (no run.json): begin one with circuitlens run."
+            f"{folder} contains no circuitlens run (no run.json): start one with circuitlens run."
         )
 
 
@@ -133,7 +133,7 @@ def refuse_other_run(folder: Path, record: Mapping[str, Any], settings: RunSetti
     """
     if record["finished"]:
         raise InputError(
-            f"{folder} holds a finished run: choose another --out, or use the single stages "
+            f"{folder} contains a finished run: choose another --out, or use the single stages "
             "(circuitlens transfer, report, …) on it."
         )
     stored = RunSettings.from_dict(record["settings"])
@@ -142,7 +142,7 @@ def refuse_other_run(folder: Path, record: Mapping[str, Any], settings: RunSetti
     before, now = stored.to_flat(), settings.to_flat()
     name = next(key for key in now if now[key] != before[key])
     raise InputError(
-        f"{folder} holds an unfinished run with other settings ({name} was {before[name]!r}, now "
+        f"{folder} has an unfinished run with other settings ({name} was {before[name]!r}, now "
         f"{now[name]!r}): choose another --out, or the old settings."
     )
 
@@ -160,20 +160,20 @@ class RunSettings:
         data: local folder of the data set; default: the hub.
         template: prompt with the fields in braces: '{text} sentimen:'.
         labels: answer word of a label: 'positive= positif'; several for a label mean the same.
-        readout: how answers are read; auto takes the simplest that tells the labels apart.
+        readout: how answers are read; auto uses the simplest that tells the labels apart.
         bos: begin prompts with the tokenizer's first token, or not; default: as the tokenizer does.
         chat: put prompts into the chat template of the tokenizer.
         system: system prompt of the chat.
         choices: column that holds one of the possible answers, where each example brings its own.
         columns: columns of a data file: label=NAME, id=NAME or group=NAME.
-        encoding: of a data file that is neither in UTF-8 nor says so itself, such as cp1252.
+        encoding: encoding of a data file without a byte order mark, if not UTF-8, such as cp1252.
         share_a: share of the training data for discovery (pool A); the rest is for transfer.
-        max_text_tokens: longer texts lose their end.
+        max_text_tokens: longer texts are cut at their end.
         classifier: use a classification head for the labels of the task, in their order; a
             checkpoint without one gets a new one, which the competence stage trains.
         revision: branch, tag or commit of a model on the hub.
         dtype: floating-point type of the weights; auto is the checkpoint's own.
-        device: such as cpu or cuda:0.
+        device: device of the model, such as cpu or cuda:0.
         competence: fine-tune on the source first: auto (if the model is near chance), always or
             never.
         finetuning: of the competence stage.
@@ -181,14 +181,14 @@ class RunSettings:
         pooling: one mean for all positions, or one for each position.
         reference: what heads are measured from and set to: means in which every label counts the
             same, plain means, or zero.
-        allow_chance: continue although the model does no better than chance.
+        allow_chance: continue even if the model does no better than chance.
         method: scorer of the heads.
         mlps: score MLPs too.
         by_position: score heads at every single position too.
         path: let relevance pass through later heads (total), or not (direct).
-        steps: of integrated-gradients.
-        rounds: of sampled.
-        share: of the heads that are left, which iterative takes away in a round.
+        steps: number of steps of integrated-gradients.
+        rounds: number of rounds of sampled.
+        share: share of the remaining heads that iterative removes in each round.
         candidates: scorers that auto chooses from.
         max_examples: maximum number of examples for discovery; default: all correct ones.
         size: heads in the circuit: a number (8) or a share (0.25), or ``faithful`` for the fewest
@@ -205,14 +205,14 @@ class RunSettings:
         keep_source: source accuracy that may be lost on validation, as a share (0.01 is one point);
             the strength of the adaptation is chosen with the rate; default: any.
         kv_policy: which key/value heads are trained under grouped-query attention.
-        retain: further language in which accuracy is measured before and after the transfer.
-        rediscover: search the source circuit again in the adapted model.
+        retain: another language in which accuracy is measured before and after the transfer.
+        rediscover: run discovery of the source circuit again on the adapted model.
         test_front: measure the front of every transfer on test too, once everything is chosen.
-        seed: everything random follows from it; the same numbers take the same number of threads,
+        seed: everything random follows from it; the same numbers need the same number of threads,
             device and library versions too, which every result records.
 
     Raises:
-        InputError: for what no run could work with.
+        InputError: for settings that no run could work with.
     """
 
     model: str
@@ -273,7 +273,7 @@ class RunSettings:
                     check_choice(name, item, known)
         if unknown := sorted(set(self.columns or ()) - set(_columns())):
             raise InputError(
-                f"There is no column {unknown[0]!r} to name: it is one of {', '.join(_columns())}; "
+                f"There is no column {unknown[0]!r} to name: use one of {', '.join(_columns())}; "
                 "texts are the columns that the template names."
             )
         if isinstance(self.size, str):
@@ -291,7 +291,7 @@ class RunSettings:
     def competence_options(self, changes: Mapping[str, Any]) -> TrainingOptions:
         """How the competence stage trains, with some fields changed.
 
-        What is not said follows the toy model's or the usual options, and parts and precision
+        Anything not given follows the toy model's or the usual options, and parts and precision
         those of the transfer.
         """
         options = self.finetuning
@@ -317,7 +317,7 @@ class RunSettings:
 
         def there(value: str) -> str:
             path = Path(value)
-            # Of a pattern such as {language}.csv only the folder is sure to be there.
+            # For a pattern such as {language}.csv only the folder is sure to exist.
             sure = path if not set("{*?[") & set(path.name) else path.parent
             known = not path.is_absolute() and (folder / sure).exists()
             return str((folder / path).resolve()) if known else value
@@ -335,7 +335,7 @@ class RunSettings:
         )
 
     def check_names(self) -> None:
-        """Look for what is misspelt, without importing anything that takes long.
+        """Look for misspelt names, without importing anything slow.
 
         Raises:
             InputError: if there is no such data set, file or folder.
@@ -344,9 +344,9 @@ class RunSettings:
         for name in self.strategies:
             path = Path(name.removeprefix(PEFT_FILE))
             if name.startswith(PEFT_FILE) and not path.is_file():
-                raise InputError(f"There is no file {path} of a configuration: check --strategy.")
+                raise InputError(f"There is no configuration file {path}: check --strategy.")
         if self.data is not None and not Path(self.data).exists():
-            raise InputError(f"There is no folder {self.data} of data: check --data.")
+            raise InputError(f"There is no data folder {self.data}: check --data.")
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RunSettings:

@@ -1,7 +1,7 @@
 """Settings files of runs: every option of ``circuitlens run`` is a key; a recipe is such a file.
 
 A file is turned into the options that it stands for before the command line is read, so that both
-mean the same, and what is given on the command line takes its place.
+mean the same, and options on the command line override it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["RECIPES", "expanded", "flags_of", "settings_file"]
 _FOLDER = Path(__file__).parent / "recipes"
 RECIPES = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 _SOURCES = ("--config", "--recipe")
-# Options of where transfers are run, which are none of the run's settings.
+# Options for where transfers are run, which are not settings of the run.
 _WHERE = ("executor", "address", "cpus", "gpus")
 
 
@@ -41,8 +41,8 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     """Replace ``--config FILE`` and ``--recipe NAME`` of a run by what they stand for.
 
     Raises:
-        InputError: for a file or recipe that there is not, one that cannot be read, or an unknown
-            key, with the nearest one that there is.
+        InputError: for a missing file or unknown recipe, a file that cannot be read, or an unknown
+            key, with the nearest known one.
     """
     if not arguments or arguments[0] != "run":
         return list(arguments)
@@ -56,7 +56,7 @@ def expanded(arguments: Sequence[str]) -> list[str]:
             continue
         value = value if given else next(words, "")
         if not value:
-            raise InputError(f"{flag} takes a value: give the file, or the name of a recipe.")
+            raise InputError(f"{flag} needs a value: give the file, or the name of a recipe.")
         files.append(Path(value) if flag == "--config" else _recipe(value))
     own = {word.partition("=")[0] for word in rest if word.startswith("--")}
     before: list[str] = []
@@ -79,14 +79,14 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"The settings file {path} is no YAML ({error}).") from error
+        raise InputError(f"The settings file {path} is not valid YAML ({error}).") from error
     if not isinstance(content, Mapping):
         raise InputError(f"The settings file {path} must map options to values, such as epochs: 5.")
     return content
 
 
 def flags_of(content: Mapping[str, Any], where: str, own: set[str] | None = None) -> list[str]:
-    """The options that a mapping stands for, but for those that were given already.
+    """The options that a mapping stands for, except those that were given already.
 
     Raises:
         InputError: for an unknown key, or a value that no option can have.
@@ -98,7 +98,7 @@ def flags_of(content: Mapping[str, Any], where: str, own: set[str] | None = None
         if name not in flags:
             near = difflib.get_close_matches(name, flags, 1)
             raise InputError(
-                f"{where} has the key {key!r}, which is no option of circuitlens run"
+                f"{where} has the key {key!r}, which is not an option of circuitlens run"
                 + (f": did you mean {near[0]!r}?" if near else "; see circuitlens run --help.")
             )
         yes, no = flags[name]
@@ -126,7 +126,7 @@ def _words(yes: str, no: str | None, value: Any, what: str) -> Iterator[str]:
 
 
 def settings_file(settings: RunSettings) -> str:
-    """The settings file that repeats a run; what is as usual is left out."""
+    """The settings file that repeats a run; defaults are left out."""
     import yaml
 
     flags = {name: pair[0].removeprefix("--") for name, pair in _options().items()}

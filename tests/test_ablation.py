@@ -164,8 +164,8 @@ def test_chunks_halve_until_they_fit_and_stay_so(caplog):
     assert [i for piece in pieces for i in piece] == list(range(10))
     assert given == [10, 5, 2, 2, 2, 2, 2]
     assert [r.getMessage() for r in caplog.records] == [
-        "Out of memory; going on with 5 rows at once.",
-        "Out of memory; going on with 2 rows at once.",
+        "Out of memory; continuing with 5 rows at once.",
+        "Out of memory; continuing with 2 rows at once.",
     ]
     given.clear()
     budget.chunked(3, run)

@@ -224,7 +224,7 @@ def test_lora_is_matched_to_the_slices_that_the_kv_policy_trains(name, kv_policy
 
 def test_an_unknown_strategy_is_answered_with_all_that_there_are(model, toy_task):
     known = ", ".join(NAMES)
-    with pytest.raises(cl.InputError, match=f"no strategy 'dora'; known are {known}"):
+    with pytest.raises(cl.InputError, match=f"no strategy 'dora'; use one of {known}"):
         cl.transfer(model, scores_of(model).top(2), shortened(toy_task.to("near")), strategy="dora")
     with pytest.raises(cl.InputError, match="chooses a strategy and is none itself"):
         strategy_of("auto")

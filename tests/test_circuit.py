@@ -57,7 +57,7 @@ def test_a_head_is_read_as_it_is_printed(layer, index):
     "name", ["", "a1", "h1", "a1h2", "a-1.h2", "A1.H2", " a1.h2", "a1.h2 ", "a1.h2\n", "a1.h2.h3"]
 )
 def test_what_is_no_head_name_is_refused(name):
-    with pytest.raises(cl.InputError, match="is no head name"):
+    with pytest.raises(cl.InputError, match="is not a head name"):
         Head.parse(name)
 
 
@@ -137,13 +137,13 @@ def test_what_is_no_head_is_refused_or_not_in_a_circuit():
     # The type checks of the tests would be first to complain; users do not have them.
     make = inspect.unwrap(Circuit.of.__func__)
     for wrong in ((1, 3, 5), (1, "3"), 13, None, 1.5):
-        with pytest.raises(cl.InputError, match=r"is no head: write cl\.Head\(3, 5\), 'a3.h5' or"):
+        with pytest.raises(cl.InputError, match=r"not a head: write cl\.Head\(3, 5\), 'a3.h5' or"):
             make(Circuit, [wrong], LAYERS, HEADS)
     assert 13 not in a
     assert None not in a
     assert cl.MLP(1) not in a
     assert "a9.h9" not in a
-    with pytest.raises(cl.InputError, match="'head 3' is no head name"):
+    with pytest.raises(cl.InputError, match="'head 3' is not a head name"):
         _ = "head 3" in a
     for operation in ("or", "and", "sub", "xor", "le", "lt", "ge", "gt"):
         method = inspect.unwrap(getattr(Circuit, f"__{operation}__"))
@@ -192,7 +192,7 @@ def test_a_circuit_file_with_heads_out_of_range_is_refused(tmp_path):
     with pytest.raises(cl.InputError, match=r"head a2\.h4, but the model has 3 layers"):
         Circuit.load(path)
     path.write_text(text.replace("a2.h3", "2,3"))
-    with pytest.raises(cl.InputError, match="'2,3' is no head name"):
+    with pytest.raises(cl.InputError, match="'2,3' is not a head name"):
         Circuit.load(path)
 
 
@@ -284,7 +284,7 @@ def test_a_float_is_a_share_and_an_integer_is_a_count():
 @pytest.mark.parametrize("size", [0.0, -0.5, 1.5, float("nan")])
 def test_shares_outside_zero_and_one_are_refused(size):
     for choose in (scores(HAND).top, scores(HAND).near_zero, scores(HAND).random):
-        with pytest.raises(cl.InputError, match="A share of heads lies between 0 and 1"):
+        with pytest.raises(cl.InputError, match="A share of heads must be between 0 and 1"):
             choose(size)
 
 
@@ -414,11 +414,11 @@ def test_heads_without_a_level_have_none_in_the_frame():
 
 
 def test_a_circuit_has_no_places():
-    with pytest.raises(cl.InputError, match=r"no circuit\[0\]: take circuit.heads\[0\]"):
+    with pytest.raises(cl.InputError, match=r"no circuit\[0\]: use circuit.heads\[0\]"):
         _ = Circuit((cl.Head(0, 0),), 1, 1)[0]
 
 
 @pytest.mark.parametrize("size", [True, np.True_, "8", None])
 def test_a_size_is_a_number(size):
-    with pytest.raises(cl.InputError, match="A size is a number of heads or a share"):
+    with pytest.raises(cl.InputError, match="A size must be a number of heads or a share"):
         inspect.unwrap(head_count)(size, 8)

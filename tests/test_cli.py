@@ -118,7 +118,7 @@ def test_a_finished_run_is_never_overwritten(cli, finished, proxy_folder):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     code, _, err = cli(*base(proxy_folder, finished))
     assert code == 2
-    assert "holds a finished run" in err
+    assert "contains a finished run" in err
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
@@ -279,7 +279,7 @@ def test_a_report_is_never_older_than_its_numbers(cli, finished, tmp_path, monke
     ("option", "message"),
     [
         (("--size", "abc"), "--size takes a number of heads"),
-        (("--size", "2.5"), "share of heads lies between 0 and 1"),
+        (("--size", "2.5"), "share of heads must be between 0 and 1"),
         (("--size", "99"), "99 heads were asked for"),
         (("--method", "magic"), "magic"),
         (("--method", "hsu2024"), "GPT2"),
@@ -448,23 +448,23 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
             "toy",
             *out,
         ],
-        r"exists and is not empty, and holds no circuitlens run": [
+        r"exists, is not empty and contains no circuitlens run": [
             *model,
             "--task",
             "toy",
             "--out",
             tmp_path / "used",
         ],
-        r"There is no task 'poetry'; known are afrisenti, americasnli": [
+        r"There is no task 'poetry'; use afrisenti, americasnli": [
             *model,
             "--task",
             "poetry",
             *out,
         ],
         r"--size takes a number of heads": [*model, "--task", "toy", "--size", "few", *out],
-        r"share of heads lies between 0 and 1": [*model, "--task", "toy", "--size", "2.5", *out],
+        r"share of heads must be between 0 and 1": [*model, "--task", "toy", "--size", "2.5", *out],
         r"99 heads were asked for": [*model, "--task", "toy", "--size", "99", *out],
-        r"circuit of no heads": [*model, "--task", "toy", "--size", "0", *out],
+        r"circuit would have no heads": [*model, "--task", "toy", "--size", "0", *out],
         r"There is no column 'foo'": [*model, "--task", "toy", "--column", "foo=x", *out],
         r"'gpu'.*cpu": ["--model", "toy", "--task", "toy", "--device", "gpu", *out],
         r"toy model is made in float32": [
@@ -486,7 +486,7 @@ def test_bad_input_is_one_clear_sentence(cli, proxy_folder, tmp_path, shared):
 def test_a_folder_without_run_is_named(cli, tmp_path):
     code, _, err = cli("report", tmp_path)
     assert code == 2
-    assert "holds no circuitlens run" in err
+    assert "contains no circuitlens run" in err
 
 
 def test_help_answers_without_the_heavy_imports():
@@ -554,7 +554,7 @@ def test_a_folder_that_another_process_works_on_is_refused(cli, tmp_path):
     with claimed(out):
         code, _, err = cli("run", "--model", "toy", "--task", "toy", "--out", out)
         assert code == 2
-        assert "Another process works on" in err
+        assert "Another process is using" in err
         with claimed(tmp_path / "other"):
             pass
     assert not out.exists()

@@ -151,8 +151,8 @@ def test_what_is_no_field_is_refused():
         (["--curve-size", "big"], "--curve-size takes a number of heads"),
         (["--label", "good"], "--label takes name=value"),
         (["--column", "text=words"], "There is no column 'text'"),
-        (["--task", "nusa"], "There is no task 'nusa'; known are afrisenti, americasnli"),
-        (["--data", "nowhere"], "There is no folder nowhere"),
+        (["--task", "nusa"], "There is no task 'nusa'; use afrisenti, americasnli"),
+        (["--data", "nowhere"], "There is no data folder nowhere"),
         (["--replay", "-1"], "replay is a number of source examples"),
         (["--n-random", "0"], "n_random must be positive"),
         (["--bogus"], "No such option: --bogus"),
@@ -206,9 +206,9 @@ def test_a_file_of_a_configuration_is_a_strategy(tmp_path):
     assert folder_of(settings.strategies[1]) != first
     assert folder_of("circuit") == "circuit"
     path.unlink()
-    with pytest.raises(cl.InputError, match=r"no file .*mine\.json of a configuration"):
+    with pytest.raises(cl.InputError, match=r"no configuration file .*mine\.json"):
         settings.check_names()
-    with pytest.raises(cl.InputError, match="no file"):
+    with pytest.raises(cl.InputError, match="no PEFT configuration file"):
         folder_of(settings.strategies[1])
 
 

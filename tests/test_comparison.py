@@ -101,9 +101,9 @@ def test_methods_of_one_name_are_refused(toy_proxy, toy_task, toy_baseline):
         return cl.compare_scorers(toy_proxy, toy_task, toy_baseline, methods=methods, **options)
 
     live = replace(cl.RULES["cdt"], freeze_scales=False)
-    with pytest.raises(cl.InputError, match="is a method 'cdt' already"):
+    with pytest.raises(cl.InputError, match="already is a method 'cdt'"):
         compare("cdt", live, "cdt-live")
-    with pytest.raises(cl.InputError, match="is a method 'ablation' already"):
+    with pytest.raises(cl.InputError, match="already is a method 'ablation'"):
         compare(replace(live, name="ablation"))
     mine = replace(live, name="mine")
     with pytest.raises(cl.InputError, match="Two different rule sets are named 'mine'"):

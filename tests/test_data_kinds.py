@@ -227,7 +227,7 @@ def test_several_files_are_one_set_or_its_splits(tmp_path):
     task = cl.Task.from_file(splits / "*.csv")
     assert examples(task) == expected(rows())
     assert {e.id for e in task["test"]} == {r["id"] for r in rows()[100:]}
-    with pytest.raises(cl.InputError, match="No file is named like"):
+    with pytest.raises(cl.InputError, match="No file matches"):
         cl.Task.from_file(tmp_path / "none-*.csv")
 
 

@@ -334,7 +334,7 @@ def test_integrated_gradients_are_complete(name, mlps):
     one = scorer("midpoint").batch(model, batch, means, Request(mlps=mlps))
     again = relevance_along_path(model, batch, means, steps=1, mlps=mlps)
     torch.testing.assert_close(one.heads, again.heads)
-    with pytest.raises(cl.InputError, match="one step at least, but steps is 0"):
+    with pytest.raises(cl.InputError, match="at least one step, but steps is 0"):
         relevance_along_path(model, batch, means, steps=0)
 
 
@@ -414,7 +414,7 @@ def test_running_out_of_memory_halves_the_rows_and_says_so(monkeypatch, caplog):
         found = relevance_by_difference(model, batch, means, RULES["cdt"], budget=budget).heads
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert budget.rows == 4
-    assert "going on with 4 rows at once" in caplog.text
+    assert "continuing with 4 rows at once" in caplog.text
 
 
 def test_what_a_scorer_cannot_do_is_refused():
@@ -431,21 +431,21 @@ def test_what_a_scorer_cannot_do_is_refused():
         inspect.unwrap(relevance_by_gradient)(
             model, batch_of(model, 6), node_means(model), RULES["cdt-linear"], path="dircet"
         )
-    with pytest.raises(cl.InputError, match="takes gradients, which give relevances"):
+    with pytest.raises(cl.InputError, match="uses gradients, which give relevances"):
         cl.decompose(model, tokens, [[]], means, "attribution")
 
 
 def test_rule_sets_that_make_no_sense_or_take_a_name_are_refused():
     for fields, words in (
         (("x", True, True, "differnce"), r"activation='differnce' is unknown: .* difference, grad"),
-        (("x", True, "no", "secant"), r"freeze_scales of a rule set is .* but is 'no'"),
-        (("", True, True, "secant"), "name of a rule set is a text, but is ''"),
+        (("x", True, "no", "secant"), r"freeze_scales of a rule set must be .* but is 'no'"),
+        (("", True, True, "secant"), "name of a rule set must be a string, but is ''"),
     ):
         with pytest.raises(cl.InputError, match=words):
             unchecked(cl.RuleSet, *fields)
     # Tables and files know a method by its name only.
     for name in ("cdt", "ablation", "greedy", "hsu2024"):
-        with pytest.raises(cl.InputError, match=f"is a method '{name}' already"):
+        with pytest.raises(cl.InputError, match=f"already is a method '{name}'"):
             scorer(cl.RuleSet(name, True, False, "secant"))
     assert scorer(replace(RULES["cdt"])) is scorer("cdt")
     assert scorer(replace(RULES["cdt"], name="mine", freeze_scales=False)).name == "mine"

@@ -130,10 +130,10 @@ def test_a_failed_labelling_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(cl.InputError, match=r"must end in \.csv"):
         Table(tmp_path / "out.xlsx")
-    with pytest.raises(cl.InputError, match="no file of texts of a known kind"):
+    with pytest.raises(cl.InputError, match="not a known kind of text file"):
         next(stream_rows(tmp_path / "new.docx"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n[1]\n')
-    with pytest.raises(cl.InputError, match=r"line 2 of .* holds no JSON object"):
+    with pytest.raises(cl.InputError, match=r"line 2 of .* is not a JSON object"):
         list(stream_rows(tmp_path / "bad.jsonl"))
 
 

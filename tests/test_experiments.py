@@ -420,7 +420,7 @@ def test_mistakes_are_found_before_any_work(parts, fake, tmp_path):
         "scores are of a model with 1 × 4 heads": {
             "scores": replace(scores_of(model), per_example=scores_of(model).per_example[:, :, :4])
         },
-        "holds no comparison": {"out": tmp_path / "used"},
+        "contains no comparison": {"out": tmp_path / "used"},
     }
     for pattern, change in cases.items():
         options = {"circuit": circuit, "languages": ["near"], "out": out, **GRID, **FAST, **change}

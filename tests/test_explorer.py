@@ -379,7 +379,7 @@ def test_an_edited_circuit_says_so(explorer, scores):
     # Back by hand it is the circuit that it was.
     explorer.members = [str(h) for h in reversed(start.heads)]
     assert explorer.circuit.selection == "cdt-linear: top 3"
-    with pytest.raises(cl.InputError, match="no head name"):
+    with pytest.raises(cl.InputError, match="not a head name"):
         explorer.members = ["nonsense"]
     with pytest.raises(cl.InputError, match=r"names head a5\.h0"):
         explorer.members = ["a5.h0"]

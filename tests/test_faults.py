@@ -116,7 +116,7 @@ def test_a_pickle_is_not_read_in_the_place_of_safetensors(saved, toy_proxy, tmp_
     folder = tmp_path / "copy"
     shutil.copytree(saved / "lora", folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(cl.InputError, match="does not hold the trained tensors"):
+    with pytest.raises(cl.InputError, match="no longer has the trained tensors"):
         cl.TransferResult.load(folder, toy_proxy)
 
 

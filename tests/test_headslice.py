@@ -546,10 +546,10 @@ def test_a_circuit_will_do(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["3.5"]}, "'3.5' is no head name"),
-        ({"heads": HEADS, "kv_policy": "some"}, "no kv_policy 'some'; known are shared, group"),
-        ({"heads": HEADS, "norms": "final"}, "no norms 'final'; known are all, circuit, none"),
-        ({"heads": HEADS, "projections": ["q", "w"]}, "no projection 'w'; known are q, k, v, o"),
+        ({"heads": ["3.5"]}, "'3.5' is not a head name"),
+        ({"heads": HEADS, "kv_policy": "some"}, "no kv_policy 'some'; use one of shared, group"),
+        ({"heads": HEADS, "norms": "final"}, "no norms 'final'; use one of all, circuit, none"),
+        ({"heads": HEADS, "projections": ["q", "w"]}, "no projection 'w'; use one of q, k, v, o"),
         ({"heads": HEADS, "projections": []}, "No projection of the heads is chosen"),
         ({"norms": "none"}, "neither heads nor norms"),
         ({"heads": HEADS, "norms": "none", "qk_norms": True}, "qk_norms=True trains nothing"),
@@ -593,7 +593,7 @@ def test_models_without_heads_of_their_own_are_refused():
 def test_adapters_of_another_method_are_refused():
     hf = tiny("qwen2")
     get_peft_model(hf, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(cl.UnsupportedModelError, match=r"q_proj holds an adapter of another"):
+    with pytest.raises(cl.UnsupportedModelError, match=r"q_proj already has an adapter of another"):
         get_peft_model(hf, HeadSliceConfig(heads=["a0.h0"]))
 
 

@@ -180,7 +180,7 @@ def test_masakhanews_asks_for_the_topics_that_a_language_has(tmp_path):
     assert target.labels == english.labels
     assert not set(pools(target)) & set(pools(english))
     assert target.pools.size == 420
-    with pytest.raises(cl.InputError, match=r"the label 'religion', which is none of"):
+    with pytest.raises(cl.InputError, match=r"the label 'religion', which is not one of"):
         english.to("hausa")
 
 

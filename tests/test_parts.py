@@ -253,5 +253,5 @@ def test_checkpoints_are_of_what_is_trained_and_of_what_is_not(tmp_path, change)
         other = slices("a0.h1", proxy)
     else:
         other = make(2 if change == "mask" else "a0.h2")
-    with pytest.raises(cl.InputError, match="holds checkpoints of another training"):
+    with pytest.raises(cl.InputError, match="contains checkpoints of another training"):
         train(other.model, data, validation, options, trainable=other, checkpoints=tmp_path)

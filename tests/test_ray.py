@@ -246,7 +246,7 @@ def test_an_address_without_a_cluster_is_named(parts, address):
 
 def test_options_that_no_cluster_could_work_with_are_refused():
     for options in ({"num_cpus": 0}, {"retries": -1}, {"num_gpus": -1.0}):
-        with pytest.raises(cl.InputError, match="num_cpus of 1 at least"):
+        with pytest.raises(cl.InputError, match="num_cpus of at least 1"):
             RayCluster(**options)
 
 

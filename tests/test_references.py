@@ -179,7 +179,7 @@ def test_a_counterfactual_column_is_read_and_its_absence_named(toy_proxy, toy_ta
             verb(toy_proxy, toy_task, baseline)
     with pytest.raises(cl.InputError, match="The explorer needs means"):
         cl.view.explore(model=toy_proxy, task=toy_task, baseline=baseline)
-    with pytest.raises(cl.InputError, match="knows no pooling by position"):
+    with pytest.raises(cl.InputError, match="has no pooling by position"):
         cl.label_balanced_mean(toy_proxy, toy_task, reference="resample", pooling="position")
 
 

@@ -110,7 +110,7 @@ def test_names_travel(toy_scores, tmp_path):
     assert list(again.to_frame()["name"])[:2] == ["negation head", "copy"]
     bars = cl.view.head_bars(toy_scores, n=16, circuit=again)
     assert f"{first} (negation head)" in bars.data[0].y
-    with pytest.raises(cl.InputError, match="is not in the circuit, so it gets no name"):
+    with pytest.raises(cl.InputError, match="is not in the circuit, so it cannot be named"):
         circuit.named({circuit.complement().heads[0]: "x"})
 
 
@@ -155,7 +155,7 @@ def test_a_circuit_is_written_and_read_as_a_graph(toy_proxy, toy_scores, tmp_pat
 def test_what_is_no_graph_is_refused(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("g") / "graph.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(cl.InputError, match="is no graph of EAP-IG or MIB"):
+    with pytest.raises(cl.InputError, match="is not a graph of EAP-IG or MIB"):
         heads_of_graph(path)
 
 

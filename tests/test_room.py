@@ -17,14 +17,14 @@ from circuitlens.utils.storage import read_json, write_json
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_named(number, tmp_path):
-    full = pytest.raises(cl.InputError, match=r"disk of .* is full: make room and repeat")
+    full = pytest.raises(cl.InputError, match=r"disk of .* is full: free some space and repeat")
     with full, writing_to(tmp_path):
         raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_a_folder_that_may_not_be_written_is_named(number, tmp_path):
-    refused = pytest.raises(cl.InputError, match=r"cannot be written \(.+\): choose another")
+    refused = pytest.raises(cl.InputError, match=r"cannot be written to \(.+\): choose another")
     with refused, writing_to(tmp_path):
         raise OSError(number, os.strerror(number))
 
@@ -81,7 +81,7 @@ def test_a_transfer_on_a_full_disk_resumes_when_there_is_room(
     whole = cl.transfer(toy_proxy, toy_scores.top(3), near, strategy="full", **given)
     filling = small_disk / "filling"
     filling.write_bytes(b"x" * 900_000)
-    with pytest.raises(cl.InputError, match=r"is full: make room and repeat the call"):
+    with pytest.raises(cl.InputError, match=r"is full: free some space and repeat the call"):
         cl.transfer(
             toy_proxy,
             toy_scores.top(3),

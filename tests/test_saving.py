@@ -98,7 +98,7 @@ def test_a_folder_without_the_tensors_is_no_result_to_go_on_with(
     adapter.save(tmp_path / "r")
     loaded = cl.TransferResult.load(tmp_path / "r", toy_proxy)
     entries.save(tmp_path / "r")
-    with pytest.raises(cl.InputError, match=r"r does not hold .* \(its adapter\) any more"):
+    with pytest.raises(cl.InputError, match=r"r no longer has .* \(its adapter\)"):
         loaded.save(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     (tmp_path / "r" / "weights.safetensors").unlink()

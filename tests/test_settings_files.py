@@ -100,12 +100,12 @@ def test_the_command_line_takes_the_place_of_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("epoch: 3", r"the key 'epoch', which is no option.*did you mean 'epochs'\?"),
+        ("epoch: 3", r"the key 'epoch', which is not an option.*did you mean 'epochs'\?"),
         ("finetune_epoch: 3", r"did you mean 'finetune-epochs'\?"),
         ("zzzz: 3", "see circuitlens run --help"),
         ("- a\n- b", "must map options to values"),
-        ("a: [b", "is no YAML"),
-        ("size: {a: !!python/object:os.system x}", "is no YAML"),
+        ("a: [b", "is not valid YAML"),
+        ("size: {a: !!python/object:os.system x}", "is not valid YAML"),
         ("epochs: [[1]]", r"'epochs' of .* has the value \[1\]"),
     ],
 )
@@ -121,7 +121,7 @@ def test_files_and_recipes_that_there_are_not(tmp_path):
         expanded(["run", f"--config={tmp_path / 'none.yaml'}"])
     with pytest.raises(cl.InputError, match="no recipe 'mine': choose one of ct-sft"):
         expanded(["run", "--recipe", "mine"])
-    with pytest.raises(cl.InputError, match="--config takes a value"):
+    with pytest.raises(cl.InputError, match="--config needs a value"):
         expanded(["run", "--config"])
     assert expanded(["report", "--config", "x"]) == ["report", "--config", "x"]
 

@@ -193,8 +193,8 @@ def test_json_is_readable_text(tmp_path):
     [
         ('{"schema": "circuitlens.test/1",', "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[1, 2]", "holds no JSON object"),
-        ('"text"', "holds no JSON object"),
+        ("[1, 2]", "contains no JSON object"),
+        ('"text"', "contains no JSON object"),
         ('{"n": 1}', "has schema None, but 'circuitlens.test/1' is needed"),
         ('{"schema": "circuitlens.test/2"}', "has schema 'circuitlens.test/2', but"),
         ('{"schema": 1}', "has schema 1, but"),

@@ -406,7 +406,7 @@ def test_a_configuration_comes_from_a_file(toy_proxy, near, toy_scores, tmp_path
     assert result.n_trainable == 2 * 2 * sum(map(sum, shapes))
     for content in ("{", '{"peft_type": "NONE"}', '{"peft_type": "LORA", "rank": 3}'):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(InputError, match="no configuration of PEFT"):
+        with pytest.raises(InputError, match="not a PEFT configuration"):
             strategy_of(f"peft:{tmp_path / 'bad.json'}")
 
 
@@ -421,7 +421,7 @@ def test_two_configurations_have_two_names():
     [
         (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "before the prompt"),
         (LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"), "changes the weights"),
-        (LoraConfig(target_modules=TARGETS, init_lora_weights=False), "begins with weights"),
+        (LoraConfig(target_modules=TARGETS, init_lora_weights=False), "starts from weights"),
         (LoraConfig(target_modules=["nothing"]), "does not fit"),
         (3, "name or a configuration"),
     ],

@@ -112,7 +112,7 @@ def test_the_first_token_is_there_once_and_as_the_tokenizer_does_it(adds):
 
 
 def test_a_first_token_that_there_is_not_cannot_be_asked_for(qwen):
-    with pytest.raises(cl.InputError, match="the tokenizer names none"):
+    with pytest.raises(cl.InputError, match="the tokenizer has none"):
         tokens(qwen, "a", Prompt("{text} ->", WORDS, bos=True))
     assert around(qwen).before == ()
     assert tokens(qwen, "a", Prompt("{text} ->", WORDS)) == qwen("a ->")["input_ids"]
@@ -138,7 +138,7 @@ def test_default_prompts_encode_with_a_real_tokenizer(qwen, model, shared):
 
 
 def test_a_template_that_ends_in_a_blank_says_so(qwen):
-    with pytest.raises(cl.InputError, match=r"prompt ends in a blank.*' negatif'"):
+    with pytest.raises(cl.InputError, match=r"prompt ends in a space.*' negatif'"):
         tokens(qwen, "a", Prompt("{text} sentimen: ", {"bad": "negatif", "good": "positif"}))
 
 
@@ -168,7 +168,7 @@ def test_markers_in_a_chats_text_end_no_turn(qwen):
 def test_a_chat_needs_a_template():
     with pytest.raises(cl.InputError, match="chat=True puts prompts into"):
         tokens(toy_tokenizer(), "bada", Prompt("{text} ->", WORDS, chat=True))
-    with pytest.raises(cl.InputError, match=r"A system prompt takes chat=True"):
+    with pytest.raises(cl.InputError, match=r"A system prompt needs chat=True"):
         Prompt("{text} ->", WORDS, system="Be short.")
     odd = toy_tokenizer()
     odd.chat_template = (

@@ -345,7 +345,7 @@ def test_strategies_choose_as_many_heads(toy_proxy, toy_scores):
     assert strategy_of("norms").choose(toy_proxy, choice) is None
     with pytest.raises(cl.InputError, match="pass scores="):
         strategy_of("near-zero").choose(toy_proxy, Choice(circuit))
-    with pytest.raises(cl.InputError, match="no strategy 'dora'; known are circuit"):
+    with pytest.raises(cl.InputError, match="no strategy 'dora'; use one of circuit"):
         strategy_of("dora")
 
 

@@ -132,7 +132,7 @@ def test_a_missing_browser_or_kaleido_is_one_sentence(small, tmp_path, monkeypat
         found.chmod(0o755)
         assert module._browser() == str(found)
         patch.setenv("BROWSER_PATH", "/no/where")
-        with pytest.raises(cl.InputError, match=r"BROWSER_PATH is /no/where, which is no program"):
+        with pytest.raises(cl.InputError, match=r"/no/where, which is not a program"):
             export(small, path)
         patch.setenv("BROWSER_PATH", str(found))
         assert module._browser() == str(found)

@@ -206,7 +206,7 @@ def test_bars_are_the_largest_of_either_sign_in_order(toy_scores):
     everything = head_bars(toy_scores, 1000)
     assert len(everything.data[0].y) == 16
     assert len(everything.data) == 1
-    with pytest.raises(cl.InputError, match="one head at least"):
+    with pytest.raises(cl.InputError, match="at least one head"):
         head_bars(toy_scores, 0)
     with pytest.raises(cl.InputError, match="scores are of a 2 × 8 one"):
         head_bars(toy_scores, circuit=cl.Circuit.of(["a0.h0"], 3, 3))
@@ -253,9 +253,9 @@ def test_positions_refuse_what_they_cannot_draw(toy_scores, by_position):
         head_positions(by_position, example="nobody")
     with pytest.raises(cl.InputError, match="99 tokens were given"):
         head_positions(by_position, tokens=["a"] * 99)
-    with pytest.raises(cl.InputError, match="one position at least"):
+    with pytest.raises(cl.InputError, match="at least one position"):
         head_positions(by_position, last=0)
-    with pytest.raises(cl.InputError, match="one head at least"):
+    with pytest.raises(cl.InputError, match="at least one head"):
         head_positions(by_position, 0)
 
 
@@ -380,7 +380,7 @@ def test_attention_refuses_other_shapes():
         attention_patterns(np.ones((2, 3, 3)), tokens, names=["same", "same"])
     with pytest.raises(cl.InputError, match="no attention patterns"):
         attention_patterns({}, tokens)
-    with pytest.raises(cl.InputError, match="one column at least"):
+    with pytest.raises(cl.InputError, match="at least one column"):
         attention_patterns(np.ones((2, 3, 3)), tokens, columns=0)
     with pytest.raises(cl.InputError, match="finite"):
         attention_pattern(np.full((3, 3), np.inf), tokens)
@@ -441,7 +441,7 @@ def test_agreement_refuses_what_it_cannot_compare():
     one = synthetic()
     with pytest.raises(cl.InputError, match="no scores by 'ablation'"):
         scorer_agreement([one])
-    with pytest.raises(cl.InputError, match="two scorers at least"):
+    with pytest.raises(cl.InputError, match="at least two scorers"):
         scorer_agreement([one], reference="cdt-linear")
     with pytest.raises(cl.InputError, match="name them in a mapping"):
         scorer_agreement([one, synthetic(seed=1)])

@@ -151,7 +151,7 @@ def test_the_tradeoff_can_show_ranges_and_the_mean_alone(comparison):
     one = cl.Comparison(tuple(c for c in comparison.cells if c["target_language"] == "x"))
     for call, pattern in (
         (lambda: transfer_tradeoff(one, facets="mean"), "at least two languages"),
-        (lambda: transfer_tradeoff(one, facets="some"), "facets are 'all'"),
+        (lambda: transfer_tradeoff(one, facets="some"), "facets must be 'all'"),
         (lambda: transfer_tradeoff(one, intervals="iqr"), "'sd' or 'range', but are 'iqr'"),
         (lambda: transfer_tradeoff(one, columns=0), "columns must be positive"),
         (

@@ -9,16 +9,16 @@ validation, under the same rule as that of rate and α:
 2. The best point of each on the target's validation split is compared, among the points that keep
    the source if ``keep_source`` asks for it.
 3. The best candidate leads. Among those that it does not beat by one standard error of the paired
-   difference, the one with fewest trained entries wins (the rule of one standard error; Breiman et
+   difference, the one with fewest trained entries wins (the one-standard-error rule; Breiman et
    al. 1984). Examples of a group are not independent, so the error is over groups: with d_i the
    difference on example i, n examples and G groups it is
 
        sqrt(G / (G - 1) · sum over groups of (sum over the group of (d_i - mean d))²) / n,
 
-   which is the usual one where every example is a group of its own.
+   which is the usual one where every example is its own group.
 4. Where validation has fewer than 50 examples, which cannot tell candidates apart, the training
    pool helps: each candidate is trained at the middle rate on two thirds of it and measured on the
-   third one, for all three, and these examples count beside those of validation.
+   third one, for all three, and these examples count along with those of validation.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def decide(
 
 
 def _folds(groups: Sequence[str], n_folds: int, seed: int) -> list[list[int]]:
-    """Deal the groups at random, as many to every fold as to any other up to one.
+    """Deal the groups at random to the folds, whose numbers of groups differ by at most one.
 
     Raises:
         InputError: if there are fewer groups than folds.
@@ -202,7 +202,7 @@ def _held_out(
     folds: Sequence[Sequence[int]],
     checkpoints: Path | None,
 ) -> tuple[np.ndarray, float]:
-    """Which examples of ``fold`` are answered right after training on the others, and its time."""
+    """Which examples of ``fold`` are answered correctly after training on the others; its time."""
     assert choice.training is not None
     strategy, data = strategy_of(name), choice.target
     trainable = strategy.make(model, choice, strategy.choose(model, choice))
@@ -242,7 +242,7 @@ def _pick(
     circuit: Circuit,
     groups: Sequence[Hashable] | None = None,
 ) -> Decision:
-    """Apply the rule to what was answered right; without ``groups`` every example is one."""
+    """Apply the rule to what was answered correctly; without ``groups`` every example is one."""
     groups = range(right.shape[1]) if groups is None else groups
     accuracy = right.mean(1)
     # Ties in accuracy go to fewer entries.

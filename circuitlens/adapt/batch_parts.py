@@ -71,7 +71,7 @@ class Parts(Sampler[Part]):
 
 
 class AsIs(Dataset[tuple[int, float]]):
-    """Hands what the sampler chose on to the collator."""
+    """Passes what the sampler chose to the collator."""
 
     def __init__(self, n: int) -> None:
         self.n = n

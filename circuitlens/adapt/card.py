@@ -95,7 +95,7 @@ read the licences of both before you publish it.
 
 @runtime_checkable
 class Described(Protocol):
-    """What a card says of a transfer: part of :class:`circuitlens.TransferResult`."""
+    """What a card says about a transfer: part of :class:`circuitlens.TransferResult`."""
 
     @property
     def strategy(self) -> str: ...
@@ -193,7 +193,7 @@ def model_card(result: Described) -> ModelCard:
 
 
 def _prompt(prompt: Prompt | None) -> str:
-    """Say what the model is asked, and what its answers mean."""
+    """State what the model is asked, and what its answers mean."""
     if prompt is None:
         return ""
     settings = {name: value for name, value in prompt.to_dict().items() if name != "labels"}
@@ -216,7 +216,7 @@ def _is_on_hub(result: Described) -> bool:
 
 
 def _base(result: Described) -> str:
-    """Say which weights the trained tensors belong to."""
+    """State which weights the trained tensors belong to."""
     name, fingerprint = result.provenance.model, result.provenance.model_fingerprint
     what = "This adapter belongs" if result.is_adapter else "These weights belong"
     if _is_on_hub(result):
@@ -259,7 +259,7 @@ def _remarks(result: Described) -> str:
         )
     return (
         f"If they are on the hub, `huggingface_hub.snapshot_download` returns `{_FOLDER}`. "
-        "The folder holds changed entries only, which `transformers` cannot load by itself; "
+        "The folder contains changed entries only, which `transformers` cannot load by itself; "
         '`result.model.save("merged")` writes a folder that it can.'
     )
 

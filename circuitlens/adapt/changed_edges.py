@@ -46,7 +46,7 @@ def edge_changed_layers(model: HookedModel, choice: Choice) -> dict[int, float]:
             weight[head.layer] += change
     if not any(weight.values()):
         raise InputError(
-            "No edge between heads changes, so circuit-lora-edges has no layers to choose: take "
+            "No edge between heads changes, so circuit-lora-edges has no layers to choose: use "
             "circuit-lora or circuit-lora-change."
         )
     return weight

@@ -33,10 +33,10 @@ _FINISHED = "circuitlens.training-finished/1"
 
 
 class Checkpoints:
-    """What is on disk of a training that is about to begin or to go on.
+    """What is on disk of a training that is about to start or to continue.
 
     Args:
-        folder: is made if need be.
+        folder: created if necessary.
         model: as it is before the training.
         data: to train on.
         validation: chooses the epoch.
@@ -78,7 +78,7 @@ class Checkpoints:
         for name, value in ({"monitors": None} | mine).items():
             if stored.get(name) != value:
                 raise InputError(
-                    f"{folder} holds checkpoints of another training ({name} was "
+                    f"{folder} contains checkpoints of another training ({name} was "
                     f"{stored.get(name)!r}, now {value!r}): choose another folder for checkpoints, "
                     "or remove that one."
                 )
@@ -119,7 +119,7 @@ def _selection(trainable: Trainable | None) -> str:
         return "all weights"
     if trainable.masks is not None:
         return digest(*trainable.masks, *trainable.masks.values())
-    # The heads of an adapter stand in its configuration only: its weights begin at zero.
+    # The heads of an adapter are only in its configuration: its weights begin at zero.
     configs = {name: c.to_dict() for name, c in trainable.adapter.peft_config.items()}
     return digest(json.dumps(configs, sort_keys=True, default=_plain))
 

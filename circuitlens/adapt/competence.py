@@ -33,14 +33,14 @@ def finetune(
 ) -> HookedModel:
     """Fine-tune all weights on pool A of a task and return the competent model.
 
-    A model in 16 bits comes back in float32, as validation saw it: many a step is smaller than the
-    last of 16 bits. :func:`circuitlens.merge` rounds it, and says what that changes.
+    A model in 16 bits comes back in float32, as validation saw it: many steps are smaller than the
+    last of 16 bits. :func:`circuitlens.merge` rounds it, and reports what that changes.
 
     Args:
         model: left as it is, unless ``inplace``.
         task: trains on pool A; the epoch with the best validation accuracy is kept.
         training: how to train. The default learning rate suits models of a few million
-            parameters; large ones want 1e-5 to 5e-5.
+            parameters; large ones need 1e-5 to 5e-5.
         checkpoints: folder for the state after every epoch: a call that was killed resumes when
             it is repeated. Remove the folder once the model is saved.
         inplace: train ``model`` itself, which saves a copy of the weights.

@@ -1,9 +1,9 @@
-"""Target gained against source kept: what one training offers, and how one of it is chosen.
+"""Target gained against source kept: what one training offers, and how a point of it is chosen.
 
 A training ends at one point, but the way there is a whole curve: the trained entries are tried at
-W0 + α(W1 - W0), as WiSE-FT does (Wortsman et al. 2022, arXiv 2109.01903), which takes evaluation
-only. Every rate and every amount of replay gives such points; those that no other one beats on both
-the target and the source are the front.
+W0 + α(W1 - W0), as WiSE-FT does (Wortsman et al. 2022, arXiv 2109.01903), which costs only
+evaluation. Every rate and every amount of replay gives such points; those that no other one beats
+on both the target and the source are the front.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FrontPoint:
         target: accuracy on the target's validation split.
         margin: mean margin there (logit of the right label minus the mean of the others).
         kept: accuracy on the validation split of every task in :attr:`Front.tasks`.
-        right: which examples are answered right, ``"1"`` or ``"0"`` each: of the target's
+        right: which examples are answered correctly, ``"1"`` or ``"0"`` each: of the target's
             validation split, then of every task's; empty in results from before version 0.2.
         watched: value of every monitor in :attr:`Front.monitors`.
     """
@@ -141,7 +141,7 @@ class Front:
         return area
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a row a point; ``lost`` is the largest loss, ``on_front`` says what is not beaten.
+        """Return one row per point; ``lost`` is the largest loss, ``on_front`` marks the unbeaten.
 
         A column ``kept: TASK`` has the accuracy on every task, ``monitor: NAME`` every monitor.
         """

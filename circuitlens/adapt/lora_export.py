@@ -5,9 +5,9 @@ a product B·A it needs no approximation: of n rows, A holds what is added and B
 belongs; of n columns, A picks what the columns read and B holds what is added. The rank is the
 number of rows or columns, k · d_head for k heads, or that of the whole matrix, if it is smaller.
 
-LoRA has no place for norms and biases. PEFT can save them beside it (``modules_to_save``,
-``lora_bias``), which few serving engines read; else they are left out, and the model is another one
-by as much.
+LoRA has no place for norms and biases. PEFT can save them alongside (``modules_to_save``,
+``lora_bias``), which few serving engines read; else they are left out, and the model differs by
+as much.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LoraExport:
     Attributes:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         ranks: rank of every module.
-        beside: parameters that PEFT saves beside the factors: norms, biases.
+        beside: parameters that PEFT saves alongside the factors: norms, biases.
         left_out: parameters that were trained and are not in the files.
     """
 
@@ -55,13 +55,13 @@ class LoraExport:
 def write_lora(
     trainable: Trainable, base: HookedModel, folder: Path, *, beside: bool
 ) -> LoraExport:
-    """Write an adapter on slices of heads as one of LoRA.
+    """Write an adapter on slices of heads as a LoRA adapter.
 
     Args:
         trainable: with the adapter.
         base: the model that it belongs to; left as it is.
-        folder: is made.
-        beside: save norms and biases beside the factors; else they are left out.
+        folder: created.
+        beside: save norms and biases alongside the factors; else they are left out.
 
     Raises:
         InputError: if the adapter is of another method, or has no slices at all.
@@ -131,7 +131,7 @@ def write_lora(
                 saved.bias.copy_(norm.bias)
     copy.adapter = made
     copy.prompt = trainable.model.prompt
-    # Where the weights are is said as of any other adapter.
+    # Where the weights are is recorded as for any other adapter.
     Trainable(copy, base=trainable.base).write(folder)
     rest = [f"{path}.weight" for path in norms] + [f"{path}.bias" for path in biases]
     if beside:

@@ -77,7 +77,7 @@ def label_rows(model: HookedModel, choice: Choice, heads: Circuit | None) -> Tra
 
 
 def by_peft(config: Any) -> Maker:
-    """Make whatever a configuration of PEFT says, if it begins at the model and can be merged."""
+    """Make whatever a configuration of PEFT says, if it starts from the model and can be merged."""
 
     def make(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
         method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
@@ -97,7 +97,7 @@ def by_peft(config: Any) -> Maker:
 
 @torch.no_grad()
 def _check_begins_at_the_model(model: HookedModel, trainable: Trainable, method: str) -> None:
-    """Refuse an adapter without which the model is another one.
+    """Reject an adapter without which the model is another one.
 
     Raises:
         InputError: saying why.
@@ -110,7 +110,7 @@ def _check_begins_at_the_model(model: HookedModel, trainable: Trainable, method:
             continue
         if not torch.equal(base.weight, own):
             raise InputError(
-                f"PEFT's {method}, as configured, changes the weights that it is put beside "
+                f"PEFT's {method}, as configured, changes the weights that it is added to "
                 f"({path}), so that on the model itself it would be wrong: choose another "
                 "initialisation."
             )
@@ -124,7 +124,7 @@ def _check_begins_at_the_model(model: HookedModel, trainable: Trainable, method:
         off = (begun - own).abs().max()
         if off > 1e-5 * own.abs().max():
             raise InputError(
-                f"PEFT's {method}, as configured, begins with weights that are not the model's "
+                f"PEFT's {method}, as configured, starts from weights that are not the model's "
                 f"({path} differs by {float(off):.2g}): choose an initialisation that changes "
                 "nothing before training."
             )

@@ -3,7 +3,7 @@
 Parameters that hold a selected entry get a hook that zeroes the gradient of all other entries;
 every other parameter is frozen. AdamW moves an entry whose gradient has always been zero by
 exactly zero, except for weight decay, which is therefore taken out of the optimiser and applied
-to the selected entries alone.
+to the selected entries only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Merging: one plain model of what was trained, in few bits again, and what that costs.
 
-In 16 bits a transfer keeps what it trained beside the weights, in float32, for merging rounds every
-sum: a norm's weight near 1 has 8 bits in bfloat16, and moves by less than the last of them. So
-merging is a step of its own, which measures what it changes.
+In 16 bits a transfer keeps what it trained alongside the weights, in float32: merging rounds every
+sum, a norm's weight near 1 has 8 bits in bfloat16, and moves by less than the last of them. So
+merging is a separate step, which measures what it changes.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def merge(
         The plain model with the change of its label logits, in logits, and of its accuracy.
 
     Raises:
-        InputError: for examples that there are not, or a type that weights cannot have.
+        InputError: for missing examples, or a type that weights cannot have.
     """
     check_types("merge", model=(model, HookedModel, MODEL), task=(task, Task, TASK))
     kind = model.dtype if dtype is None else find_dtype(dtype)
     if not isinstance(kind, torch.dtype):
-        raise InputError("merge needs a type of its own: give dtype='bfloat16', or leave it out.")
+        raise InputError("merge needs a definite type: give dtype='bfloat16', or leave it out.")
     encoded = task.encode(model, examples)
     before = label_scores(model, encoded, quiet=quiet)
     plain = plain_copy(model, kind)

@@ -38,7 +38,7 @@ def neuron_masks(
         Masks by the parameter's name, biases of the maps into the MLP among them.
 
     Raises:
-        UnsupportedModelError: for a mixture of experts, or maps that are no parameters.
+        UnsupportedModelError: for a mixture of experts, or maps that are not parameters.
     """
     by_layer: dict[int, list[int]] = {}
     for neuron in neurons:
@@ -60,7 +60,7 @@ def neuron_masks(
             if weight is None or weight.untyped_storage().data_ptr() not in stored:
                 raise UnsupportedModelError(
                     f"The maps of the neurons in layer {layer} of {type(model.hf).__name__} are "
-                    "no parameters of their own, so neurons cannot be trained: train heads."
+                    "not separate parameters, so neurons cannot be trained: train heads."
                 )
             transposed = isinstance(module, Conv1D)
             axis = int(transposed) if inward else 1 - int(transposed)
@@ -87,7 +87,7 @@ def _mark(
 
 
 def relevant_neurons(model: HookedModel, choice: Choice, heads: Circuit | None) -> Trainable:
-    """The neurons with the largest relevance in the source, as many entries as the circuit's.
+    """The neurons with the largest relevance in the source, with as many entries as the circuit.
 
     Raises:
         InputError: if there is no source task.

@@ -39,8 +39,8 @@ def restore(model: HookedModel, folder: Path, trained: Trained) -> Trainable:
 
         if trained.digest and trained.digest != digest_of_adapter(folder):
             raise InputError(
-                f"The adapter in {folder} is damaged, or was changed since it was saved: take it "
-                "from a backup, or run the transfer again."
+                f"The adapter in {folder} is damaged, or was changed since it was saved: restore "
+                "it from a backup, or run the transfer again."
             )
         adapter = _read_adapter(copy, folder)
         if whole_modules_in_float32(adapter):
@@ -85,5 +85,5 @@ def _read_adapter(model: HookedModel, folder: Path) -> Any:
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, Warning) as error:
         raise InputError(
             f"The adapter in {folder} ({', '.join(ADAPTER)}) is damaged, or is not for this model "
-            f"({first_line(error)}): take it from a backup, or load it with its own model."
+            f"({first_line(error)}): restore it from a backup, or load it with its own model."
         ) from error

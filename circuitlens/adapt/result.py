@@ -52,7 +52,7 @@ class TransferResult:
         learning_rate: the rate chosen on the target's validation split; 0 where none did better
             than no training, and the model was kept as it was.
         alpha: share of the way from the weights before to the trained ones at which the model
-            stands; below 1 only if ``keep_source`` chose it.
+            is; below 1 only if ``keep_source`` chose it.
         front: target and source on validation for every rate, amount of replay and α; ``None``
             without a source or other task to keep, and in results from before 0.2.
         test_front: start and front of it on the test splits, if that was asked for; nothing was
@@ -65,10 +65,10 @@ class TransferResult:
         validation: best validation accuracy for every rate tried, and at rate 0 before training.
         history: validation after each epoch, at the best rate.
         seconds: training time, all rates together, and that of ``auto``'s decision.
-        target_right: which examples of the target's test split are answered right afterwards.
+        target_right: which examples of the target's test split are answered correctly afterwards.
         target_ids: their ids; empty in results from before 0.2.
         drift: norm of the change of every head's weights, ``layer head``.
-        shift: how the source circuit moved, if it was searched again.
+        shift: how the source circuit moved, if discovery was run again.
         decision: what ``strategy="auto"`` chose, and why.
         prompt: what the model was trained to answer; ``None`` in results from before 0.2.
         provenance: of the model before the transfer.
@@ -136,7 +136,7 @@ class TransferResult:
 
     @property
     def text_loss_change(self) -> float | None:
-        """Loss of the next token on source text, after minus before, in logarithms per token."""
+        """Next-token loss on source text, after minus before, in nats per token."""
         losses = self.retained[0].text_loss if self.source_language else None
         return None if losses is None else losses[1] - losses[0]
 
@@ -237,18 +237,18 @@ class TransferResult:
         The rank is the number of rows or columns, k · d_head for k heads of a layer.
 
         Args:
-            folder: is made.
+            folder: created.
             model: the model that the transfer began from.
-            beside: let PEFT save trained norms and biases beside the factors
+            beside: let PEFT save trained norms and biases alongside the factors
                 (``modules_to_save``, ``lora_bias``), so that the adapter is all of the transfer;
                 PEFT then refuses to merge it where a projection has no bias. Serving engines read
-                the factors alone: without ``beside`` norms and biases are left out.
+                only the factors: without ``beside`` norms and biases are left out.
 
         Returns:
-            Ranks, what stands beside the factors, and what was left out.
+            Ranks, what is saved alongside the factors, and what was left out.
 
         Raises:
-            InputError: for another model, or trained tensors that are no slices of heads.
+            InputError: for another model, or trained tensors that are not slices of heads.
         """
         from circuitlens.adapt.lora_export import write_lora
 
@@ -275,7 +275,7 @@ class TransferResult:
             The address of the upload.
 
         Raises:
-            InputError: if the hub cannot be reached or refuses.
+            InputError: if the hub cannot be reached or rejects the upload.
         """
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""What a transfer left of the model before it: other tasks, weights, and the circuit itself."""
+"""What a transfer kept of the model before it: other tasks, weights, and the circuit itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Retained:
     Attributes:
         name: ``task/language``.
         before, after: on its test split.
-        text_loss: loss of the next token on its test texts, before and after, in natural logarithms
+        text_loss: next-token loss on its test texts, before and after, in nats
             per token (:func:`circuitlens.adapt.text_loss.text_loss`); ``None`` where the model
             predicts no next token, and in results from before version 0.2.
     """
@@ -70,7 +70,7 @@ class Retained:
 
 @dataclass(frozen=True)
 class CircuitShift:
-    """How the source circuit moved: it is searched again in the adapted model.
+    """How the source circuit moved: discovery is run again on the adapted model.
 
     Attributes:
         after: the circuit of the adapted model, with as many heads.
@@ -107,7 +107,7 @@ def retained_tasks(task: Task, source: Task | None, retain: Sequence[Task | str]
         retain: tasks, or names of languages.
 
     Raises:
-        InputError: if two of them have the same name and language, or there is no such language.
+        InputError: if two of them have the same name and language, or a language is unknown.
     """
     asked = [task.to(other) if isinstance(other, str) else other for other in retain]
     tasks = asked if source is None else [source, *asked]
@@ -134,7 +134,7 @@ def weight_drift(before: HookedModel, after: HookedModel) -> Float[Tensor, "laye
     Under grouped-query attention the key/value slices count for every query head that shares them.
 
     Args:
-        before, after: the same model with other weights; an adapter beside them counts.
+        before, after: the same model with other weights; an adapter alongside them counts.
 
     Raises:
         InputError: if their heads differ.
@@ -173,7 +173,7 @@ def circuit_shift(
     *,
     quiet: bool = False,
 ) -> CircuitShift:
-    """Search the source circuit again in an adapted model, in the way it was found before.
+    """Run discovery of the source circuit again on an adapted model, as it was run before.
 
     Args:
         adapted: the model after a transfer.
@@ -184,7 +184,7 @@ def circuit_shift(
         quiet: no progress bar.
 
     Raises:
-        InputError: if the adapted model answers no example of some label rightly.
+        InputError: if the adapted model answers no example of some label correctly.
     """
     how = scores.provenance.settings
     rules = how.get("rules")

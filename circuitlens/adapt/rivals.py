@@ -7,7 +7,7 @@
   the output layer are trained.
 * Lottery ticket sparse fine-tuning (LT-SFT; Ansell et al. 2022, arXiv 2110.07560): all weights are
   trained once, and of the entries that moved most as many as the circuit's slices have are trained
-  from the beginning. All norms besides, as for the circuit.
+  from the beginning. All norms are trained too, as for the circuit.
 """
 
 from __future__ import annotations

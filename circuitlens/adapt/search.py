@@ -135,7 +135,7 @@ def search(model: HookedModel, how: Strategy, choice: Choice, given: Search, lab
                 learning_rate=rate,
                 replay=mix,
             )
-            # At the end of the way before its first point is taken.
+            # At the end of the path before its first point is taken.
             if given.test:
                 ends[rate, mix] = trainable.state()
             for point in between:

@@ -93,7 +93,7 @@ def select_heads(
         raise InputError(f"size is {size}, but the model has {len(g)} heads.")
     if by not in get_args(Criterion):
         known = ", ".join(get_args(Criterion))
-        raise InputError(f"There is no criterion {by!r}; known are {known}.")
+        raise InputError(f"There is no criterion {by!r}; use one of {known}.")
     data = task.encode(model, task["pool_b"])
     if by == "lost-relevance":
         source = source or task.origin
@@ -158,8 +158,8 @@ def lost_relevance(
 ) -> Float[Tensor, "layer head"]:
     """Relevance on source examples minus relevance on the target's, in logits.
 
-    The target's examples are scored whether they are answered rightly or not, in the way in which
-    the source's were, against the means of the source.
+    The target's examples are scored whether they are answered correctly or not, in the same way as
+    the source's, against the means of the source.
 
     Args:
         model: is left as it is.

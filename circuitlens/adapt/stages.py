@@ -34,7 +34,7 @@ def train_in_stages(
     """Train on one stage after the other, as many epochs in all as the options say.
 
     Where epochs cannot be divided equally, later stages, which have more of the target's data, get
-    more. Every stage has a warm-up and a decay of its own.
+    more. Every stage has its own warm-up and decay.
     """
     each, more = divmod(options.epochs, len(stages))
     history: list[dict[str, float]] = []

@@ -275,7 +275,7 @@ STRATEGIES: dict[str, Strategy] = {
         ),
         Strategy(
             "gradual",
-            "all weights, in stages with less and less source data among the target's",
+            "all weights, in stages with less and less source data mixed into the target's",
             everything,
             gradual=True,
             all_weights=True,
@@ -301,11 +301,11 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-# Not a strategy of its own: it chooses one.
+# Not itself a strategy: it chooses one.
 AUTO = "auto"
 _LOOKS = {
     AUTO: ("#E69F00", "bowtie"),
-    # No strategies: rivals that are fitted beside them.
+    # Not strategies: rivals that are fitted alongside them.
     "majority": ("#6b7280", "diamond-wide"),
     "n-grams": ("#6b7280", "hexagram"),
 }
@@ -326,7 +326,7 @@ def place_of(name: str) -> tuple[int, str]:
 
 
 def strategy_of(name: Any) -> Strategy:
-    """Look a strategy up.
+    """Look up a strategy.
 
     Args:
         name: of the registry; ``"peft:config.json"``, a file that PEFT wrote; or a configuration of
@@ -349,7 +349,7 @@ def strategy_of(name: Any) -> Strategy:
         return _of_config(_read_config(Path(name.removeprefix(_PEFT_FILE))))
     if name not in STRATEGIES:
         raise InputError(
-            f"There is no strategy {name!r}; known are {', '.join(NAMES)}, and "
+            f"There is no strategy {name!r}; use one of {', '.join(NAMES)}, or "
             f"{_PEFT_FILE}FILE.json for a configuration of PEFT."
         )
     return STRATEGIES[name]
@@ -367,7 +367,7 @@ def _of_config(config: Any) -> Strategy:
     method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise InputError(
-            f"PEFT's {method} puts tokens of its own before the prompt, where answers are read by "
+            f"PEFT's {method} puts its own tokens before the prompt, where answers are read by "
             "their places: choose a method that changes weights."
         )
     content = json.dumps(config.to_dict(), sort_keys=True, default=_plain)
@@ -389,12 +389,12 @@ def _read_config(path: Path) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[content["peft_type"]]
         known = {field.name for field in fields(kind) if field.init}
-        # PEFT warns of a field that it does not know, and goes without it.
+        # PEFT warns of a field that it does not know, and ignores it.
         if unknown := sorted(set(content) - known - {"peft_type"}):
             raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
         return kind(**{k: v for k, v in content.items() if k in known - _NOT_ASKED})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path} is no configuration of PEFT ({first_line(error)}): write one with "
+            f"{path} is not a PEFT configuration ({first_line(error)}): write one with "
             "config.save_pretrained(…), or give its fields as JSON, peft_type among them."
         ) from error

@@ -82,7 +82,7 @@ class Trained:
         if len(present) < (2 if self.is_adapter else 1):
             what = "adapter" if self.is_adapter else ENTRIES
             raise InputError(
-                f"{folder} does not hold the trained tensors of this result (its {what}) any more: "
+                f"{folder} no longer has the trained tensors of this result (its {what}): "
                 "run the transfer again."
             )
         return present
@@ -102,7 +102,7 @@ class Trained:
 
 
 def digest_of_adapter(folder: Path) -> str:
-    """Digest of an adapter, whatever base it names and whatever else stands beside it."""
+    """Digest of an adapter, whatever base it names and whatever else is next to it."""
     config = read_plain_json(folder / ADAPTER[0])
     for name in ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode"):
         config.pop(name, None)

@@ -1,7 +1,7 @@
 """Retention on text: what an adapted model still makes of plain text in the source language.
 
 A label needs one token; a language model that keeps its accuracy can have lost its language. The
-loss of the next token on held-out texts says so, and no label is needed for it.
+next-token loss on held-out texts shows it, and no label is needed for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 8
 
 @torch.no_grad()
 def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | None:
-    """Return the mean loss of the next token on the texts of a pool, without prompt or label.
+    """Return the mean next-token loss on the texts of a pool, without prompt or label.
 
     Args:
         model: a causal language model.
@@ -32,7 +32,7 @@ def text_loss(model: HookedModel, task: Task, pool: str = "test") -> float | Non
         pool: name of the pool.
 
     Returns:
-        Natural logarithms per token; ``None`` for models that predict no next token (encoders,
+        Nats per token; ``None`` for models that predict no next token (encoders,
         classifiers), and where no text has two tokens.
     """
     if not model.readout.predicts_text():

@@ -4,7 +4,7 @@ Both offer the same: a copied model that a trainer can run, the trained tensors,
 they make.
 
 What is trained is float32, also where the model is in 16 bits, which would round small steps away.
-An adapter's tensors are float32 beside weights in 16 bits, and stay beside them: merging would
+An adapter's tensors are float32 alongside weights in 16 bits, and stay separate: merging would
 round them. A copy whose own entries are trained becomes float32 as a whole.
 """
 
@@ -139,7 +139,7 @@ class Trainable:
         """Return entries that make the weights W0 + α(W1 - W0), where :meth:`is_line`.
 
         Where an adapter's layer multiplies tensors of which one is zero at the start, such as the
-        second factor of LoRA, that one alone is scaled; everything else lies on its own line.
+        second factor of LoRA, only that one is scaled; everything else lies on its own line.
 
         Args:
             start, end: entries that :meth:`state` returned.
@@ -156,7 +156,7 @@ class Trainable:
         }
 
     def _factors(self, start: Mapping[str, Tensor]) -> set[str]:
-        """Tensors of adapter layers beside one that is zero at the start."""
+        """Tensors of adapter layers next to one that is zero at the start."""
         found: set[str] = set()
         for names in self._layers(start).values():
             zero = {name for name in names if not start[name].any()}
@@ -206,7 +206,7 @@ class Trainable:
     def write(self, folder: Path) -> None:
         """Write the trained tensors: PEFT's files of an adapter, or entries of the weights.
 
-        A note beside them, which :meth:`Trained.found` reads, says what they are.
+        A note next to them, which :meth:`Trained.found` reads, says what they are.
         """
         if self.adapter is not None:
             with writing_to(folder):
@@ -244,9 +244,9 @@ class Trainable:
         write_tensors(folder / ENTRIES, ENTRIES_SCHEMA, tensors, {})
 
     def adapted(self) -> HookedModel:
-        """Return the model that validation saw: plain if no bit is lost by that.
+        """Return the model that validation saw: plain if that loses no bit.
 
-        An adapter to weights in 16 bits stays beside them, where hooks do not reach; and so does
+        An adapter to weights in 16 bits stays separate, where hooks do not reach; and so does
         one that they cannot take, such as vectors where there is no bias.
         """
         if self.adapter is not None and not in_16_bits(self.model.hf) and self._can_merge():
@@ -338,5 +338,5 @@ def _type_of(model: HookedModel) -> str:
 
 
 def _checkpoint(model: HookedModel) -> str:
-    """The folder that just these weights can be loaded from; empty if they came from none."""
+    """The folder that exactly these weights can be loaded from; empty if they came from none."""
     return str(Path(model.name).resolve()) if model.origin == "folder" else ""

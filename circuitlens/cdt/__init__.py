@@ -4,7 +4,7 @@ It speaks hooks, not architectures. A rule set says what stays as in the clean r
 *difference* patches a source and runs the network with those parts frozen; relevance by *gradient*
 linearises that network and gets every source from one backward pass.
 
-The published rules freeze nothing and need an architecture they know; they stand apart, in
+The published rules freeze nothing and need an architecture they know; they are separate, in
 :func:`decompose`.
 """
 

@@ -98,13 +98,13 @@ def ablated_label_logits(
             clean logits.
         means: what ablated nodes are set to, on the model's device.
         positions: where they are; elsewhere all nodes stay as they are.
-        prefix: of this batch, if there is one already.
+        prefix: of this batch, if there already is one.
         rows: prompts that go through the model at once; sets memory, not the result. It halves
             when memory runs out.
         kind: what the columns of ``keeps`` are (:class:`circuitlens.node_circuit.NodeGrid`).
 
     Returns:
-        Logits in float32 at least.
+        Logits in at least float32.
     """
     budget = _budget(rows)
     means = means.on(model, batch)

@@ -56,7 +56,7 @@ def decompose(
     At a source γ is the mean and β the deviation from it. A rule set carries β by difference or
     secant through the network with some parts frozen (:data:`circuitlens.RULES`); ``"hsu2024"``
     carries both through the network by the published rules (Hsu et al. 2024, arXiv 2407.00886). The
-    result has the model's type; by the published rules float32 at least, because in 16 bits TOL is
+    result has the model's type; by the published rules at least float32, because in 16 bits TOL is
     lost and the norms' E[x²] − E[x]² cancels.
 
     Args:
@@ -67,9 +67,9 @@ def decompose(
             empty set nothing is relevant. MLPs need a rule set and their means.
         means: mean output z of every head at every position, or a baseline, which has means of
             MLPs too.
-        rules: the name of a rule set, a rule set of your own, or ``"hsu2024"``.
+        rules: the name of a rule set, your own rule set, or ``"hsu2024"``.
         targets: (head, position) pairs; their z is recorded after sources were set there.
-        mlp_means: mean output of every MLP at every position, in the place of a baseline's.
+        mlp_means: mean output of every MLP at every position, in place of a baseline's.
         hooks: names of hooks whose activations are decomposed too (rule sets only); ``"all"`` is
             the residual stream entering each layer, z, what attention and MLPs write, activations,
             and the input of the head. Queries, keys, scores and patterns have no β if patterns are
@@ -100,7 +100,7 @@ def decompose(
     chosen = RULES[rules] if isinstance(rules, str) else rules
     if chosen.activation == "gradient":
         raise InputError(
-            f"The rule set {chosen.name!r} takes gradients, which give relevances but no "
+            f"The rule set {chosen.name!r} uses gradients, which give relevances but no "
             "decomposition of activations: use one by difference or secant."
         )
     heads, mlps = _node_means(model, tokens, means)

@@ -90,9 +90,9 @@ class Decomposition:
         return self.activations[hook] - self.activations_relevant[hook]
 
     def check(self, tolerance: float | None = None) -> float:
-        """Make sure that β + γ is what the model really computes, in a run without any hook edits.
+        """Verify that β + γ is what the model really computes, in a run without any hook edits.
 
-        Compared are the logits and the activations at all hooks that were asked for.
+        The logits and the activations at all hooks that were asked for are compared.
 
         Args:
             tolerance: largest deviation allowed, relative to the largest activation or β at the
@@ -130,7 +130,7 @@ class Decomposition:
 
 
 def check_tokens(model: HookedModel, tokens: Tensor) -> None:
-    """Refuse tokens that the model cannot read.
+    """Reject tokens that the model cannot read.
 
     Raises:
         InputError: saying what is wrong with them.
@@ -138,7 +138,7 @@ def check_tokens(model: HookedModel, tokens: Tensor) -> None:
     whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.ndim != 2 or tokens.numel() == 0 or not whole:
         raise InputError(
-            "tokens must be integers of shape (batch, pos), with a prompt and a token at least, "
+            "tokens must be integers of shape (batch, pos), with at least one prompt and token, "
             f"but they are {tokens.dtype} of shape {tuple(tokens.shape)}."
         )
     config = model.hf.config.get_text_config()
@@ -152,7 +152,7 @@ def check_tokens(model: HookedModel, tokens: Tensor) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= n_tokens:
         raise InputError(
-            f"{model.name} has {n_tokens} tokens, and {low if low < 0 else high} is none of them: "
+            f"{model.name} has {n_tokens} tokens, and {low if low < 0 else high} is not one: "
             "encode the prompts with its own tokenizer."
         )
 
@@ -178,7 +178,7 @@ def check_means(
 def check_heads(
     model: HookedModel, sites: object, n_pos: int, role: str
 ) -> list[tuple[Head, int | None]]:
-    """As :func:`check_nodes`, and refuse MLPs."""
+    """As :func:`check_nodes`, and reject MLPs."""
     found = []
     for node, position in check_nodes(model, sites, n_pos, role):
         if not isinstance(node, Head):
@@ -200,7 +200,7 @@ def check_nodes(
         if not (isinstance(site, Sequence) and len(site) == 2 and isinstance(site[0], Node)):
             example = "[[(cl.Head(3, 5), -1)]]" if role == "source" else "[(cl.Head(3, 5), -1)]"
             raise InputError(
-                f"{site} is no {role}: give (head, position) pairs, as in {role}s={example}."
+                f"{site} is not a {role}: give (head, position) pairs, as in {role}s={example}."
             )
         node, position = site
         if isinstance(node, Head):

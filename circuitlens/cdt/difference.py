@@ -165,7 +165,7 @@ class FrozenNetwork:
             return capped_labels(self.model, copies, hooks, self._logits, cap)[0]
 
     def _patches(self, sets: Sequence[SourceSet], means: NodeMeans) -> dict[str, Hook]:
-        """Hooks that put means in the place of sources, copy by copy."""
+        """Hooks that replace sources by means, copy by copy."""
         g, (rows, width) = self.model.geometry, self.batch.input_ids.shape
         heads: dict[int, Tensor] = {}
         mlps: dict[int, Tensor] = {}

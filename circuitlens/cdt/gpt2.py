@@ -65,7 +65,7 @@ class PairedGPT2:
     Attributes:
         n_layers, n_heads, d_head, d_vocab: sizes.
         device: of the model.
-        dtype: type to compute in, that of the model but float32 at least.
+        dtype: type to compute in, that of the model but at least float32.
 
     Raises:
         UnsupportedModelError: if the model has other maps than those of a GPT-2.
@@ -173,7 +173,7 @@ class PairedGPT2:
         scale = 1 / math.sqrt(self.d_head) if self._config.scale_attn_weights else 1.0
         if self._config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        # `reorder_and_upcast_attn` is about how the scores are rounded, so it is no matter here.
+        # `reorder_and_upcast_attn` is about how the scores are rounded, so it does not matter here.
         scores = (
             einsum(q, k, "row query head d_head, row key head d_head -> row head query key") * scale
         )
@@ -198,7 +198,7 @@ def _mix(
 
 
 def _check_supported(hf: PreTrainedModel) -> None:
-    """Refuse a model that has maps for which there is no rule.
+    """Reject a model that has maps for which there is no rule.
 
     Raises:
         UnsupportedModelError: naming the model or the layer.

@@ -181,7 +181,7 @@ def project(
 ) -> Relevances:
     """Project the nodes' deviations from their means on gradients, and sum over positions.
 
-    A prompt that stands in several rows is one activation, and its gradient the sum of theirs.
+    A prompt that is in several rows is one activation, and its gradient the sum of theirs.
     """
     at, of_mlps = [], []
 

@@ -1,4 +1,4 @@
-"""The published CD-T, to the letter: Hsu et al. 2024, arXiv 2407.00886.
+"""The published CD-T, implemented exactly: Hsu et al. 2024, arXiv 2407.00886.
 
 Every activation is a pair (r, i), relevant and irrelevant, that adds up to the clean activation.
 
@@ -9,11 +9,11 @@ Every activation is a pair (r, i), relevant and irrelevant, that adds up to the 
    the mean irrelevant. Whatever is relevant further up stems from sources.
 4. End: the pair of the logits at the last position.
 
-Unlike the engines beside it this one freezes nothing, and it needs to know every map of the
+Unlike the other engines this one freezes nothing, and it needs to know every map of the
 network, so it reads the weights of a GPT-2 instead of speaking hooks.
 
 Below the lowest source r stays 0, so those layers are computed once for all source sets. They are
-computed by the rules all the same: TOL takes a little from biases, so i is not quite the clean
+computed by the rules nevertheless: TOL takes a little from biases, so i is not quite the clean
 activation there.
 """
 

@@ -54,7 +54,7 @@ def relevance_along_path(
         InputError: if ``steps`` is not positive.
     """
     if steps < 1:
-        raise InputError(f"Integrated gradients need one step at least, but steps is {steps}.")
+        raise InputError(f"Integrated gradients need at least one step, but steps is {steps}.")
     where, means = batch.mask(positions), means.on(model, batch)
     layers = range(model.geometry.n_layers)
     mean_of = {model.z_hook(layer): (means.of_heads, layer) for layer in layers}

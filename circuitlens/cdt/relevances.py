@@ -18,7 +18,7 @@ class Relevances:
 
     Attributes:
         heads: of heads that deviate at all chosen positions together.
-        mlps: the same of MLPs, if asked for.
+        mlps: the same for MLPs, if asked for.
         by_position: of heads at single positions (0 where a head does not deviate), if asked for.
         details: how they came about, for JSON.
     """

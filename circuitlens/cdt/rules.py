@@ -1,4 +1,4 @@
-"""Rule sets: which maps are frozen at the clean run, and how β passes activations."""
+"""Rule sets: which maps are frozen at the clean run, and how β passes through activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RuleSet:
     source patched and the frozen parts held. By ``gradient`` or ``secant`` β is linear in the
     source, so one backward pass gives all sources.
 
-    A name that scorers have already (:data:`circuitlens.METHODS`) is refused where the rules are
+    A name that scorers already have (:data:`circuitlens.METHODS`) is rejected where the rules are
     used, unless they are those of that name.
 
     Raises:
@@ -45,10 +45,10 @@ class RuleSet:
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, get_args(Activation))
         if not (isinstance(self.name, str) and self.name):
-            raise InputError(f"The name of a rule set is a text, but is {self.name!r}.")
+            raise InputError(f"The name of a rule set must be a string, but is {self.name!r}.")
         for part in ("freeze_patterns", "freeze_scales"):
             if not isinstance(value := getattr(self, part), bool):
-                raise InputError(f"{part} of a rule set is True or False, but is {value!r}.")
+                raise InputError(f"{part} of a rule set must be True or False, but is {value!r}.")
 
 
 # `ablation` freezes nothing: the difference is then exact mean ablation. `attribution` is its

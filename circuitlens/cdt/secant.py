@@ -51,7 +51,7 @@ def activation_sites(model: HookedModel) -> tuple[ActivationSite, ...]:
     """All activations between the heads and the logits.
 
     Raises:
-        UnsupportedModelError: if one has no hooks round it.
+        UnsupportedModelError: if one has no hooks around it.
     """
     hooks = model.bridge.hook_dict
     sites = model.activations()
@@ -147,12 +147,12 @@ def _activation(model: HookedModel) -> torch.nn.Module:
         if name in ACT2FN:
             return cast(torch.nn.Module, ACT2FN[name])
     raise UnsupportedModelError(
-        f"The configuration of {model.name} names no activation function that we know."
+        f"The configuration of {model.name} has no activation function that we know."
     )
 
 
 def _check_value(model: HookedModel, site: ActivationSite, expected: Tensor, post: Tensor) -> None:
-    """Make sure that the MLP really is what the secant assumes."""
+    """Verify that the MLP really is what the secant assumes."""
     eps = torch.finfo(post.dtype).eps
     if post.dtype in (torch.bfloat16, torch.float16):
         # 64 roundings would be half of the value. They cancel in the root mean square.

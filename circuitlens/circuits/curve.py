@@ -5,8 +5,8 @@ of the baseline. With m the mean task margin,
 
     f(C) = (m(C) − m(∅)) / (m(all) − m(∅))
 
-is the share of the margin, beyond what the heads' means give, that the circuit alone brings.
-Measured on examples that discovery did not see, for circuits of growing size, beside
+is the share of the margin, beyond what the heads' means give, that the circuit alone recovers.
+Measured on examples that discovery did not see, for circuits of growing size, alongside
 
 * random circuits of the same size, drawn from all heads, and drawn with as many heads in every
   layer as the circuit has there;
@@ -108,7 +108,7 @@ class FaithfulnessCurve:
     def faithfulness(self) -> Float[np.ndarray, " size"]:
         """Normalised margin f of the top heads, 0 for no heads and 1 for all.
 
-        NaN where f has no meaning; :attr:`caveat` says why.
+        NaN where f has no meaning; :attr:`caveat` explains why.
         """
         return self._normalise(self.margin)
 
@@ -220,11 +220,11 @@ class FaithfulnessCurve:
         return {str(name): float(value) for name, value in row.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a size.
+        """Return one row per size.
 
         Columns: ``heads`` and ``share``; ``margin``, ``faithfulness`` with its 95 % interval
         (``_low``, ``_high``), ``accuracy`` and ``probability`` of the top heads; the last three
-        of random circuits as mean, least and largest value (``random_…``, ``_min``, ``_max``) and
+        of random circuits as mean, lowest and highest value (``random_…``, ``_min``, ``_max``) and
         of layer-matched ones as mean (``layer_matched_…``); of the model without the top heads
         ``completeness``, ``without_accuracy`` and ``without_probability``. Without random
         circuits their columns are NaN.

@@ -2,8 +2,8 @@
 
 Relevance is an attribution: what β of a head adds to the margin where patterns and norms are held
 or linearised. The *effect* of a head is what the margin loses when its output is set to its mean
-and everything behind it reacts. The two can disagree, mostly where later heads make good what is
-missing; then a head may be relevant and not needed.
+and everything after it reacts. The two can disagree, mostly where later heads make up for what
+is missing; then a head may be relevant and not needed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class HeadEffects:
         return [head for head, bound in zip(self.heads, low, strict=True) if bound <= 0]
 
     def to_frame(self, scores: HeadScores | None = None) -> pd.DataFrame:
-        """Return one row a head with its effect, the largest first.
+        """Return one row per head with its effect, the largest first.
 
         Args:
             scores: adds their ``relevance``.
@@ -151,7 +151,7 @@ def head_effects(
     seed: int = 0,
     quiet: bool = False,
 ) -> HeadEffects:
-    """Ablate each of some heads by itself, exactly: a run a head, from its layer on.
+    """Ablate each of some heads by itself, exactly: one run per head, from its layer on.
 
     Args:
         model: the model.

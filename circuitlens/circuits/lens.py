@@ -1,6 +1,6 @@
 """The margin that each layer has reached: a logit lens of the task.
 
-The residual stream that enters a layer is handed straight to the model's own end, its last norm and
+The residual stream that enters a layer is passed straight to the model's end, its last norm and
 head, as if no later layer were there (the logit lens; nostalgebraist 2020). What is read there is
 the task margin, so that one sees in which layers the answer is made.
 """
@@ -36,7 +36,7 @@ _SCHEMA = "circuitlens.margin-by-layer/1"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MarginByLayer:
-    """Task margin and answer behind every layer, on every example.
+    """Task margin and answer after every layer, on every example.
 
     Attributes:
         per_example: margins in logits; the first is that of the embeddings, the last that of the
@@ -55,11 +55,11 @@ class MarginByLayer:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """What the margins are behind of: the embeddings, then each layer."""
+        """What the margins come after: the embeddings, then each layer."""
         return ("embeddings", *(f"layer {n}" for n in range(self.per_example.shape[1] - 1)))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a stage.
+        """Return one row per stage.
 
         Mean ``margin`` with its 95 % interval (``low``, ``high``), ``accuracy``, and the mean
         margin of the examples of every label (``margin LABEL``).
@@ -120,7 +120,7 @@ def margin_by_layer(
     seed: int = 0,
     quiet: bool = False,
 ) -> MarginByLayer:
-    """Read the task margin behind every layer (module docstring).
+    """Read the task margin after every layer (module docstring).
 
     Args:
         model: any model that the task fits.

@@ -3,8 +3,8 @@
 1. *Looking*: attention of each head, averaged over examples. Shares go to the first token, to the
    token before, to the token itself, and to earlier copies of the same token; and for every token,
    what one occurrence of it gets from the position where the answer is read, and from all.
-2. *Saying*: exact ablation of the head, answer by answer: how much of each label's logit (beside
-   the mean of all labels) goes with it, on the examples of each class.
+2. *Saying*: exact ablation of the head, answer by answer: how much of each label's logit (relative
+   to the mean of all labels) goes with it, on the examples of each class.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class HeadRole:
             the token itself, and to earlier copies of it (where there are some).
         looked_at: tokens that get most attention from the decision, and what an occurrence gets.
         read: the same from all positions.
-        raises: by class of the example and label, what of the label's logit the head brings,
-            beside the mean over labels. Classes without example are left out.
+        raises: by class of the example and label, how much the head adds to the label's
+            logit, relative to the mean over labels. Classes without example are left out.
     """
 
     head: Head
@@ -66,7 +66,7 @@ class HeadRole:
 
     @property
     def summary(self) -> str:
-        """A sentence of it."""
+        """The role in one sentence."""
         tokens = ", ".join(f"{token!r} {share:.0%}" for token, share in self.looked_at[:3])
         shares = {
             "first token": self.first,
@@ -117,7 +117,7 @@ class HeadRoles:
         raise InputError(f"Head {wanted} is none of {', '.join(str(r.head) for r in self.roles)}.")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head: attention, tokens, and ``raises GOLD → LABEL`` in logits."""
+        """Return one row per head: attention, tokens, and ``raises GOLD → LABEL`` in logits."""
         rows: list[dict[str, Any]] = []
         for role in self.roles:
             row: dict[str, Any] = {

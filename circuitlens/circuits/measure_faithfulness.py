@@ -68,8 +68,8 @@ def faithfulness(
         scores: their ranking is followed, the most supporting head first. Or a circuit, wherever
             it comes from: found by another tool, in the explorer, or made by hand. Its curve has
             three sizes, no head, the circuit and all heads. Scores and circuits of other nodes
-            (heads with MLPs, heads at positions, neurons) are measured in the same way: what is
-            ablated are the nodes of that kind, and all else stays as it is.
+            (heads with MLPs, heads at positions, neurons) are measured in the same way: only the
+            nodes of that kind are ablated, and all else stays as it is.
         baseline: the means that replace the ablated heads, and the positions where they do.
         sizes: how many heads to keep (integers) or which shares of all heads (floats), as in
             :meth:`HeadScores.top`; default: :func:`default_sizes`. No head and all heads are
@@ -85,8 +85,8 @@ def faithfulness(
         UnsupportedModelError: for neurons of a mixture of experts.
         InputError: if there are no examples or one was used for discovery, the baseline, the
             scores or the circuit are of another model, the baseline is of another task, or a size
-            or ``n_random`` is impossible. (What a circuit of your own was chosen by, only you
-            know: leave those examples out.)
+            or ``n_random`` is impossible. (Only you know which examples your own circuit was
+            chosen on: leave those out.)
     """
     check_types(
         "faithfulness",
@@ -168,7 +168,7 @@ def faithfulness(
 
 
 def _check_prompts(encoded: Encoded, grid: NodeGrid) -> None:
-    """Refuse prompts that are longer than the positions which are told apart.
+    """Reject prompts that are longer than the positions which are told apart.
 
     Raises:
         InputError: naming the prompt.
@@ -188,7 +188,7 @@ def _check_prompts(encoded: Encoded, grid: NodeGrid) -> None:
 def check_scores(
     model: HookedModel, scores: HeadScores | NodeScores, baseline: MeanBaseline
 ) -> None:
-    """Refuse scores of another model.
+    """Reject scores of another model.
 
     Raises:
         InputError: if sizes or weights differ.
@@ -236,7 +236,7 @@ def unseen_examples(
 
 
 def refuse_seen(examples: Sequence[Example], seen: Collection[str]) -> None:
-    """Refuse examples on which a circuit was found.
+    """Reject examples on which a circuit was found.
 
     Raises:
         InputError: if the id of one of them is in ``seen``.

@@ -6,8 +6,8 @@ For every head h of a circuit C,
 
 is what f, the normalised margin (:mod:`circuitlens.circuits.curve`), loses when h is
 ablated as well. A head whose loss is not above 0 could be left out. This is the minimality of Wang
-et al. 2023 (arXiv 2211.00593) with nothing but the head taken away; they also let sets of heads go
-with it, so a head with a stand-in inside the circuit looks needless here and not there.
+et al. 2023 (arXiv 2211.00593) with only the head removed; they also remove sets of heads with it,
+so a head with a stand-in inside the circuit looks needless here and not there.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Minimality:
     def interval(self, level: float = 0.95) -> Float[np.ndarray, "bound head"]:
         """Percentile bootstrap interval of :attr:`loss` over examples (1,000 draws).
 
-        NaN where :attr:`caveat` says why.
+        NaN where :attr:`caveat` explains why.
 
         Raises:
             InputError: if ``level`` is not between 0 and 1.
@@ -112,7 +112,7 @@ class Minimality:
         return ratio_interval(losses, self._denominators, level)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head, the largest loss first, with 95 % intervals."""
+        """Return one row per head, the largest loss first, with 95 % intervals."""
         low, high = self.interval()
         frame = self.circuit.to_frame().assign(loss=self.loss, low=low, high=high)
         return frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
@@ -196,7 +196,7 @@ def minimality(
     g = model.geometry
     circuit.check_model(model)
     if not len(circuit):
-        raise InputError("The circuit has no heads to take away: choose a larger one.")
+        raise InputError("The circuit has no heads to remove: choose a larger one.")
     examples = unseen_examples(task, examples, set(baseline.example_ids))
     encoded = baseline.encode(model, task, examples)
     sets = [(), tuple(g), circuit.heads]

@@ -1,4 +1,4 @@
-"""Circuits of GPT-2 small as their authors published them, to set a found one beside."""
+"""Circuits of GPT-2 small as their authors published them, to compare a found one with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PublishedCircuit:
         task: name of the task, as :func:`circuitlens.load_task` knows it.
         model: the model that they are heads of.
         source: the paper.
-        groups: the heads by what the authors say that they do.
+        groups: the heads by the function that the authors give them.
         n_layers, n_heads: size of the model's head grid.
     """
 
@@ -43,7 +43,7 @@ class PublishedCircuit:
         """Compare a circuit with this one, group by group.
 
         Returns:
-            A row a group and one for ``all``: ``published`` (its number of heads), ``found`` (how
+            One row per group, one for ``all``: ``published`` (its number of heads), ``found`` (how
             many of them the circuit has), ``expected`` (how many as large a circuit drawn at
             random would have on average) and ``heads`` (their names).
 
@@ -108,7 +108,7 @@ PUBLISHED: dict[str, PublishedCircuit] = {
 
 
 def published_circuit(task: str) -> PublishedCircuit:
-    """Look a published circuit of GPT-2 small up by the name of its task.
+    """Look up a published circuit of GPT-2 small by the name of its task.
 
     Raises:
         InputError: for a task without one (those with one are listed).

@@ -1,4 +1,4 @@
-"""Circuits drawn at random, beside which a found one is judged."""
+"""Circuits drawn at random, against which a found one is judged."""
 
 from __future__ import annotations
 

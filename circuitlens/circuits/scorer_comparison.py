@@ -46,23 +46,23 @@ _DRAWS = 500
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScorerComparison:
-    """A row of figures for every scorer.
+    """One row of figures per scorer.
 
     Attributes:
         table: by scorer: ``spearman`` with exact ablation over heads, with a 95 % bootstrap
             interval over examples (``low``, ``high``); ``overlap``, the share of the top
             ``n_top`` heads that are among ablation's; ``area_f`` and ``area_accuracy``, the areas
             under the faithfulness curve over the share of heads (of several samples the mean, with
-            least and largest, ``_min`` and ``_max``), and ``of_greedy_f`` and
+            lowest and highest, ``_min`` and ``_max``), and ``of_greedy_f`` and
             ``of_greedy_accuracy``, their share of ``greedy``'s on the same samples;
             ``mlp_spearman`` with its interval, if MLPs were scored; ``forward`` and ``backward``,
             passes of an example that scoring took, counted; ``seconds`` and ``peak_mib``. The row
             ``random circuits`` holds areas of circuits drawn at random.
-        n_top: number of top heads that ``overlap`` speaks of.
+        n_top: number of top heads that ``overlap`` refers to.
         n_examples: examples scored.
         n_held_out: examples that faithfulness was measured on; discovery saw none of them.
         provenance: where it comes from.
-        scores: what every scorer said, by name, for :func:`circuitlens.view.scorer_agreement`;
+        scores: the scores of every scorer, by name, for :func:`circuitlens.view.scorer_agreement`;
             empty if the comparison was loaded.
         curves: faithfulness by each of them, for :func:`circuitlens.view.faithfulness_curve`;
             empty if the comparison was loaded.
@@ -161,7 +161,7 @@ def compare_scorers(
         model: competent in the task.
         task: the task that the baseline was taken on.
         baseline: means of the nodes; its examples are scored.
-        methods: scorers by name, or rule sets of your own. The default is all that know the
+        methods: scorers by name, or your own rule sets. The default is all that know the
             model; ``greedy``, the practical upper bound, only up to 64 heads. Exact ablation is
             always among them.
         top: how many top heads (or which share) to compare with ablation's.
@@ -171,7 +171,7 @@ def compare_scorers(
         examples: measure faithfulness on these instead of the held-out ones.
         max_examples: score a random subset of this size.
         samples: how many such subsets, each with its own ranking of every scorer; areas are then
-            means over them, with the least and the largest.
+            means over them, with the lowest and the highest.
         batch_size: examples per forward pass.
         seed: for subsets, random circuits and intervals.
         quiet: no progress bar.
@@ -188,15 +188,15 @@ def compare_scorers(
         if own.setdefault(rules.name, rules) != rules:
             raise InputError(
                 f"Two different rule sets are named {rules.name!r}, and the table has a row for "
-                "each name: name one of them otherwise."
+                "each name: rename one of them."
             )
     if not (n_top := head_count(top, len(model.geometry))):
-        raise InputError("An overlap of no heads is undefined: let top be 1 at least.")
+        raise InputError("An overlap of no heads is undefined: let top be at least 1.")
     # Faithfulness would say so too, but only after the first scoring.
     unseen_examples(task, examples, baseline.example_ids)
     names = list(dict.fromkeys(["ablation", *(s.name for s in chosen)]))
     if samples < 1:
-        raise InputError(f"samples must be 1 at least, but is {samples}.")
+        raise InputError(f"samples must be at least 1, but is {samples}.")
     if samples > 1 and max_examples is None:
         raise InputError("Several samples need a size: give max_examples.")
     scores: dict[str, HeadScores] = {}
@@ -319,8 +319,8 @@ def _agreement(
         return dict.fromkeys(keys, float("nan"))
     x, y = (v.double().flatten(1).numpy() for v in (a, b))
     if x.shape[1] < 2:
-        raise InputError("A rank correlation needs two nodes at least, but the model has one.")
-    # Both are drawn alike. A scorer that says the same of all examples has no spread of its own,
+        raise InputError("A rank correlation needs at least two nodes, but the model has one.")
+    # Both are drawn alike. A scorer that says the same of all examples has no spread itself,
     # but ablation has.
     ranks = [rankdata(resampled_means(v.T, seed, _DRAWS), axis=1) for v in (x, y)]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]

@@ -66,7 +66,7 @@ def smallest_circuit(
         baseline=(baseline, MeanBaseline, BASELINE),
     )
     if not 0 < f <= 1:
-        raise InputError(f"A share of the margin lies between 0 and 1, but f is {f}.")
+        raise InputError(f"A share of the margin must be between 0 and 1, but f is {f}.")
     baseline.check_task(task)
     baseline.check_model(model)
     check_scores(model, scores, baseline)

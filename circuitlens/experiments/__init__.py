@@ -1,4 +1,4 @@
-"""Grids of transfers: strategies × languages × seeds, and what may be said of the differences."""
+"""Grids of transfers: strategies × languages × seeds, and what to say about differences."""
 
 from circuitlens.experiments.comparison import Comparison
 from circuitlens.experiments.grid import compare

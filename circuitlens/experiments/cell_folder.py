@@ -1,4 +1,4 @@
-"""The folder of a comparison: every finished cell is a file of its own.
+"""The folder of a comparison: every finished cell is its own file.
 
 DIR/grid.json                                  what all cells depend on
 DIR/cells/LANGUAGE/STRATEGY/seed-N.json        the numbers of a finished transfer
@@ -7,7 +7,7 @@ DIR/cells/LANGUAGE/STRATEGY/seed-N.training/   how far an unfinished one has com
 DIR/cells/LANGUAGE/STRATEGY/.seed-N.lock       held by the process that runs the cell
 DIR/table.csv, summary.csv, comparison.json    of all finished cells
 
-A cell that is there is never computed again; the tables are written again at the end of every call.
+A cell that is there is never computed again; the tables are rewritten at the end of every call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Key(NamedTuple):
 
 
 class CellFolder:
-    """Cells on disk. A file that is there is whole: it was written elsewhere and renamed."""
+    """Cells on disk. Every file there is complete: it was written elsewhere and renamed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class CellFolder:
         *,
         writes: bool = True,
     ) -> CellFolder:
-        """Begin a comparison in a folder, or go on with the one that is there.
+        """Start a comparison in a folder, or continue the one that is there.
 
         Args:
             path: the folder.
@@ -84,7 +84,7 @@ class CellFolder:
             # Hidden files are what a killed process left of an unfinished one.
             if path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
                 raise InputError(
-                    f"The folder {path} exists and is not empty, and holds no comparison: choose "
+                    f"The folder {path} exists, is not empty and contains no comparison: choose "
                     "another out."
                 )
             write_json(file, _GRID, {"settings": settings, "languages": languages})
@@ -99,7 +99,7 @@ class CellFolder:
             for name, value in new.items():
                 if old.get(name) not in (None, value):
                     raise InputError(
-                        f"{path} holds a comparison with other settings ({kind}{name} was "
+                        f"{path} contains a comparison with other settings ({kind}{name} was "
                         f"{old[name]!r}, now {value!r}): choose another out, keep the old "
                         "settings, or remove that folder."
                     )
@@ -162,6 +162,6 @@ class CellFolder:
 
         return Comparison(
             tuple(cells[key] for key in sorted(cells, key=place)),
-            # A process that was killed in between leaves an old error beside the cell.
+            # A process that was killed in between leaves an old error next to the cell.
             tuple(errors[key] for key in sorted(errors.keys() - cells.keys(), key=place)),
         )

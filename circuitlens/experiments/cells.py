@@ -78,7 +78,7 @@ def _opened(reference: ModelReference) -> HookedModel:
     model.name, model.origin = reference.name, reference.origin
     if model.fingerprint() != reference.fingerprint:
         raise InputError(
-            f"What {reference.name} became in {reference.folder} is another model (fingerprint "
+            f"The copy of {reference.name} in {reference.folder} is another model (fingerprint "
             f"{model.fingerprint()}, not {reference.fingerprint}): compare without an executor."
         )
     return model
@@ -131,10 +131,10 @@ def run_cell(spec: CellSpec) -> dict[str, Any]:
     """Run a cell and return its numbers; one that another process has finished is read.
 
     Processes that train together (``accelerate launch``) all run the cell, and the main one writes
-    it: if one of them read it instead, the others would wait for it for ever.
+    it: if one of them read it instead, the others would wait for it forever.
 
     Raises:
-        InputError: for arguments that a transfer refuses, or another model than was meant.
+        InputError: for arguments that a transfer rejects, or a model other than the one meant.
         NotFiniteError: if training diverges at every learning rate.
     """
     folder = None if spec.folder is None else CellFolder(spec.folder)

@@ -98,12 +98,12 @@ class Comparison:
     # -- tables ----------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the tidy long table: one number a row.
+        """Return the tidy long table: one number per row.
 
         Columns: ``language``, ``strategy``, ``seed``; ``split``, which is ``target`` or the name
         of a retained task; ``phase``, ``before`` or ``after`` the transfer; ``metric``
         (``accuracy``, ``macro_f1`` and ``calibration_error`` as shares, ``margin`` in logits;
-        ``text_loss`` of retained tasks, in natural logarithms per token); ``value``. Costs
+        ``text_loss`` of retained tasks, in nats per token); ``value``. Costs
         (``n_trainable`` in entries, ``seconds`` of training, ``passes`` of it and
         ``discovery_passes`` of the baseline and the scores, if the strategy needs a circuit, in
         prompts forward and backward, ``peak_mib`` in MiB) have an empty split and the phase
@@ -127,13 +127,13 @@ class Comparison:
         return pd.DataFrame(rows, columns=list(_TIDY)).astype({"seed": int, "value": float})
 
     def summary(self) -> pd.DataFrame:
-        """Return one row a language and strategy, over seeds.
+        """Return one row per language and strategy, over seeds.
 
         Accuracies are shares. ``_sd`` is the standard deviation over seeds (divisor n - 1; empty
         with one seed), everything else a mean: ``target_before``, ``target_after``, ``gain``,
         ``source_before``, ``source_after`` (empty without a source task), ``text_loss_change``
-        (of the next token on source text, in natural logarithms per token), ``n_trainable``,
-        ``seconds``, ``passes``, ``discovery_passes``, ``peak_mib``; ``n_seeds`` says of how many.
+        (of the next token on source text, in nats per token), ``n_trainable``,
+        ``seconds``, ``passes``, ``discovery_passes``, ``peak_mib``; ``n_seeds`` is their number.
         """
         rows = []
         for cell in self.cells:
@@ -240,7 +240,7 @@ class Comparison:
         """Return what every transfer offers on validation, whichever point of it was chosen.
 
         Returns:
-            A row a cell that has a front: ``language``, ``strategy``, ``seed``, ``start`` (target
+            One row per cell with a front: ``language``, ``strategy``, ``seed``, ``start`` (target
             accuracy before), ``hypervolume`` (:meth:`circuitlens.adapt.Front.hypervolume`), and
             ``target at 0``, ``1``, ``2`` and ``5`` points: the best target accuracy at which no
             task to keep loses more. These are maxima over rates and α on the data that they are
@@ -329,9 +329,9 @@ class Comparison:
         }
 
     def regret(self, strategy: str = "auto") -> pd.DataFrame:
-        """Return how far a strategy stays behind the best single one, chosen on the test split.
+        """Return how far a strategy falls behind the best single one, chosen on the test split.
 
-        One row a language: ``best`` is the other strategy (no simple rival) with the highest mean
+        One row per language: ``best`` is the other strategy (no simple rival) with the highest mean
         target accuracy over the seeds that both have, ``accuracy`` and ``best_accuracy`` are those
         means (shares), ``regret`` their difference; negative if ``strategy`` is ahead. As
         the best is chosen on test, regret is overstated by what chance gives the luckiest.
@@ -368,7 +368,7 @@ class Comparison:
         return found[0] if found and all(ids == found[0] for ids in found) else None
 
     def _right(self, strategy: str, language: str) -> dict[int, list[int]]:
-        """Which test examples are answered right, by seed."""
+        """Which test examples are answered correctly, by seed."""
         return {
             cell["seed"]: cell["target_right"]
             for cell in self.cells
@@ -421,7 +421,7 @@ class Comparison:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: if the folder holds no saved comparison.
+            InputError: if the folder contains no saved comparison.
         """
         with whole(folder):
             content = read_json(Path(folder) / "comparison.json", _SCHEMA)

@@ -20,6 +20,6 @@ def all_passes(row: Mapping[Any, Any]) -> str:
 
 
 def text_loss_change(source: Mapping[str, Any] | None) -> float:
-    """Loss of the next token after minus before; NaN where it was not measured."""
+    """Next-token loss after minus before; NaN where it was not measured."""
     losses = (source or {}).get("text_loss")
     return losses[1] - losses[0] if losses else float("nan")

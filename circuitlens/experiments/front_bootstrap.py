@@ -1,7 +1,7 @@
 """Fronts compared sentence by sentence: is one strategy's front better, or were the sentences?
 
 1. Validation sentences are drawn with replacement, those of the target and those of every task to
-   keep. In parallel corpora a sentence stands in several languages under one id, and is drawn in
+   keep. In parallel corpora a sentence is in several languages under one id, and is drawn in
    all of these together; the sentences of the source are drawn once for all languages.
 2. Of every front the accuracies of all points are taken again on the sentences drawn, and the rule
    is applied again: the best target accuracy of those that keep the source, or the hypervolume.
@@ -93,8 +93,8 @@ def front_values(
         for front in fronts[language]:
             if not front.ids or not all(point.right for point in front.points):
                 raise InputError(
-                    f"The fronts of {language} do not say which examples are answered right: they "
-                    "are from before version 0.2, so compare again."
+                    f"The fronts of {language} do not say which examples are answered correctly: "
+                    "they are from before version 0.2, so compare again."
                 )
     own = sentence_weights([fronts[name][0].ids[0] for name in languages], draws)
     means = np.zeros((len(languages), draws + 1))

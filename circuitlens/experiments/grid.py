@@ -111,16 +111,16 @@ def compare(
         strategies: names of :data:`circuitlens.adapt.STRATEGIES`, configurations of PEFT,
             ``"peft:config.json"``, or ``"auto"``. The default is circuit, near-zero (if there are
             ``scores``), random, norms, lora and full.
-        seeds: each makes a transfer of its own: order of the examples, heads drawn at random.
+        seeds: each makes a separate transfer: order of the examples, heads drawn at random.
         scores: of all heads, for strategies that choose by them.
         out: folder for the numbers of every cell and the tables of all of them; the adapted
             models are not kept. Without it everything is in memory.
-        retain: further tasks, or languages of this one, on which retention is measured.
+        retain: other tasks, or other languages of this one, on which retention is measured.
         learning_rates, training, replay, keep_source, kv_policy, test_front: see
             :func:`circuitlens.transfer`.
-        executor: runs the cells. ``"processes"`` uses the processors of this machine, ``"ray"`` or
+        executor: runs the cells. ``"processes"`` uses the CPU cores of this machine, ``"ray"`` or
             a :class:`circuitlens.experiments.RayCluster` those and the GPUs of a cluster; or a
-            ``concurrent.futures.Executor`` that spawns processes of your own. Each process loads
+            ``concurrent.futures.Executor`` of your own that spawns processes. Each process loads
             the model once. By default cells are run here, one by one.
         simple: add the most frequent label and n-grams with logistic regression as rivals, fitted
             on the same rows (:func:`circuitlens.experiments.simple_rival`).
@@ -153,7 +153,7 @@ def compare(
     for name, values in (("language", languages), ("strategy", strategies), ("seed", seeds)):
         if not values:
             raise InputError(f"Give at least one {name}.")
-    # A mistake found later would stand in the folder's settings.
+    # A mistake found later would be in the folder's settings.
     if "seed" in options:
         raise InputError("A comparison has several seeds: give seeds=[…], not seed.")
     tries = training_tries(learning_rates, training, options)
@@ -202,7 +202,7 @@ def compare(
     if folder is not None:
         finished = {key: cell for key in keys if (cell := folder.read(key)) is not None}
         if finished:
-            logger.info("%d of %d cells were finished already.", len(finished), len(keys))
+            logger.info("%d of %d cells were already finished.", len(finished), len(keys))
     cells = dict(agreed(finished, model.device))
     todo = [key for key in keys if key not in cells]
     alone = executor is None or not todo
@@ -263,7 +263,7 @@ def _simple_cells(
     cells: Mapping[Key, Mapping[str, Any]],
     folder: CellFolder | None,
 ) -> dict[Key, dict[str, Any]]:
-    """Cells of the simple rivals, fitted once a language; they do not depend on seeds."""
+    """Cells of the simple rivals, fitted once per language; they do not depend on seeds."""
     found: dict[Key, dict[str, Any]] = {}
     for language, task in tasks.items():
         before = next(
@@ -347,7 +347,7 @@ def runner_of(executor: Runner | str | None) -> Iterator[Runner | None]:
 
 
 def check_executor(executor: object, device: torch.device) -> None:
-    """Refuse what cannot run cells.
+    """Reject what cannot run cells.
 
     Raises:
         InputError: saying what can.

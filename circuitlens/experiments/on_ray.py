@@ -1,7 +1,7 @@
 """Cells as Ray tasks, on the cores and GPUs of one machine or of a cluster.
 
 1. The model, saved as files, and for each language the task with all settings are put into Ray's
-   object store once; a cell carries its key alone.
+   object store once; a cell carries only its key.
 2. Every node that runs a cell writes the files to its own disk once, and its workers load them from
    there: no file system is shared.
 3. Numbers travel back to the driver, which writes them as they come. A cell whose worker or node
@@ -47,7 +47,7 @@ class RayCluster:
     Attributes:
         address: ``"auto"`` for the cluster that this machine is part of, or ``HOST:PORT`` of a head
             node; without one, a local Ray is started, or the one that this process uses.
-        num_cpus: processors of a cell, which computes with as many threads.
+        num_cpus: CPUs of a cell, which computes with as many threads.
         num_gpus: GPUs of a cell, fractions too; by default 1 if the model is on a GPU.
         memory: bytes of main memory that a cell reserves; by default none.
         retries: how many times a cell is run again if its worker or node dies.
@@ -62,7 +62,7 @@ class RayCluster:
     def __post_init__(self) -> None:
         if self.num_cpus < 1 or self.retries < 0 or (self.num_gpus or 0) < 0:
             raise InputError(
-                "A cell on Ray needs num_cpus of 1 at least, and neither num_gpus nor retries "
+                "A cell on Ray needs num_cpus of at least 1, and neither num_gpus nor retries "
                 "below 0."
             )
 
@@ -141,7 +141,7 @@ class RayCluster:
         return float(reference.device != "cpu") if self.num_gpus is None else self.num_gpus
 
     def _check(self, ray: Any, reference: ModelReference) -> None:
-        """Refuse what no node can give, for which Ray would wait.
+        """Reject what no node can give, for which Ray would wait.
 
         Raises:
             InputError: naming it.

@@ -4,9 +4,9 @@
    seeds that both have.
 2. Examples are drawn with replacement, the same ones for both strategies and for all seeds.
 3. Of several languages the mean over languages is what is drawn. In parallel corpora a sentence
-   stands in several of them under one id, and is drawn in all of these together: sentences that
+   is in several of them under one id, and is drawn in all of these together: sentences that
    are hard for everyone are no more independent than they were chosen to be. Examples are drawn
-   within blocks that stand in the same languages, so that every language keeps its size.
+   within blocks that are in the same languages, so that every language keeps its size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DIGITS = 12
 class PairedDifference:
     """Target accuracy of strategy ``a`` minus that of ``b``.
 
-    The interval and ``p`` speak of other test examples alike, for models trained as these were;
+    The interval and ``p`` are about similar other test examples, for models trained as these were;
     the spread over seeds is in :meth:`circuitlens.Comparison.summary`.
 
     Attributes:
@@ -53,7 +53,7 @@ class PairedDifference:
         n_examples: test examples, of all languages together.
         n_seeds: seeds that both strategies have; of several languages the smallest number.
         n_languages: languages that the mean is taken over.
-        n_shared: ids that stand in more than one of them, which are drawn together. Results from
+        n_shared: ids that are in more than one of them, which are drawn together. Results from
             before version 0.2 hold no ids, and are drawn language by language.
     """
 
@@ -74,7 +74,7 @@ class PairedDifference:
 def differences(
     a: Bool[np.ndarray, "seed example"], b: Bool[np.ndarray, "seed example"]
 ) -> Float[np.ndarray, " example"]:
-    """How much oftener ``a`` is right than ``b`` on every example, as a share of the seeds."""
+    """How much more often ``a`` is right than ``b`` on every example, as a share of the seeds."""
     # Whole numbers are subtracted, so that equal strategies differ by exactly 0.
     return np.asarray((a.sum(0) - b.sum(0)) / len(a))
 
@@ -92,7 +92,7 @@ def bootstrap_difference(
         level: of the interval.
         draws: how many.
         ids: of every language, the ids of the examples, where they are known. Equal ids are drawn
-            together; where these mean nothing, as those that begin again in every language, the
+            together; where these mean nothing, as those that restart in every language, the
             interval is one of examples that go together by chance, and no less right.
 
     Returns:
@@ -133,7 +133,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def shared_ids(ids: Sequence[Sequence[str] | None]) -> int:
-    """Number of ids that stand in more than one language."""
+    """Number of ids that are in more than one language."""
     counts = Counter(name for names in ids if names is not None for name in set(names))
     return sum(count > 1 for count in counts.values())
 
@@ -141,7 +141,7 @@ def shared_ids(ids: Sequence[Sequence[str] | None]) -> int:
 def blocks_of(
     languages: Sequence[Float[np.ndarray, "_"]], ids: Sequence[Sequence[str] | None] | None
 ) -> list[dict[int, list[int]]]:
-    """Places of the examples that stand in the same languages, by language, in one order."""
+    """Places of the examples that are in the same languages, by language, in one order."""
     found: dict[tuple[int, ...], dict[int, list[int]]] = {}
     known = [None] * len(languages) if ids is None else ids
     where = [{name: k for k, name in enumerate(names)} if names else None for names in known]

@@ -1,7 +1,7 @@
 """The simplest rivals of a transfer: the most frequent label, and n-grams with a linear model.
 
 They see the same rows as a transfer does: pool B to train on, validation to choose from, test once.
-A language model that is adapted and stays behind them has not earned its cost.
+An adapted language model that falls behind them has not earned its cost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SimpleRival:
         name: ``"majority"`` or ``"n-grams"``.
         language: of the target.
         result: on the target's test split; margins are of log-probabilities.
-        right: which test examples are answered right.
+        right: which test examples are answered correctly.
         validation: accuracy on validation of every strength that was tried.
         n_features: numbers that are fitted for each label.
         seconds: of fitting, all strengths together.
@@ -161,13 +161,13 @@ def _accuracy(scores: Float[np.ndarray, "example label"], gold: Sequence[int]) -
 
 
 def simple_cell(rival: SimpleRival, task: Task, before: Evaluation, seed: int) -> dict[str, Any]:
-    """A simple rival as a cell of a comparison, beside those of strategies.
+    """A simple rival as a cell of a comparison, alongside those of strategies.
 
     Args:
         rival: on ``task``.
         task: in the target language.
         before: the model before any transfer, from which gains are counted.
-        seed: of the cells that it stands beside; nothing of it is random.
+        seed: of the cells that it appears alongside; nothing about it is random.
     """
     return {
         "strategy": rival.name,

@@ -77,7 +77,7 @@ class Frame(NamedTuple):
         place: between the prompt and what answers it: the beginning that all answers share, and
             the place that answers have in masked language models, ``[MASK]``.
         behind: that belong to no text, such as ``[SEP]``.
-        between: of two texts that stand in no prompt, such as ``[SEP]``.
+        between: of two texts that are in no prompt, such as ``[SEP]``.
     """
 
     before: tuple[int, ...]
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
     """How the answers of one example are laid out.
 
     Attributes:
-        continuations: tokens behind the prompt, for every row.
+        continuations: tokens after the prompt, for every row.
         entries: what is read: row, column counted from the end of the row (−1 is the last token
             before the suffix), token, label, and number of the word among those of the label.
     """
@@ -115,9 +115,9 @@ class Readout(ABC):
 
     Attributes:
         name: of the kind, such as ``token``.
-        prompted: the texts stand in a prompt that a word answers; else they are given alone.
+        prompted: the texts are in a prompt that a word answers; else they are given alone.
         vocabulary: :meth:`logits` are those of a vocabulary's tokens.
-        pad_right: padding stands behind the prompts, because the first column is read.
+        pad_right: padding comes after the prompts, because the first column is read.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Readout(ABC):
         """Return the readout of these labels.
 
         Args:
-            prompt: an example of what stands in front of the answer.
+            prompt: an example of what comes before the answer.
             words: answer word, or words, by label; their order numbers the labels.
             kind: the name of a kind of readout, or ``"auto"`` for the simplest that tells the
                 labels apart.
@@ -195,7 +195,7 @@ class Readout(ABC):
     def label_logits(
         self, model: Views, batch: Batch, hooks: Mapping[str, Hook]
     ) -> Float[Tensor, "batch label"]:
-        """Score of every label from the hooked view, in float32 at least."""
+        """Score of every label from the hooked view, in at least float32."""
 
     @abstractmethod
     def hf_logits(
@@ -211,7 +211,7 @@ class Readout(ABC):
 
     @abstractmethod
     def of_labels(self, logits: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch label"]:
-        """Pick the scores of the labels out of all outputs, in float32 at least."""
+        """Pick the scores of the labels out of all outputs, in at least float32."""
 
     def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:
         """Names of all outputs of :meth:`logits`; ``None`` if these are tokens of a vocabulary."""
@@ -313,11 +313,11 @@ class Batch:
         return Features(self.values, self.places)
 
     def mask(self, positions: Positions) -> Bool[Tensor, "row pos"]:
-        """Positions that a source or a mean speaks of.
+        """Positions that a source or a mean refers to.
 
         ``"all"`` is every prompt token but the first, where the attention sink sits, be it ``<s>``
-        or, in models without one, the first token of the text; and but what stands in front of the
-        text or behind it. A first token at which the answer is read is in. ``"all+first"`` is these
+        or, in models without one, the first token of the text; and without what comes before the
+        text or after it. A first token at which the answer is read is in. ``"all+first"`` is these
         and what they leave out in front. ``"decision"`` is where the answer is read.
 
         Raises:

@@ -121,7 +121,7 @@ def _sums(parameters: list[nn.Parameter]) -> list[tuple[int, int]]:
 
 
 def _settings(hf: PreTrainedModel) -> Iterator[str]:
-    """What changes outputs beside the weights: configuration, and numbers that modules hold."""
+    """What changes outputs besides the weights: configuration, and numbers that modules hold."""
     config = {k: v for k, v in hf.config.to_diff_dict().items() if k not in _NEUTRAL}
     yield json.dumps(_plain(config), sort_keys=True, default=str)
     for path, module in hf.named_modules():

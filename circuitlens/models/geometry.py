@@ -8,7 +8,7 @@ its columns of W_O. Checkpoints store these in a few layouts:
 * fused and concatenated, all queries, then all keys, then all values (Phi-3; GPT-2 with the
   transposed ``Conv1D``);
 * fused and interleaved by key/value head: its queries, its key, its value, then those of the next
-  (Falcon; GPT-NeoX and BLOOM, where every head is a group of its own).
+  (Falcon; GPT-NeoX and BLOOM, where every head is its own group).
 
 One :class:`WeightSlice` describes any of them as a range on one axis of one named parameter.
 """
@@ -204,7 +204,7 @@ class HeadGeometry:
     def _check_widths(
         self, places: dict[Projection, _Projection], q_width: int, kv_width: int
     ) -> None:
-        """Refuse layers whose weights do not have the sizes that the configuration says."""
+        """Reject layers whose weights do not have the sizes that the configuration says."""
         fused = places["q"].module == places["k"].module
         width = {"q": q_width, "k": kv_width, "v": kv_width, "o": q_width}
         for kind, place in places.items():
@@ -219,7 +219,7 @@ class HeadGeometry:
 
 
 def _refuse(module: nn.Module, where: str) -> NoReturn:
-    """Refuse a projection that is no plain linear map."""
+    """Reject a projection that is not a plain linear map."""
     if made_by(module, "peft"):
         raise UnsupportedModelError(
             f"{where} is a layer of a PEFT adapter, whose rows do not belong to single heads: "

@@ -34,7 +34,7 @@ def template_fields(template: str) -> list[str]:
     except ValueError as error:
         raise InputError(
             f"The prompt template {template!r} cannot be read ({error}); write {{{{ and }}}} for "
-            "braces that are no field."
+            "braces that are not a field."
         ) from error
     if not all(name.isidentifier() for name in names):
         raise InputError(
@@ -48,8 +48,8 @@ def label_words(labels: Any) -> dict[str, Words]:
     """Check the answer words by label, and turn labels into strings, as data files have them.
 
     Raises:
-        InputError: if they are no mapping, a label is empty or stands there twice, or a word is no
-            string, or no list of some.
+        InputError: if they are no mapping, a label is empty or is there twice, or a word is
+            neither a string nor a list of some.
     """
     if not isinstance(labels, Mapping):
         raise InputError(
@@ -62,7 +62,7 @@ def label_words(labels: Any) -> dict[str, Words]:
         if not name.strip():
             raise InputError(f"The label {label!r} of the word {word!r} is empty: give it a name.")
         if name in found:
-            raise InputError(f"The label {name!r} stands in labels twice: remove one.")
+            raise InputError(f"The label {name!r} is in labels twice: remove one.")
         several = isinstance(word, list | tuple) and word
         if not (isinstance(word, str) or (several and all(isinstance(w, str) for w in word))):
             raise InputError(
@@ -110,7 +110,7 @@ class Prompt:
         if self.bos not in (None, True, False):
             raise InputError(f"bos must be True, False or None, but is {self.bos!r}.")
         if self.system and not self.chat:
-            raise InputError("A system prompt takes chat=True (--chat): set it, or leave both out.")
+            raise InputError("A system prompt needs chat=True (--chat): set it, or leave both out.")
         if self.choices and len(self.choices) != len(self.labels):
             raise InputError(
                 f"There are {len(self.choices)} choices ({', '.join(self.choices)}) and "
@@ -171,7 +171,7 @@ class Prompt:
             )
         except Exception as error:  # what templates raise is up to them
             raise InputError(
-                f"The chat template of the tokenizer refuses the prompt ({first_line(error)}): "
+                f"The chat template of the tokenizer rejects the prompt ({first_line(error)}): "
                 "leave the system prompt out."
             ) from error
         before, found, behind = str(shown).partition(_TEXT)
@@ -200,7 +200,7 @@ class Prompt:
         return PromptText(tokenizer, tuple((text, mine) for text, mine in parts if text))
 
     def words(self) -> dict[str, Words]:
-        """Answer words as they follow the prompt: what an assistant says begins without a blank."""
+        """Answer words as they follow the prompt: what an assistant says begins without a space."""
         if not self.chat:
             return dict(self.labels)
         return {

@@ -34,7 +34,7 @@ def check_hooks(model: HookedModel) -> None:
     Of types that the tests do not cover, moreover:
 
     * Heads' outputs are z = A·v, and what replaces them reaches the logits.
-    * There are hooks round every activation function.
+    * There are hooks around every activation function.
 
     Raises:
         UnsupportedModelError: naming the model or its type, and what is wrong.
@@ -52,14 +52,14 @@ def check_hooks(model: HookedModel) -> None:
         return
     if fault == _MASKED_OUT:
         raise UnsupportedModelError(
-            f"{type(model.hf).__name__} takes its softmax in float32, where float64 masks become "
-            "−∞: padded prompts would give NaN. Load it in float32, or, where the model has it, "
+            f"{type(model.hf).__name__} computes its softmax in float32, where float64 masks "
+            "become −∞: padded prompts would give NaN. Load it in float32 or, if supported, "
             "with attn_implementation='sdpa'."
         )
     kind, type_ = type(model.hf).__name__, model.hf.config.model_type
     if not tested:
         raise UnsupportedModelError(
-            f"{kind} is of the type {type_}, which is none of those that circuitlens is tested on "
+            f"{kind} is of the type {type_}, which is not one that circuitlens is tested on "
             f"({tested_types()}), and it failed the check of its hooks: {fault}."
         ) from cause
     name = kind if model.name == kind else f"{model.name} ({kind})"
@@ -72,7 +72,7 @@ def check_hooks(model: HookedModel) -> None:
 
 @torch.no_grad()
 def _fault_of_tested(model: HookedModel) -> str | None:
-    """What is wrong with a model of a tested type, if something is."""
+    """What is wrong with a model of a tested type, if anything."""
     batch = _random_batch(model)
     return _fault_of_logits(model, batch, model.logits(batch), tested=True)
 
@@ -137,7 +137,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _fault(model: HookedModel) -> str | None:
-    """What is wrong with a model of another type, if something is."""
+    """What is wrong with a model of another type, if anything."""
     layers = range(model.geometry.n_layers)
     for site in model.activations():
         for hook in (site.post, site.up):

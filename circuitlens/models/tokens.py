@@ -55,7 +55,7 @@ class PromptText:
         foreign = [(text, mine) for text, mine in (*self.parts, (word, False)) if text]
         if not any(token in text for text, mine in foreign if not mine for token in special):
             return list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-        # The template is taken apart at its special tokens; all that stands between is text.
+        # The template is taken apart at its special tokens; everything between is text.
         border = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         ids: list[int] = []
         pending = ""
@@ -71,9 +71,9 @@ class PromptText:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Tokens as text that people can read, with their blanks.
+    """Tokens as text that people can read, with their spaces.
 
-    Decoding single tokens takes blanks from those of SentencePiece, and makes nothing of half a
+    Decoding single tokens removes spaces from those of SentencePiece, and makes nothing of half a
     letter, as byte-level vocabularies have them.
     """
     pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(list(ids))]
@@ -96,7 +96,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the vocabulary is of bytes: then it writes a blank as Ġ."""
+    """Whether the vocabulary is of bytes: then it writes a space as Ġ."""
     pieces = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "x x"))
     return any("Ġ" in str(piece) for piece in pieces)
 
@@ -105,7 +105,7 @@ def around(tokenizer: PreTrainedTokenizerBase) -> Around:
     """Find out what the tokenizer puts around one text and around a pair.
 
     Raises:
-        InputError: if it splits a text otherwise with its special tokens than without.
+        InputError: if it splits a text differently with its special tokens than without.
     """
     text = text_ids(tokenizer, "x")
     single = list(tokenizer("x")["input_ids"])
@@ -120,7 +120,7 @@ def _place(tokens: list[int], part: list[int]) -> int:
         if tokens[start : start + len(part)] == part:
             return start
     raise InputError(
-        "The tokenizer splits a text otherwise when it adds its special tokens, so that prompts "
+        "The tokenizer splits a text differently when it adds its special tokens, so that prompts "
         "cannot be put together: give another one, cl.load(…, tokenizer=…)."
     )
 
@@ -141,7 +141,7 @@ def begin(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[int, ..
         return ()
     if tokenizer.bos_token_id is None:
         raise InputError(
-            "bos=True asks for a token at the start of prompts, and the tokenizer names none: set "
+            "bos=True asks for a token at the start of prompts, and the tokenizer has none: set "
             "tokenizer.bos_token, or leave bos out."
         )
     return (int(tokenizer.bos_token_id),)

@@ -1,4 +1,4 @@
-"""Weights and tokenizers from the hub or a folder; what is random is never loaded unasked."""
+"""Weights and tokenizers from the hub or a folder; nothing random is loaded unless asked for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plain_model(model: object) -> PreTrainedModel:
         for name in ("_orig_mod", "module"):
             if isinstance(getattr(model, name, None), PreTrainedModel):
                 remedy = f"the one inside it, cl.load(model.{name}, …)"
-        raise InputError(f"cl.load got a {kind}, which is no Hugging Face model: give {remedy}.")
+        raise InputError(f"cl.load got a {kind}, which is not a Hugging Face model: give {remedy}.")
     _refuse_foreign_parts(model)
     refuse_type(model.config)
     return model
@@ -207,7 +207,7 @@ def _check_missing(
     has_head: bool,
     labels: Sequence[str],
 ) -> tuple[str, ...]:
-    """Refuse a model with random weights, unless they are those of a head that was asked for.
+    """Reject a model with random weights, unless they are those of a head that was asked for.
 
     Raises:
         InputError: naming what is missing.

@@ -19,7 +19,7 @@ def write_weights(hf: PreTrainedModel, folder: Path, labels: Sequence[str] = ())
     Args:
         hf: the model.
         folder: where to.
-        labels: names of the classes of its head, in the place of its own. The file keeps them; the
+        labels: names of the classes of its head, in place of its own. The file keeps them; the
             model in memory stays as its owner has it.
     """
     own = hf.config.id2label, hf.config.label2id

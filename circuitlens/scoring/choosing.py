@@ -2,8 +2,8 @@
 
 No cheap ranking is best on every model, but it is cheap to ask: the top quarter, half and three
 quarters of each ranking are kept, all other heads are at their means, and the ranking with the
-largest mean f on the *discovery* examples is taken. Three forward passes a ranking cost as much as
-one forward and backward pass. Faithfulness is reported on other examples.
+largest mean f on the *discovery* examples is used. Three forward passes per ranking cost as much
+as one forward and backward pass. Faithfulness is reported on other examples.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def discover(
         task: the task that the baseline was taken on.
         baseline: means of the heads.
         depth: number of levels.
-        share: share of all heads that each level takes (one head at least). A level ends early
+        share: share of all heads that each level takes (at least one head). A level ends early
             if no further head has a positive score.
         method: a rule set, by name or your own.
         max_examples: use a random subset of this size.
@@ -77,7 +77,7 @@ def discover(
         A circuit that records the level of every head, and the edge scores between its heads.
 
     Raises:
-        InputError: if ``depth`` or ``share`` is out of range, the method is no rule set, or no head
+        InputError: if ``depth`` or ``share`` is out of range, ``method`` is no rule set, or no head
             has a positive score.
     """
     check_types(
@@ -87,9 +87,9 @@ def discover(
         baseline=(baseline, MeanBaseline, BASELINE),
     )
     if depth < 1:
-        raise InputError(f"A circuit has one level at least, but depth is {depth}.")
+        raise InputError(f"A circuit has at least one level, but depth is {depth}.")
     if not 0 < share <= 1:
-        raise InputError(f"A share of heads lies between 0 and 1, but {share} was given.")
+        raise InputError(f"A share of heads must be between 0 and 1, but {share} was given.")
     if isinstance(method, str) and method not in RULES:
         raise InputError(
             f"{method!r} cannot score one head's effect on another; these can: {', '.join(RULES)}."
@@ -114,7 +114,7 @@ def discover(
     if not level:
         raise InputError(
             f"No head of {model.name} supports the task by {rules.name}: every score is 0 or "
-            "negative, so there is no circuit to begin with; look at the scores (cl.relevance), or "
+            "negative, so there is no circuit to start from; look at the scores (cl.relevance), or "
             "use another method."
         )
     for number in range(1, depth + 1):

@@ -69,7 +69,7 @@ class HeadScores:
             (the decision, but for masked models). Shorter prompts have zeros on the left.
         unit: of the relevance.
         whole: all examples were scored together (``greedy``, ``random``), so that each has the same
-            score: there is no spread over examples, and statistics over them are refused.
+            score: there is no spread over examples, and no statistics over them.
     """
 
     per_example: Float[Tensor, "example layer head"]
@@ -106,7 +106,7 @@ class HeadScores:
 
     @property
     def n_heads(self) -> int:
-        """Number of heads a layer."""
+        """Number of heads per layer."""
         return int(self.per_example.shape[2])
 
     # -- statistics ------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class HeadScores:
     def interval(self, level: float = 0.95) -> Float[Tensor, "bound layer head"]:
         """Percentile bootstrap interval of the mean over examples (1,000 draws).
 
-        The baseline is held: it was estimated on these examples too, so the true spread is wider.
+        The baseline is fixed: it was estimated on these examples too, so the true spread is wider.
 
         Raises:
             InputError: if examples have no scores of their own (:attr:`whole`).
@@ -180,7 +180,7 @@ class HeadScores:
         if len(values) < 4:
             raise InputError(
                 f"Stability compares halves of the examples, but there are only {len(values)}: "
-                "score four at least."
+                "score at least four."
             )
         rng = np.random.default_rng(self.provenance.seed)
         half = len(values) // 2
@@ -197,7 +197,7 @@ class HeadScores:
         """Heads that support the task beyond chance.
 
         Args:
-            level: confidence.
+            level: confidence level.
             control: ``"each"`` takes every head by itself: its bootstrap interval lies above 0.
                 ``"fdr"`` takes all together: among the heads returned no more than a share of
                 1 − level is expected to be there by chance (t-tests over examples, two-sided;
@@ -310,7 +310,7 @@ class HeadScores:
             )
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a head, the most supporting one first, with 95 % intervals.
+        """Return one row per head, the most supporting one first, with 95 % intervals.
 
         Where examples have no scores of their own, the intervals are NaN.
         """
@@ -332,7 +332,7 @@ class HeadScores:
         )
 
     def mlp_frame(self) -> pd.DataFrame:
-        """Return one row an MLP, the most supporting one first, with 95 % intervals.
+        """Return one row per MLP, the most supporting one first, with 95 % intervals.
 
         Raises:
             InputError: if MLPs were not scored.
@@ -371,13 +371,13 @@ def head_count(size: int | float | np.integer, total: int) -> int:
         InputError: if the model has not as many, or the share is not between 0 and 1.
     """
     if isinstance(size, bool | np.bool_) or not isinstance(size, int | float | np.number):
-        raise InputError(f"A size is a number of heads or a share of them, but is {size!r}.")
+        raise InputError(f"A size must be a number of heads or a share of them, but is {size!r}.")
     if isinstance(size, int | np.integer):
         count = int(size)
     elif 0 < size <= 1:
         count = max(1, round(size * total))
     else:
-        raise InputError(f"A share of heads lies between 0 and 1, but {size} was given.")
+        raise InputError(f"A share of heads must be between 0 and 1, but {size} was given.")
     if not 0 <= count <= total:
         raise InputError(f"{count} heads were asked for, but the model has {total}.")
     return count

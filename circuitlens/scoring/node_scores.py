@@ -94,7 +94,7 @@ class NodeScores:
 
     @property
     def n_heads(self) -> int:
-        """Number of heads a layer, whatever the nodes are."""
+        """Number of heads per layer, whatever the nodes are."""
         return self.grid.n_heads
 
     @property
@@ -118,10 +118,10 @@ class NodeScores:
         return NodeCircuit(nodes, self.grid, f"{self.method}: top {count}", self.provenance)
 
     def to_frame(self, rows: int | None = _ROWS) -> pd.DataFrame:
-        """Return a row a node, the most supporting one first, with 95 % bootstrap intervals.
+        """Return one row per node, the most supporting one first, with 95 % bootstrap intervals.
 
         Args:
-            rows: at most so many, as models have many neurons; ``None`` for all.
+            rows: at most this many, as models have many neurons; ``None`` for all.
         """
         mean = self.mean.flatten()
         order = mean.argsort(descending=True, stable=True)[:rows]

@@ -26,9 +26,9 @@ class Request:
         mlps: score MLPs too.
         by_position: score every head at every single position too.
         path: ``"total"`` or ``"direct"``, for scorers by gradient.
-        steps: of integrated gradients.
-        rounds: of ``sampled``.
-        share: of the heads that are left, which ``iterative`` takes away in a round.
+        steps: number of steps of integrated gradients.
+        rounds: number of rounds of ``sampled``.
+        share: share of the remaining heads that ``iterative`` removes in each round.
         candidates: scorers that ``auto`` chooses from.
         seed: of what is drawn.
         budget: prompts that go through the model at once in patched runs.
@@ -49,11 +49,11 @@ class Request:
         check_choice("positions", self.positions, get_args(Positions))
         check_choice("path", self.path, get_args(Path))
         if self.rounds < 1:
-            raise InputError(f"rounds must be 1 at least, but is {self.rounds}.")
+            raise InputError(f"rounds must be at least 1, but is {self.rounds}.")
         if not 0 < self.share < 1:
             raise InputError(f"share must lie between 0 and 1, but is {self.share}.")
         if not self.candidates:
-            raise InputError("auto chooses from candidates: name one at least.")
+            raise InputError("auto chooses from candidates: name at least one.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Scored:
         heads: one score for all examples, or one for each.
         stages: scores of other methods that came on the way, by name.
         mlps: of MLPs on each example, if asked for.
-        details: what the result should tell of how it came about, for JSON.
+        details: what the result should record about how it came about, for JSON.
     """
 
     heads: Float[Tensor, "layer head"] | Float[Tensor, "example layer head"]

@@ -1,7 +1,7 @@
 """Scorers that look again: what a head does once the heads below it are at their means.
 
-What a head does in the whole model is not what it does in a small circuit: others make good what it
-lacks, or need it to be there. So the ranking of a cheap scorer says which circuits to look at, and
+What a head does in the whole model is not what it does in a small circuit: other heads make up for
+it, or need it to be there. So the ranking of a cheap scorer says which circuits to look at, and
 gradients in these say how to rank.
 
 ``sampled``:

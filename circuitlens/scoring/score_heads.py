@@ -60,16 +60,16 @@ def relevance(
         task: the task that the baseline was taken on.
         baseline: means of the nodes; scores are taken on its (correctly answered) examples, at
             its positions.
-        method: one of :data:`METHODS`, or a rule set of your own. The default found circuits at
+        method: one of :data:`METHODS`, or your own rule set. The default found circuits at
             least as faithful as ``cdt`` on the models we measured, at a tenth of its cost.
         mlps: score MLPs too.
         by_position: score every head at every single position too. By gradient that costs
             nothing but memory; by difference, a pass for every head and position.
         path: by gradient, let β pass through later heads and MLPs (``"total"``), or hold later
             nodes at their clean values (``"direct"``); MLPs are held if ``mlps`` is true.
-        steps: of ``integrated-gradients``.
-        rounds: of ``sampled``.
-        share: of the heads that are left, which ``iterative`` takes away in a round.
+        steps: number of steps of ``integrated-gradients``.
+        rounds: number of rounds of ``sampled``.
+        share: share of the remaining heads that ``iterative`` removes in each round.
         candidates: what ``auto`` chooses from: methods by name.
         max_examples: use a random subset of this size.
         batch_size: examples per forward pass; the scores do not depend on it. It halves, with a
@@ -112,7 +112,7 @@ def relevance(
     if by_position and encoded.n_rows > 1:
         raise InputError(
             "by_position=True tells positions of one prompt apart, but here every example is run "
-            f"with {encoded.n_rows} beginnings of answers: leave by_position out, or take words "
+            f"with {encoded.n_rows} beginnings of answers: leave by_position out, or use words "
             "that readout='token' tells apart."
         )
     with counting() as count:
@@ -168,12 +168,12 @@ def discovery_examples(
     """
     if not baseline.example_ids:
         raise InputError(
-            "The baseline names no examples to score: take it with cl.label_balanced_mean."
+            "The baseline has no examples to score: take it with cl.label_balanced_mean."
         )
     by_id = examples_by_id(task)
     if unknown := [i for i in baseline.example_ids if i not in by_id]:
         raise InputError(
-            f"The baseline was taken on example {unknown[0]!r}, which is in no pool of "
+            f"The baseline was taken on example {unknown[0]!r}, which is not in any pool of "
             f"{task.full_name}: take the baseline on examples of this task."
         )
     if max_examples is not None and max_examples < 1:
@@ -197,7 +197,7 @@ def score_encoded(
     seed: int = 0,
     quiet: bool = False,
 ) -> Relevances:
-    """Score any encoded examples, whether they are answered rightly or not."""
+    """Score any encoded examples, whether they are answered correctly or not."""
     if by.batch is None:
         return _whole(model, encoded, baseline, by, request, batch_size, seed)
     return _batched(model, encoded, baseline, by, request, batch_size, quiet)

@@ -67,7 +67,7 @@ def neuron_relevance(
     chosen = RULES.get(rules) if isinstance(rules, str) else rules
     if chosen is None or chosen.activation == "difference":
         able = ", ".join(name for name, r in RULES.items() if r.activation != "difference")
-        raise InputError(f"Neurons are scored by rules of gradients, not {rules!r}: take {able}.")
+        raise InputError(f"Neurons are scored by rules of gradients, not {rules!r}: use {able}.")
     baseline.check_task(task)
     baseline.check_model(model)
     g = model.geometry

@@ -55,7 +55,7 @@ class Scorer:
         unit: of the scores.
         only: class of the models that it knows, if it does not know all.
         readouts: names of the readouts that it knows, if it does not know all.
-        most_heads: larger models take it too long, so that comparisons leave it out.
+        most_heads: larger models take too long, so that comparisons leave it out.
         control: says nothing about a model.
         cheap: a few passes give all heads, so that an explorer may compute it on a click.
         passes: forward and backward passes of an example that scoring takes, at most.
@@ -88,7 +88,7 @@ class Scorer:
         return not self.readouts or readout.name in self.readouts
 
     def check_readout(self, readout: Readout) -> None:
-        """Refuse answers that this scorer does not know how to read.
+        """Reject answers that this scorer does not know how to read.
 
         Raises:
             InputError: naming the readout.
@@ -101,7 +101,7 @@ class Scorer:
             )
 
     def check(self, request: Request) -> None:
-        """Refuse what this scorer cannot do.
+        """Reject what this scorer cannot do.
 
         Raises:
             InputError: naming the request and scorers that can.
@@ -202,9 +202,9 @@ def _published(model: HookedModel, batch: Batch, means: NodeMeans, request: Requ
 
 
 def _greedy(model: HookedModel, batches: list[Batch], means: NodeMeans, request: Request) -> Scored:
-    """Take heads away one by one, each time the one whose loss costs the margin least.
+    """Remove heads one at a time, always the one whose loss costs the margin least.
 
-    The score of a head is the share of heads that were taken away before it, so the ranking is the
+    The score of a head is the share of heads that were removed before it, so the ranking is the
     order of elimination, backwards.
     """
     g = model.geometry
@@ -397,7 +397,7 @@ METHODS: dict[str, str] = {s.name: s.description for s in SCORERS.values()}
 
 
 def scorer(method: str | RuleSet) -> Scorer:
-    """Look a scorer up, or make one of a rule set.
+    """Look up a scorer, or make one from a rule set.
 
     Raises:
         InputError: if there is none of that name (the known ones are listed), or a rule set has
@@ -406,12 +406,12 @@ def scorer(method: str | RuleSet) -> Scorer:
     if isinstance(method, RuleSet) and method != RULES.get(method.name):
         if method.name in SCORERS:
             raise InputError(
-                f"There is a method {method.name!r} already, and this rule set is another: name "
-                "it otherwise, as in dataclasses.replace(rules, name='mine')."
+                f"There already is a method {method.name!r}, and this rule set is another: rename "
+                "it, as in dataclasses.replace(rules, name='mine')."
             )
         return Scorer(
             method.name,
-            "a rule set of your own",
+            "your own rule set",
             batch=partial(_by_rules, method),
             mlps=True,
             by_position=True,

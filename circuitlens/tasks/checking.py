@@ -38,7 +38,7 @@ def check_examples(
         if other := [name for name in texts if not isinstance(example.fields[name], str)]:
             raise InputError(
                 f"Example {example.id} ({where}) has the {other[0]} "
-                f"{example.fields[other[0]]!r}, which is no string: give its text."
+                f"{example.fields[other[0]]!r}, which is not a string: give its text."
             )
         for name in set(fields) - set(texts):
             if not isinstance(value := example.fields[name], str | Audio):
@@ -51,5 +51,5 @@ def check_examples(
         if example.label not in labels:
             raise InputError(
                 f"Example {example.id} ({where}) has the label {example.label!r}, which is "
-                f"none of {list(labels)}."
+                f"not one of {list(labels)}."
             )

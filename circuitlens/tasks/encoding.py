@@ -1,10 +1,10 @@
 """From examples to token batches.
 
 A prompt is the template filled with the texts, in the frame of tokens that the model's readout
-asks for: behind ``<s>`` if the tokenizer puts it there; for a masked language model behind
+asks for: after ``<s>`` if the tokenizer puts it there; for a masked language model after
 ``[CLS]``, and with ``[MASK]``, in whose place the answer belongs, and ``[SEP]`` after it. A model
 with a classification head gets the texts alone, as its tokenizer joins them. A text that is too
-long loses its end, never the end of the prompt: the question is asked in any case.
+long is cut at its end, never at the end of the prompt: the question is always asked.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def encode(
 def _check_pair(fields: Sequence[str]) -> None:
     if len(fields) > 2:
         raise InputError(
-            f"A classification head is given one text or a pair, but the template names "
+            f"A classification head takes one text or a pair, but the template names "
             f"{len(fields)} ({', '.join(fields)}): name one or two (template=…)."
         )
 
@@ -366,7 +366,7 @@ def _check_known(
     n_embeddings: int | None,
     where: str,
 ) -> None:
-    """Refuse tokens that the model has no embedding for, which would be an index error in it."""
+    """Reject tokens that the model has no embedding for, which would be an index error in it."""
     if n_embeddings is None:
         return
     words = (word for example in answers for label in example for word in label)

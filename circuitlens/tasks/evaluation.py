@@ -143,7 +143,7 @@ def label_scores(
 
 
 def refuse_not_finite(model: HookedModel, labels: Float[Tensor, "example label"]) -> None:
-    """Refuse label logits of which any is NaN or infinite.
+    """Reject label logits of which any is NaN or infinite.
 
     Raises:
         NotFiniteError: naming the first weight that is not finite, if there is one.

@@ -4,7 +4,7 @@ Pool A serves competence, baseline and discovery; pool B serves transfer; every 
 the validation split; the test split is reported once. Parallel corpora hold the same sentence in
 every language under the same id, so the pool of an example follows from a hash of its id (of its
 group where several examples share a sentence): whatever the language, whatever rows are missing,
-a sentence and its translations are always on one side.
+a sentence and its translations are always on the same side.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Example:
             For a speech or vision model ``"audio"`` and ``"image"`` can be among them: the path of
             a file (a ``pathlib.Path``), a :class:`circuitlens.Audio`, or a PIL image.
         label: the right label.
-        group: what may not be torn apart by pools; the id unless examples share a sentence.
-        counterfactual: texts that stand in place of those of the same name in the counterfactual
+        group: what pools must not split; the id unless examples share a sentence.
+        counterfactual: texts that replace those of the same name in the counterfactual
             prompt, where there is one (``reference="counterfactual"``).
     """
 
@@ -77,7 +77,7 @@ class Pools:
         return f"Pools({', '.join(f'{name}={len(getattr(self, name))}' for name in POOLS)})"
 
     def apart_from(self, other: Pools) -> Pools:
-        """Leave out what stands on another side in ``other``, usually another language.
+        """Leave out what is on another side in ``other``, usually another language.
 
         No group stays that is for training here and for evaluation there, or the other way
         round, or for validation in one and for test in the other.
@@ -98,7 +98,7 @@ class Pools:
         dropped = self.size - kept.size
         logger.log(
             logging.WARNING if dropped else logging.DEBUG,
-            "%d examples were left out because their ids stand on the other side of the pools in "
+            "%d examples were left out because their ids are on the other side of the pools in "
             "the source language.",
             dropped,
         )
@@ -156,14 +156,14 @@ def split_pools(
     have["validation"] = _leave_out(
         have["validation"],
         lambda e: e.group in test_groups or normal_text(e) in test_texts,
-        "validation examples were left out: the same text or group stands in test",
+        "validation examples were left out: the same text or group is in test",
     )
     held_out = (*have["validation"], *have["test"])
     groups, texts = {e.group for e in held_out}, {normal_text(e) for e in held_out}
     train = _leave_out(
         train,
         lambda e: e.group in groups or normal_text(e) in texts,
-        "training examples were left out: the same text or group stands in validation or test",
+        "training examples were left out: the same text or group is in validation or test",
     )
     in_a = {e.group: _unit_hash(seed, e.group) < share_a for e in train}
     pool_a = tuple(e for e in train if in_a[e.group])
@@ -171,7 +171,7 @@ def split_pools(
     pool_b = _leave_out(
         tuple(e for e in train if not in_a[e.group]),
         lambda e: normal_text(e) in seen_texts,
-        "pool-B examples were left out: the same text stands in pool A",
+        "pool-B examples were left out: the same text is in pool A",
     )
     return Pools(pool_a, pool_b, have["validation"], have["test"])
 
@@ -186,7 +186,7 @@ def _leave_out(
 
 
 def normal_text(example: Example) -> tuple[str, ...]:
-    """Texts as they are compared: whatever Unicode form, case, blanks and invisible characters.
+    """Texts as they are compared: whatever Unicode form, case, spaces and invisible characters.
 
     Sounds and images are compared by what is in them.
     """

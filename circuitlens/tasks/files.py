@@ -61,10 +61,10 @@ def to_examples(
     """Turn rows into examples; without an id column they are numbered within their split.
 
     Where none is named (``None``), a column called ``id``, ``index_id``, ``idx`` or the like is
-    taken, which the log says; ``""`` numbers the rows whatever columns there are.
+    used, and the log says so; ``""`` numbers the rows whatever columns there are.
 
     The text of a column ``counterfactual_FIELD`` (or ``counterfactual``, where there is one field)
-    stands in place of that field in the counterfactual prompt.
+    replaces that field in the counterfactual prompt.
 
     A column ``audio`` or ``image`` may hold sounds and images as ``datasets`` gives them, or names
     of files, looked up in ``folder`` (that of the data file) or the working directory.
@@ -72,7 +72,7 @@ def to_examples(
     Row numbers are shared by the languages of a parallel corpus, so its pools stay leak-safe.
 
     Raises:
-        InputError: naming a missing column and those that are there, or a row that is no mapping
+        InputError: naming a missing column and those that are there, or a row that is not a mapping
             or has no id or no label.
     """
     examples: list[Example] = []
@@ -111,7 +111,7 @@ def to_examples(
                 hint = "fill it in or remove the row"
                 if needed == label:
                     hint += (
-                        "; where pandas took a word such as None, NA or null for a missing cell, "
+                        "; where pandas treated a word such as None, NA or null as a missing cell, "
                         "read the file with keep_default_na=False"
                     )
                 raise InputError(
@@ -211,7 +211,7 @@ class RecordSource:
         for name, rows in named.items():
             if name not in _SPLIT_NAMES:
                 raise InputError(
-                    f"{self.where} has a split {name!r}; known are {sorted(_SPLIT_NAMES)}."
+                    f"{self.where} has a split {name!r}; use only {sorted(_SPLIT_NAMES)}."
                 )
             where = self.where if len(named) == 1 else f"{self.where}/{name}"
             if _SPLIT_NAMES[name] in splits:
@@ -241,7 +241,7 @@ class RecordSource:
         if language == self.language:
             return language
         raise InputError(
-            f"{self.where} holds only the language {self.language!r}; make a task of its own for "
+            f"{self.where} has only the language {self.language!r}; make another task for "
             f"{language!r}, or use Task.from_file with {{language}} in the path."
         )
 
@@ -274,7 +274,7 @@ class FileSource:
         """Accept any language if the path has a place for it."""
         if "{language}" not in self.path and language != self.language:
             raise InputError(
-                f"The path {self.path} holds only the language {self.language!r}: write "
+                f"The path {self.path} has only the language {self.language!r}: write "
                 "{language} in its place to reach several, such as data/{language}.csv."
             )
         return language
@@ -305,7 +305,7 @@ class FileSource:
         elif not path.exists() and any(sign in str(path) for sign in "*?["):
             inside = sorted(Path(name) for name in glob(str(path), recursive=True))
             if not inside:
-                raise InputError(f"No file is named like {path}.")
+                raise InputError(f"No file matches {path}.")
         else:
             return {"train": [path]}
         known = [f for f in inside if data_suffix(f) in SUFFIXES]

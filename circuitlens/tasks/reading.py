@@ -1,7 +1,7 @@
 """Reading rows from files as people have them: other separators, encodings, compressed, several.
 
-Cells of text files stay strings, as written. What is guessed (a separator, an encoding that a mark
-names) is said in the log; what cannot be known is refused with the remedy.
+Cells of text files stay strings, as written. Anything guessed (a separator, an encoding that a mark
+names) is logged; anything that cannot be known is an error with the remedy.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_rows(
     columns: Sequence[str] | None = None,
     encoding: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Read a CSV, TSV, JSONL or Parquet file, compressed or not, as one dictionary a row.
+    """Read a CSV, TSV, JSONL or Parquet file, compressed or not, as one dictionary per row.
 
     Args:
         path: the file; its suffix tells the format. Cells of CSV and TSV stay strings.
@@ -104,13 +104,13 @@ def read_rows(
         raise InputError(f"The data file {path} could not be read ({error}).") from error
     known = ", ".join(SUFFIXES)
     raise InputError(
-        f"{path} is no data file of a known kind: give one of {known}, or one of these compressed "
+        f"{path} is not a known kind of data file: give one of {known}, or one of these compressed "
         f"({', '.join(COMPRESSED)})."
     )
 
 
 def not_decoded(path: Path, encoding: str | None) -> InputError:
-    """The error that names a file in another encoding."""
+    """The error for a file in another encoding."""
     if encoding is None:
         return InputError(
             f"The data file {path} is not in UTF-8: save it as UTF-8, or name its encoding, such "
@@ -131,7 +131,7 @@ def _opened(path: Path, encoding: str | None) -> Iterator[TextIO]:
         mark = file.read(4)
     known = next((name for start, name in _MARKS.items() if mark.startswith(start)), None)
     if encoding is None and known is not None:
-        logger.info("%s is read as %s, which its byte order mark says.", path, known)
+        logger.info("%s is read as %s, as its byte order mark says.", path, known)
     chosen = encoding or known or "utf-8-sig"
     try:
         with fsspec.open(
@@ -148,7 +148,7 @@ def json_rows(path: Path, *, encoding: str | None = None) -> Iterator[dict[str, 
     """Yield the objects of a JSONL file; whole numbers are read as written, however long.
 
     Raises:
-        InputError: naming a line that is no JSON object.
+        InputError: naming a line that is not a JSON object.
     """
     with _opened(path, encoding) as file:
         for number, line in enumerate(file, start=1):
@@ -160,7 +160,7 @@ def json_rows(path: Path, *, encoding: str | None = None) -> Iterator[dict[str, 
             except ValueError as error:
                 raise InputError(f"{where} could not be read as JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise InputError(f"{where} holds no JSON object: give one with the texts by name.")
+                raise InputError(f"{where} is not a JSON object: give one with the texts by name.")
             yield row
 
 
@@ -203,7 +203,7 @@ def delimited_rows(
                 if None in row or None in row.values():
                     raise InputError(
                         f"{path} has {'more' if None in row else 'fewer'} cells in line "
-                        f"{reader.line_num} than its header: put quotes round texts that hold "
+                        f"{reader.line_num} than its header: put quotes around texts with "
                         f"{separator!r}."
                     )
                 begin = reader.line_num
@@ -239,7 +239,7 @@ def _sniffed(header: str, usual: str, path: Path) -> str:
 
 
 def refuse_doubled(columns: Iterable[Any], where: str) -> None:
-    """Refuse two columns of one name.
+    """Reject two columns of one name.
 
     Raises:
         InputError: naming it.

@@ -30,7 +30,7 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise InputError(
-            f"{path} is no file of texts of a known kind: give .csv, .tsv, .jsonl or .parquet."
+            f"{path} is not a known kind of text file: give .csv, .tsv, .jsonl or .parquet."
         )
     if not path.is_file():
         raise InputError(f"There is no file {path}.")

@@ -44,14 +44,14 @@ FILE_OPTIONS = ("encoding",)
 
 
 def check_options(given: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Refuse a misspelt keyword argument before any data is read.
+    """Reject a misspelt keyword argument before any data is read.
 
     Raises:
-        InputError: naming it and those that there are.
+        InputError: naming it and the known ones.
     """
     if unknown := [name for name in given if name not in known]:
         raise InputError(
-            f"The task {where} takes no option {unknown[0]!r}; known are {', '.join(known)}."
+            f"The task {where} takes no option {unknown[0]!r}; it takes {', '.join(known)}."
         )
 
 
@@ -116,7 +116,7 @@ class Task:
         object.__setattr__(self, "labels", label_words(self.labels))
         object.__setattr__(self, "choices", self.prompt.choices)
         if len(self.labels) < 2:
-            raise InputError(f"A task needs two labels or more, but has {list(self.labels)}.")
+            raise InputError(f"A task needs at least two labels, but has {list(self.labels)}.")
         fields = template_fields(self.template)
         if not fields:
             raise InputError(
@@ -201,10 +201,10 @@ class Task:
                 ``validation``, ``test``.
             name, language: what to call it.
             template: prompt template; its fields are the names of the text columns.
-            labels: answer word by label; by default a blank and the label itself.
+            labels: answer word by label; by default a space and the label itself.
             label, id, group: names of the columns. If no id column is named, one called ``id``,
-                ``index_id``, ``idx`` or the like is taken; if there is none, or with ``id=""``,
-                rows are numbered. A group column names what pools may not tear apart.
+                ``index_id``, ``idx`` or the like is used; if there is none, or with ``id=""``,
+                rows are numbered. A group column names what pools must not split.
             options: ``seed``, ``share_a``, ``max_text_tokens``, ``tokenizer``.
 
         Raises:
@@ -244,7 +244,7 @@ class Task:
                 lets :meth:`to` find the other languages.
             language: language of the examples.
             options: as of :meth:`from_records`, and ``encoding`` of text files, if it is neither
-                UTF-8 nor said by a byte order mark.
+                UTF-8 nor given by a byte order mark.
 
         Raises:
             InputError: for files that cannot be read, and as :meth:`from_records`.
@@ -282,7 +282,7 @@ class Task:
         """Make a task from a ``datasets.Dataset`` or ``DatasetDict``; options as from_records.
 
         Integer labels of a ``ClassLabel`` column are read by their names. A format that was set
-        (``with_format("torch")``) makes no difference, and streamed data sets are read whole.
+        (``with_format("torch")``) makes no difference, and streamed data sets are read in full.
         """
         from circuitlens.tasks.files import dataset_records
 
@@ -292,7 +292,7 @@ class Task:
     def to(self, language: str) -> Task:
         """Return the same task in another language.
 
-        Pools stay leak-safe: an example whose id stands on the other side in this language is
+        Pools stay leak-safe: an example whose id is on the other side in this language is
         left out, and the log says how many were.
 
         Raises:
@@ -300,7 +300,7 @@ class Task:
                 only one.
         """
         if self.source is None:
-            raise InputError(f"The task {self.name} knows no other language than {self.language}.")
+            raise InputError(f"The task {self.name} has no language other than {self.language}.")
         other = Task.from_source(
             self.source,
             language,
@@ -335,7 +335,7 @@ class Task:
             InputError: for an unknown name.
         """
         if pool not in POOLS:
-            raise InputError(f"There is no pool {pool!r}; known are {', '.join(POOLS)}.")
+            raise InputError(f"There is no pool {pool!r}; use one of {', '.join(POOLS)}.")
         examples: tuple[Example, ...] = getattr(self.pools, pool)
         return examples
 
@@ -348,7 +348,7 @@ class Task:
     def held_out(self) -> tuple[Example, ...]:
         """Examples that competence and discovery never see: pool B and validation.
 
-        Faithfulness is measured on these. Pool B of the *source* language serves nothing else.
+        Faithfulness is measured on these. Pool B of the *source* language is used for nothing else.
         """
         return (*self.pools.pool_b, *self.pools.validation)
 
@@ -368,18 +368,18 @@ class Task:
         See :mod:`circuitlens.tasks.encoding`.
 
         Raises:
-            InputError: if there are no examples; for an unknown pool; for what is no example, or
-                one without a field that the template needs, or with a label that the task does
-                not have.
+            InputError: if there are no examples; for an unknown pool; if something is not an
+                example, lacks a field that the template needs, or has a label that the task
+                does not have.
         """
         examples = self[examples] if isinstance(examples, str) else tuple(examples)
         if not examples:
             raise InputError(
-                f"There are no examples of {self.full_name} to encode: give one at least."
+                f"There are no examples of {self.full_name} to encode: give at least one."
             )
         if other := [e for e in examples if not isinstance(e, Example)]:
             raise InputError(
-                f"{other[0]!r} is no example of {self.full_name}: make one with "
+                f"{other[0]!r} is not an example of {self.full_name}: make one with "
                 "circuitlens.tasks.Example(id, fields, label)."
             )
         check_examples(examples, self.prompt, self.labels, self.full_name)

@@ -6,15 +6,15 @@ weights. The languages say the same things (example *n* has one meaning in all o
 * ``source``: determiner, noun, negation, intensifier, adjective;
 * ``near``: the same grammar; words changed by regular sound shifts, some of them cognates that
   the shifts leave alone;
-* ``far``: other words but for a few cognates, adjectives first and negation at the clause's end;
-* ``lexicon``, ``negation``, ``order``: differ from the source in one thing alone, the words for
+* ``far``: other words except for a few cognates, adjectives first and negation at the clause's end;
+* ``lexicon``, ``negation``, ``order``: differ from the source in only one thing, the words for
   things and qualities, the word for ``not`` and its place (the clause's end), or the order of words
   (each clause backwards); ``all`` differs in all three. With them one can ask which heads have to
   change for what.
 
 A sentence has one or two clauses. Clauses state a quality that is good, bad or neither, or a
-plain fact; ``not`` turns good into bad and back; intensifiers change nothing; behind ``but`` the
-second clause decides. So a word alone does not tell the label: heads have to bind negation to its
+plain fact; ``not`` turns good into bad and back; intensifiers change nothing; after ``but`` the
+second clause decides. So a single word does not tell the label: heads have to bind negation to its
 adjective and the clause to its connective.
 """
 
@@ -234,7 +234,7 @@ class ToyLanguages:
         return language
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
-        """Make the three splits; no meaning stands in two of them."""
+        """Make the three splits; no meaning is in two of them."""
         return dict(_splits(self, language))
 
 

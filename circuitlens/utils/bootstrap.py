@@ -1,4 +1,4 @@
-"""Percentile bootstrap over examples: what a mean could have been on other examples alike."""
+"""Percentile bootstrap over examples: what a mean could have been on similar examples."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def percentiles(
 
 
 def check_level(level: float) -> None:
-    """Refuse a level of confidence that is none.
+    """Reject an impossible confidence level.
 
     Raises:
         InputError: if ``level`` is not between 0 and 1.
     """
     if not 0 < level < 1:
-        raise InputError(f"A level of confidence lies between 0 and 1, but is {level}.")
+        raise InputError(f"A confidence level must be between 0 and 1, but is {level}.")

@@ -40,7 +40,7 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"Another process works on {folder}: wait until it has ended, or choose another folder."
+            f"Another process is using {folder}: wait until it has ended, or choose another folder."
         ) from error
     try:
         yield

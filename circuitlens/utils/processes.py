@@ -2,7 +2,7 @@
 
 All of them run the same program. Training shares the examples of every step; discovery shares its
 batches (:func:`mine`), and :func:`summed` and :func:`gathered` give each process what all of them
-found. So every process has to make the same calls: one that leaves a call out lets the others wait.
+found. So every process has to make the same calls: one that skips a call leaves the others waiting.
 """
 
 from __future__ import annotations

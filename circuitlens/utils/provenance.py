@@ -1,4 +1,4 @@
-"""What every result says about its own origin."""
+"""What every result records about its origin."""
 
 from __future__ import annotations
 

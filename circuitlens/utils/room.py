@@ -1,4 +1,4 @@
-"""Disks that are full or may not be written, said in a sentence whatever a library calls it."""
+"""Disks that are full or read-only, reported in one sentence whatever a library calls it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def writing_to(folder: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and number in _FORBIDDEN:
             raise InputError(
-                f"{folder} cannot be written ({error.strerror}): choose another folder, or change "
-                "who may write there."
+                f"{folder} cannot be written to ({error.strerror}): choose another folder, or "
+                "change its permissions."
             ) from error
         said = number in _FULL or "No space left" in str(error)
         if said or (number is None and _free(folder) < _LEAST):
             raise InputError(
-                f"The disk of {folder} is full: make room and repeat the call. What was finished "
-                "is there, and is not computed again."
+                f"The disk of {folder} is full: free some space and repeat the call. Finished "
+                "results are kept, and not computed again."
             ) from error
         raise
 

@@ -65,5 +65,5 @@ class RowBudget:
             # Only here, behind the except clause, are the frames that hold tensors gone.
             clear_device_cache(garbage_collection=True)
             self.rows = size * rows_per_item // 2
-            logger.warning("Out of memory; going on with %d rows at once.", self.rows)
+            logger.warning("Out of memory; continuing with %d rows at once.", self.rows)
         return results

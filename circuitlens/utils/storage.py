@@ -172,7 +172,7 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not even text
         raise InputError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object, so it is no circuitlens file.")
+        raise InputError(f"{path} contains no JSON object, so it is not a circuitlens file.")
     _check_schema(path, content.pop("schema", None), schema)
     # Files of earlier versions have none.
     sealed = content.pop("checksum", None)
@@ -227,7 +227,7 @@ def _digest_of(tensors: Mapping[str, Tensor], meta: str) -> str:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[None]:
-    """Refuse a file that lacks something, where it is read in this block.
+    """Reject a file that lacks something, where it is read in this block.
 
     Raises:
         InputError: naming the file and what is wrong with it.
@@ -240,7 +240,7 @@ def whole(path: str | Path) -> Iterator[None]:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"{path} is damaged, or was written by another version of circuitlens ({what}): make "
-            "it again, or take it from a backup."
+            "it again, or restore it from a backup."
         ) from error
 
 

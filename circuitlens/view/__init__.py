@@ -19,6 +19,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> _Any:
     if name == "explore":
-        # The explorer runs models and draws with this package: a circle, if it were imported here.
+        # The explorer runs models and draws with this package: a cycle, if it were imported here.
         return _importlib.import_module("circuitlens.explorer").explore
     return _figure(name)

@@ -25,13 +25,13 @@ def run_warnings(
     """Limits of a discovery, its faithfulness and single transfers."""
     found: list[str] = []
     if (n := len(scores.example_ids)) < _FEW_EXAMPLES:
-        found.append(f"Discovery used only {n} examples; rankings of so few are unstable.")
+        found.append(f"Discovery used only {n} examples; rankings from so few are unstable.")
     if n >= 4 and not scores.whole:
         stability = scores.stability()
         if stability.reliability < UNSTABLE:
             found.append(
                 f"The ranking of the heads is unstable: scores of two halves of the {n} examples "
-                f"agree with a Spearman correlation of {stability.spearman:.2f} only."
+                f"agree with a Spearman correlation of only {stability.spearman:.2f}."
             )
     if curve is not None and curve.accuracy[-1] < _LOW_ACCURACY:
         found.append(

@@ -1,4 +1,4 @@
-"""Figures of evaluations: which labels are taken for which."""
+"""Figures of evaluations: which labels are mistaken for which."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def confusion_matrix(evaluation: Evaluation, title: str = "", *, mode: Mode = "l
     """Draw how often each label is answered for examples of each label.
 
     A row is the right label, a column the answer. Colours are shares of the row, numbers are
-    examples; the diagonal is what is answered right.
+    examples; the diagonal is what is answered correctly.
 
     Args:
         evaluation: of :func:`circuitlens.evaluate`, or of a result.

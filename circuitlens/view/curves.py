@@ -27,7 +27,7 @@ def faithfulness_curve(
     *,
     mode: Mode = "light",
 ) -> go.Figure:
-    """Draw margin and accuracy kept by circuits of growing size, beside random circuits.
+    """Draw margin and accuracy kept by circuits of growing size, alongside random circuits.
 
     Thin dotted lines are the model without those heads. The band spans the random circuits of the
     first curve; for a single curve a dashed line is the median of the layer-matched ones.
@@ -43,11 +43,11 @@ def faithfulness_curve(
         InputError: for another scale, or without any curve.
     """
     if scale not in ("linear", "log"):
-        raise InputError(f"The scale is 'linear' or 'log', but is {scale!r}.")
+        raise InputError(f"The scale must be 'linear' or 'log', but is {scale!r}.")
     colours = look(mode)
     several = [curves] if isinstance(curves, FaithfulnessCurve) else list(curves)
     if not several:
-        raise InputError("There is no curve to draw: give one at least.")
+        raise InputError("There is no curve to draw: give at least one.")
     first = several[0]
     start = 1 if scale == "log" else 0
     # One above the other: side by side, neither would have room in a paper's column.
@@ -138,7 +138,7 @@ def minimality_bars(result: Minimality, title: str = "", *, mode: Mode = "light"
         mode: ``"light"`` or ``"dark"``.
 
     Raises:
-        InputError: if f, or its intervals, have no meaning; the sentence says why.
+        InputError: if f, or its intervals, have no meaning; the message explains why.
     """
     if result.caveat:
         raise InputError(result.caveat)

@@ -1,4 +1,4 @@
-"""Figures of fronts: what a strategy gains on the target for what it may lose elsewhere."""
+"""Figures of fronts: what a strategy gains on the target for a given loss elsewhere."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def transfer_fronts(
     """Draw the target gain that each strategy offers for a loss on the source, in points.
 
     Further up is better. A line is the best target accuracy, on validation, of all rates and α that
-    lose at most so much on every task to keep, the mean over seeds, with a 95 % interval by
+    lose at most that much on every task to keep, the mean over seeds, with a 95 % interval by
     bootstrap over validation sentences. Every language has a panel, and all have the same axes.
     Simple rivals, which have nothing to lose, are dotted lines at their accuracy on validation.
 
-    With ``split="test"`` it shows what became of these promises: every marker is the point that
+    With ``split="test"`` it shows how these promises turned out: every marker is the point that
     validation would choose if 0, 1, 2 or 5 points might be lost there, at what it gains and loses
     on test.
 
@@ -156,7 +156,7 @@ def front_frame(
     split: Split = "validation",
     draws: int = 300,
 ) -> pd.DataFrame:
-    """Return what :func:`transfer_fronts` draws: a row a language, strategy and step of the loss.
+    """Return what :func:`transfer_fronts` draws: a row per language, strategy and step of the loss.
 
     Args:
         results: as of :func:`transfer_fronts`.
@@ -173,7 +173,7 @@ def front_frame(
         InputError: as :func:`transfer_fronts`.
     """
     if not 0 < most_lost < 1:
-        raise InputError(f"most_lost is a share between 0 and 1, but is {most_lost:g}.")
+        raise InputError(f"most_lost must be a share between 0 and 1, but is {most_lost:g}.")
     key = "front" if split == "validation" else "test_front"
     fronts: dict[tuple[str, str], list[tuple[Front, Front]]] = {}
     for cell in cells_of(results):

@@ -1,4 +1,4 @@
-"""All figures of a folder of results at once, each with its data beside it."""
+"""All figures of a folder of results at once, each with its data next to it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
 
     Attributes:
         figure: for plotly.
-        data: the numbers drawn, one row a head, size, transfer or epoch.
+        data: the numbers drawn, one row per head, size, transfer or epoch.
     """
 
     figure: go.Figure
@@ -58,7 +58,7 @@ def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") ->
     Args:
         source: folder of a run (``circuitlens run``), with its comparison if it has one, or of a
             comparison (``circuitlens compare``, or :meth:`circuitlens.Comparison.save`), finished
-            or not, with scores, circuit and faithfulness if they are saved beside it.
+            or not, with scores, circuit and faithfulness if they are saved next to it.
         columns: panels side by side; two are as many as a column of a paper has room for.
         mode: ``"light"`` or ``"dark"``.
 
@@ -79,9 +79,9 @@ def figures_of(source: str | Path, *, columns: int = 3, mode: Mode = "light") ->
         if comparison.cells:
             found |= _transfers(comparison, columns, mode)
     else:
-        raise InputError(f"{source} holds neither a circuitlens run nor a comparison.")
+        raise InputError(f"{source} contains neither a circuitlens run nor a comparison.")
     if not found:
-        raise InputError(f"{source} holds no results yet, so there is nothing to draw.")
+        raise InputError(f"{source} contains no results yet, so there is nothing to draw.")
     return found
 
 
@@ -92,7 +92,7 @@ def write_figures(
     width: Width = "column",
     mode: Mode = "light",
 ) -> list[Path]:
-    """Write everything that a folder of results has to draw, and the data beside it as CSV.
+    """Write everything that a folder of results has to draw, and the data next to it as CSV.
 
     Args:
         source: as for :func:`figures_of`.

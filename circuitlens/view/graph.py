@@ -32,17 +32,17 @@ def circuit_graph(
     """Draw a circuit as a graph that is read from left to right.
 
     With levels (:func:`circuitlens.discover`), columns are levels: the task margin at the right
-    end, beside it the heads that move it, then those that move these. Lines are edge scores: width
+    end, next to it the heads that move it, then those that move these. Lines are edge scores: width
     is their size, blue is positive (the source moves the target further from its mean), red
     negative. Thin grey lines join level 1 to the margin; with ``scores`` their width and colour are
-    the relevance of the heads, on a scale of its own (logits; edges are in units of z). Without
+    the relevance of the heads, on a separate scale (logits; edges are in units of z). Without
     levels, columns are layers and there are no lines.
 
     Args:
         circuit: at least one head.
         scores: relevance of the same model's heads, for lines to the margin and for hovering.
         title: of the figure.
-        max_edges: draw only so many edges, the strongest; a line below says so.
+        max_edges: draw only this many edges, the strongest; a line below says so.
         mode: ``"light"`` or ``"dark"``.
 
     Raises:

@@ -274,7 +274,7 @@ def head_positions(
         tokens: of one prompt, written below the columns; the last of them is the last position.
         example: id of the example to draw. By default relevance is the mean over examples, where
             prompts that do not reach a position count as zero.
-        last: draw only so many positions, the last ones. By default as many as there are tokens,
+        last: draw only this many positions, the last ones. By default as many as there are tokens,
             or all.
         title: of the figure.
         mode: ``"light"`` or ``"dark"``.
@@ -291,7 +291,7 @@ def head_positions(
     if example is not None and example not in scores.example_ids:
         raise InputError(f"There is no example {example!r} among those of these scores.")
     if last is not None and last < 1:
-        raise InputError(f"A figure shows one position at least, but last is {last}.")
+        raise InputError(f"A figure shows at least one position, but last is {last}.")
     width = scores.by_position.shape[1]
     if tokens is not None and not 0 < len(tokens) <= width:
         raise InputError(
@@ -361,9 +361,9 @@ def overlap_matrix(
         InputError: for another measure, no circuits, or circuits of models of different sizes.
     """
     if measure not in ("jaccard", "share"):
-        raise InputError(f"The measure is 'jaccard' or 'share', but is {measure!r}.")
+        raise InputError(f"The measure must be 'jaccard' or 'share', but is {measure!r}.")
     if not circuits:
-        raise InputError("There are no circuits to compare: pass one at least.")
+        raise InputError("There are no circuits to compare: pass at least one.")
     colours = look(mode)
     names, several = [plain(name) for name in circuits], list(circuits.values())
 
@@ -421,4 +421,4 @@ def _interval(scores: HeadScores, column: int) -> str:
 
 def _check_count(n: int) -> None:
     if n < 1:
-        raise InputError(f"A figure shows one head at least, but n is {n}.")
+        raise InputError(f"A figure shows at least one head, but n is {n}.")

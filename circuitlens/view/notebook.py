@@ -1,4 +1,4 @@
-"""Pictures beside the figures of a notebook, for readers whose page runs no scripts."""
+"""Pictures next to the figures of a notebook, for readers whose page runs no scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def notebook_pictures() -> bool:
-    """Put a PNG beside every figure that this notebook shows from here on.
+    """Put a PNG next to every figure that this notebook shows from here on.
 
     GitHub, nbviewer and PDF exports run no scripts: they show the picture. The figures stay
     interactive everywhere else. One browser is started and serves the whole notebook.
@@ -28,7 +28,7 @@ def notebook_pictures() -> bool:
     """
     plotly.io.renderers.default = "plotly_mimetype"
     try:
-        # Kaleido's own server waits for ever for a browser that is missing or does not start.
+        # Kaleido's own server waits forever for a browser that is missing or does not start.
         options = picture_server()
     except InputError as error:
         logger.info("Figures come without pictures: %s", error)

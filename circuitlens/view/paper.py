@@ -1,7 +1,7 @@
 """Figures as files for papers: PDF, SVG, PNG, and HTML that needs no network.
 
-Drawing takes a Chromium (or Chrome, or Edge) and kaleido, ``pip install circuitlens[figures]``;
-HTML takes neither. A browser is started once for all figures of a call, because that is what takes
+Drawing needs Chromium (or Chrome, or Edge) and kaleido, ``pip install circuitlens[figures]``;
+HTML needs neither. A browser is started once for all figures of a call, because that is what takes
 time.
 """
 
@@ -67,7 +67,7 @@ def export(
     height: float | int | None = None,
     scale: float | int = 300 / 96,
 ) -> Path:
-    """Write a figure for print, or as a page of its own; the suffix says which.
+    """Write a figure for print, or as a separate page; the suffix says which.
 
     Text becomes 8 points large, and margins and symbols shrink as text does. The figure itself does
     not change.
@@ -78,7 +78,7 @@ def export(
             network; it is for the screen, so it keeps its size, and the rest does not matter.
         width: ``"column"`` (85 mm), ``"page"`` (178 mm), or millimetres.
         height: in millimetres; by default that of the figure, reduced as the text is.
-        scale: of a PNG, pixels per 1/96 inch; by default 300 dots an inch.
+        scale: of a PNG, pixels per 1/96 inch; by default 300 dots per inch.
 
     Returns:
         The path. The file is there whole, or not at all.
@@ -96,7 +96,7 @@ def export_all(
     height: float | int | None = None,
     scale: float | int = 300 / 96,
 ) -> list[Path]:
-    """Write several figures with one start of the browser.
+    """Write several figures, starting the browser only once.
 
     Args:
         figures: by path; the same figure may come more than once.
@@ -163,7 +163,7 @@ def on_paper(
     if isinstance(width, str):
         if width not in WIDTHS:
             known = " or ".join(repr(name) for name in WIDTHS)
-            raise InputError(f"The width is {known}, or millimetres, but is {width!r}.")
+            raise InputError(f"The width must be {known}, or millimetres, but is {width!r}.")
         width = WIDTHS[width]
     for name, size in (("width", width), ("height", height)):
         if size is not None and not 0 < size < 5000:
@@ -242,7 +242,7 @@ def _kaleido() -> Any:
     # Version 0 brought a browser of its own and had no such class.
     if not hasattr(kaleido, "Kaleido"):
         raise InputError(
-            "PDF, SVG and PNG take kaleido 1 or later: pip install 'kaleido>=1', or write .html."
+            "PDF, SVG and PNG need kaleido 1 or later: pip install 'kaleido>=1', or write .html."
         )
     return kaleido
 
@@ -253,7 +253,7 @@ def _browser() -> str:
         if found := shutil.which(named):
             return found
         raise InputError(
-            f"BROWSER_PATH is {named}, which is no program: set it to a Chromium, or remove it."
+            f"BROWSER_PATH is {named}, which is not a program: set it to a Chromium, or remove it."
         )
     for name in _BROWSERS:
         if found := shutil.which(name):
@@ -261,7 +261,7 @@ def _browser() -> str:
     if found := _usual_place():
         return found
     raise InputError(
-        "PDF, SVG and PNG take a browser, and there is no Chromium or Chrome on PATH: install one "
+        "PDF, SVG and PNG need a browser, and there is no Chromium or Chrome on PATH: install one "
         "(apt install chromium, or kaleido_get_chrome), set BROWSER_PATH to it, or write .html."
     )
 

@@ -27,8 +27,8 @@ def head_card(
 
     Top: mean attention to places (the first token, the token before, itself, earlier copies) and to
     one occurrence of the tokens that get most of it from the decision. Below: what the logit of
-    each label loses when the head is ablated, beside the mean of all labels, by the class of the
-    example.
+    each label loses when the head is ablated, relative to the mean of all labels, by the class of
+    the example.
 
     Args:
         roles: of :func:`circuitlens.head_roles`.
@@ -104,7 +104,7 @@ def head_card(
 def margin_lens(
     found: MarginByLayer, title: str = "", *, by_label: bool = True, mode: Mode = "light"
 ) -> go.Figure:
-    """Draw the task margin behind every layer, as if the model ended there, and the accuracy.
+    """Draw the task margin after every layer, as if the model ended there, and the accuracy.
 
     Args:
         found: of :func:`circuitlens.margin_by_layer`.

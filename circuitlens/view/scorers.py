@@ -30,9 +30,9 @@ def scorer_agreement(
     columns: int = 3,
     mode: Mode = "light",
 ) -> go.Figure:
-    """Draw the scores of several scorers beside each other, and each against a reference.
+    """Draw the scores of several scorers side by side, and each against a reference.
 
-    Colours are shares of each scorer's own largest relevance of either sign, which stands above
+    Colours are shares of each scorer's own largest relevance of either sign, which is above
     its panel, because scorers differ in scale and some score in ranks. Below every scorer but the
     reference, a point is a head: its mean relevance by the reference to the right and by the
     scorer upwards, with Spearman's rank correlation over heads.
@@ -52,7 +52,7 @@ def scorer_agreement(
     """
     named = _named(scores, reference)
     if columns < 1:
-        raise InputError(f"A grid has one column at least, but columns is {columns}.")
+        raise InputError(f"A grid has at least one column, but columns is {columns}.")
     colours = look(mode)
     exact = named[reference].mean.numpy()
     n_layers, n_heads = exact.shape
@@ -153,14 +153,14 @@ def _named(
         several = list(scores)
         named = {s.method: s for s in several}
         if len(named) < len(several):
-            raise InputError("Two of the scores are of one method: name them in a mapping.")
+            raise InputError("Two of the scores are from one method: name them in a mapping.")
     if reference not in named:
         raise InputError(
             f"There are no scores by {reference!r} to compare with: add those of "
             f"cl.relevance(…, method={reference!r}), or name another reference."
         )
     if len(named) < 2:
-        raise InputError("Agreement needs scores of two scorers at least, but one was given.")
+        raise InputError("Agreement needs scores of at least two scorers, but one was given.")
     exact = named[reference]
     for name, one in named.items():
         if (one.n_layers, one.n_heads) != (exact.n_layers, exact.n_heads):
@@ -169,7 +169,7 @@ def _named(
                 f"{reference} of a {exact.n_layers} × {exact.n_heads} one."
             )
     if exact.n_layers * exact.n_heads < 2:
-        raise InputError("A rank correlation needs two heads at least, but the model has one.")
+        raise InputError("A rank correlation needs at least two heads, but the model has one.")
     return named
 
 

@@ -1,4 +1,4 @@
-"""What figures of transfers share: one style a strategy, numbers over seeds, small multiples."""
+"""What figures of transfers share: one style per strategy, numbers over seeds, small multiples."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def cells_of(results: Results | TransferResult) -> list[Mapping[str, Any]]:
 
 
 def transfer_points(results: Results) -> pd.DataFrame:
-    """Return the numbers that figures of transfers draw: one row a language and strategy.
+    """Return the numbers that figures of transfers draw: one row per language and strategy.
 
     Accuracies in per cent and their changes in points: ``gain`` and ``target_after``, and
     ``source_change`` and ``source_after`` (empty without a source task), each a mean over seeds
-    with the standard deviation (``_sd``, divisor n - 1, empty with one seed) and the least and
-    largest value (``_low``, ``_high``). ``n_seeds`` says of how many seeds, ``n_languages`` of how
+    with the standard deviation (``_sd``, divisor n - 1, empty with one seed) and the lowest and
+    highest value (``_low``, ``_high``). ``n_seeds`` says of how many seeds, ``n_languages`` of how
     many languages.
 
     If at least two languages have a cell of every strategy, the mean over these languages follows
@@ -208,7 +208,7 @@ def panels(
 
     Args:
         headings: of the panels, as plotly should render them.
-        columns: at most so many side by side.
+        columns: at most this many side by side.
         panel: height of one in pixels.
         legend: entries of the legend, which stands below in two or more columns; 0 for none.
         title: of the figure.

@@ -39,7 +39,7 @@ def strategy_table(
     *,
     mode: Mode = "light",
 ) -> go.Figure:
-    """Draw a number of every language and strategy, written in the cells: mean ± deviation.
+    """Draw one number for every language and strategy, written in the cells: mean ± deviation.
 
     The deviation is the standard deviation over seeds. The best strategy of a language, among those
     with the most seeds, is bold. If there are more strategies than languages, they are the rows,
@@ -57,7 +57,7 @@ def strategy_table(
         InputError: for another value, or if no result has a source task and it was asked for.
     """
     if value not in _MEANING:
-        raise InputError(f"The value is one of {', '.join(_MEANING)}, but is {value!r}.")
+        raise InputError(f"The value must be one of {', '.join(_MEANING)}, but is {value!r}.")
     colours = look(mode)
     points = transfer_points(results)
     points = points[points[value].notna()]
@@ -207,7 +207,7 @@ def paired_differences(
         pairs = pairs[pairs["language"] == comparison.languages[0]]
     if pairs.empty:
         raise InputError(
-            f"There is no other strategy to compare {reference} with: it takes one with the same "
+            f"There is no other strategy to compare {reference} with: one is needed with the same "
             "language and seed."
         )
     languages = list(dict.fromkeys(pairs["language"]))

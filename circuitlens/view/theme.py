@@ -105,7 +105,7 @@ def look(mode: Mode) -> Look:
         InputError: for another mode.
     """
     if mode not in _LOOKS:
-        raise InputError(f"The mode of a figure is 'light' or 'dark', but is {mode!r}.")
+        raise InputError(f"The mode of a figure must be 'light' or 'dark', but is {mode!r}.")
     return _LOOKS[mode]
 
 
@@ -149,7 +149,7 @@ def _template(colours: Look) -> go.layout.Template:
     )
 
 
-# For figures of your own: fig.update_layout(template="circuitlens_dark").
+# For your own figures: fig.update_layout(template="circuitlens_dark").
 TEMPLATES = {"light": "circuitlens", "dark": "circuitlens_dark"}
 for _mode, _name in TEMPLATES.items():
     pio.templates[_name] = _template(_LOOKS[_mode])

@@ -110,7 +110,7 @@ def token_relevance(
             f"{len(numbers)} values."
         )
     if columns < 8:
-        raise InputError(f"A line needs room for 8 characters at least, but columns is {columns}.")
+        raise InputError(f"A line needs room for at least 8 characters, but columns is {columns}.")
     colours = look(mode)
     words = [_shorten(word, columns - 1) for word in visible(tokens)]
     places = _wrap(words, columns)
@@ -254,14 +254,14 @@ def attention_patterns(
         names = [f"head {k}" for k in range(len(stack))] if names is None else list(names)
         if len(set(names)) != len(stack):
             raise InputError(
-                f"Every pattern needs a name of its own, but there are {len(set(names))} names and "
+                f"Every pattern needs its own name, but there are {len(set(names))} names and "
                 f"{len(stack)} patterns."
             )
         named = dict(zip(names, stack, strict=True))
     if not named:
-        raise InputError("There are no attention patterns to draw: pass one at least.")
+        raise InputError("There are no attention patterns to draw: pass at least one.")
     if columns is not None and columns < 1:
-        raise InputError(f"A grid has one column at least, but columns is {columns}.")
+        raise InputError(f"A grid has at least one column, but columns is {columns}.")
     return _attention(named, tokens, title, columns or (2 if len(named) <= 4 else 3), mode)
 
 

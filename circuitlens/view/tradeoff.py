@@ -40,7 +40,7 @@ def transfer_tradeoff(
     columns: int = 3,
     mode: Mode = "light",
 ) -> go.Figure:
-    """Draw target gain against source change, one point a strategy, in accuracy points.
+    """Draw target gain against source change, one point per strategy, in accuracy points.
 
     Up is learned, left is forgotten. Every target language has a panel; all have the same axes. A
     strategy has the same colour and symbol in every figure. Results without a source task are left
@@ -51,7 +51,7 @@ def transfer_tradeoff(
             strategy count as seeds.
         title: of the figure.
         intervals: what the bars show: ``"sd"``, the standard deviation over seeds to both sides,
-            or ``"range"``, from the least to the largest. One seed has no bars.
+            or ``"range"``, from the lowest to the highest. One seed has no bars.
         facets: ``"languages"``, ``"mean"`` (over the languages that have every strategy), or
             ``"all"``, which adds the mean to the languages if there are two of these.
         columns: panels side by side; two are as many as a column of a paper has room for.
@@ -62,9 +62,9 @@ def transfer_tradeoff(
             for unknown options.
     """
     if intervals not in _BARS:
-        raise InputError(f"The intervals are 'sd' or 'range', but are {intervals!r}.")
+        raise InputError(f"The intervals must be 'sd' or 'range', but are {intervals!r}.")
     if facets not in ("all", "languages", "mean"):
-        raise InputError(f"The facets are 'all', 'languages' or 'mean', but are {facets!r}.")
+        raise InputError(f"The facets must be 'all', 'languages' or 'mean', but are {facets!r}.")
     colours = look(mode)
     points = transfer_points(results)
     points = points[points["source_change"].notna()]
@@ -76,7 +76,7 @@ def transfer_tradeoff(
         points = points[(points["language"] == MEAN) == (facets == "mean")]
         if points.empty:
             raise InputError(
-                "A mean over languages takes at least two languages that have every strategy."
+                "A mean over languages needs at least two languages that have every strategy."
             )
     languages = list(dict.fromkeys(points["language"]))
     strategies = list(dict.fromkeys(points["strategy"]))

@@ -1,4 +1,4 @@
-"""What the numbers of a run come to: a few questions, each answered with its evidence."""
+"""What the numbers of a run amount to: a few questions, each answered with its evidence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from circuitlens.view.caveats import UNSTABLE
 
 __all__ = ["Verdict", "verdicts"]
 
-# Thresholds by judgement; every answer gives the numbers that it rests on.
+# Thresholds by judgement; every answer gives the numbers that it is based on.
 _FAITHFUL, _PARTLY = 0.8, 0.5
 
 Answer = Literal["yes", "partly", "no"]
@@ -65,7 +65,7 @@ def _circuit(curve: FaithfulnessCurve, circuit: Circuit) -> Iterator[Verdict]:
     low, high = curve.interval()[:, place]
     answer: Answer = "yes" if f >= _FAITHFUL else "partly" if f >= _PARTLY else "no"
     yield Verdict(
-        "Does the circuit do the task alone?",
+        "Does the circuit do the task on its own?",
         answer,
         f"{len(circuit)} of {curve.n_heads} heads keep f = {f:.2f} of the margin (95 % interval "
         f"{low:.2f} to {high:.2f}) and {accuracy:.1%} accuracy; the whole model has "

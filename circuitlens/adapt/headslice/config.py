@@ -32,7 +32,7 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
         outputs: what is trained of a head's output, before W_O: ``"scale"``, one factor (1 plus
             what is trained), or ``"offset"``, a vector that is added (LoFiT, arXiv 2406.01563).
             Not together with the projection ``"o"``, whose columns would do the same twice.
-        kv_policy: what becomes of a key/value head that query heads share (grouped-query
+        kv_policy: what happens to a key/value head that query heads share (grouped-query
             attention): ``"shared"`` trains it if any of them is chosen, ``"group"`` if all of
             them are, ``"frozen"`` never (nor the keys and values of any other model).
         norms: which norms of the residual stream are trained: ``"all"``, ``"circuit"`` (those of
@@ -43,7 +43,7 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
             of a layer, or mix them.
 
     Raises:
-        InputError: for a head that is no name of a head, an unknown choice, or nothing to train.
+        InputError: for a head that is not a head's name, an unknown choice, or nothing to train.
     """
 
     heads: Iterable[str | Head] = ()
@@ -71,7 +71,7 @@ class HeadSliceConfig(PeftConfig):  # type: ignore[misc]
             )
         for name, known in (("kv_policy", KV_POLICIES), ("norms", NORMS)):
             if (value := getattr(self, name)) not in known:
-                raise InputError(f"There is no {name} {value!r}; known are {', '.join(known)}.")
+                raise InputError(f"There is no {name} {value!r}; use one of {', '.join(known)}.")
         if heads and not self.projections and not self.outputs:
             raise InputError("No projection of the heads is chosen; give some of q, k, v and o.")
         if not heads and self.norms == "none":
@@ -103,5 +103,5 @@ def _among(what: str, given: Iterable[str], known: tuple[str, ...]) -> tuple[str
     """
     wanted = set(given)
     for kind in sorted(wanted - set(known)):
-        raise InputError(f"There is no {what} {kind!r}; known are {', '.join(known)}.")
+        raise InputError(f"There is no {what} {kind!r}; use one of {', '.join(known)}.")
     return tuple(kind for kind in known if kind in wanted)

@@ -58,7 +58,7 @@ def anatomy_of(hf: nn.Module) -> Anatomy:
 
     Raises:
         UnsupportedModelError: for another kind of model, or if heads cannot be told apart or
-            do not have weights of their own.
+            do not have their own weights.
     """
     if not isinstance(hf, PreTrainedModel):
         raise UnsupportedModelError(
@@ -70,7 +70,7 @@ def anatomy_of(hf: nn.Module) -> Anatomy:
     if len(attention) != config.num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(hf).__name__} has {len(attention)} attention modules for "
-            f"{config.num_hidden_layers} layers, so heads do not have weights of their own: the "
+            f"{config.num_hidden_layers} layers, so heads do not have their own weights: the "
             "head-slice adapter needs a model with one attention module in each layer."
         )
     n_heads = config.num_attention_heads

@@ -1,12 +1,12 @@
-"""Leaves round projections and norms.
+"""Leaves around projections and norms.
 
 A leaf is what training adds to some entries of a frozen parameter; it begins at zero. Leaves of
 projections act in activation space, so that neither a full weight nor its gradient is ever made:
 
     rows of q, k, v    y = W x + b;  y[rows] += L x + l
     columns of o       y = W x + b + L x[columns]
-    outputs of heads   y = W x' + b with x'[columns] = (1 + l) x[columns] + m, l a number a head
-    norms              the norm's own code, run with weight + l, in float32 at least
+    outputs of heads   y = W x' + b with x'[columns] = (1 + l) x[columns] + m, one number l per head
+    norms              the norm's own code, run with weight + l, in at least float32
 
 Gradients of leaves are those of the entries they stand for, so training leaves is training slices.
 """
@@ -137,12 +137,12 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it acts."""
+        """The effective weight."""
         return cast(Tensor, self._acting("weight"))
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias as it acts."""
+        """The effective bias."""
         return self._acting("bias")
 
     def _acting(self, parameter: str) -> Tensor | None:
@@ -160,7 +160,7 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add leaves to the base's parameters in place; the sum is made in float32 at least.
+        """Add leaves to the base's parameters in place; the sum is made in at least float32.
 
         Args:
             safe_merge: look for infinities and NaN before anything is written.
@@ -182,7 +182,7 @@ class HeadSliceLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = False) -> None:
-        """Refuse a merge that is not possible, before anything is written anywhere.
+        """Reject a merge that is not possible, before anything is written anywhere.
 
         Raises:
             InputError: saying why.
@@ -299,7 +299,7 @@ class HeadSliceOutputs(_Projection):
             if adapter in self.headslice_bias and cast(Any, self.base_layer).bias is None:
                 raise InputError(
                     f"Adapter {adapter!r} adds vectors to the outputs of heads, and this model's "
-                    "W_O has no bias that could take them: keep the adapter beside the weights."
+                    "W_O has no bias that could take them: keep the adapter alongside the weights."
                 )
         super().check_merge(adapter_names, finite=finite)
 

@@ -1,4 +1,4 @@
-"""The tuner: puts leaves round the modules of a Hugging Face model."""
+"""The tuner: puts leaves around the modules of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
         return peft_config
 
     def _prepare_model(self, peft_config: HeadSliceConfig, model: nn.Module) -> None:
-        # Before any module is replaced, so that what is refused leaves the model as it was.
+        # Before any module is replaced, so that a rejected adapter leaves the model as it was.
         self._targets = targets_of(model, peft_config)
         for path, target in self._targets.items():
             module = model.get_submodule(path)
@@ -45,7 +45,7 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
                     else "another method"
                 )
                 raise UnsupportedModelError(
-                    f"{path} holds an adapter of {other} already: merge or unload that one first."
+                    f"{path} already has an adapter of {other}: merge or unload that one first."
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
         if "." in adapter_name or not adapter_name:
             raise InputError(
                 f"An adapter cannot be named {adapter_name!r}: modules are named with dots between "
-                "them, so take a name without, such as "
+                "them, so use a name without, such as "
                 f"{adapter_name.replace('.', '-') or 'default'!r}."
             )
         return super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -94,7 +94,7 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
                 )
 
     def _check_layers(self, adapter_names: list[str] | None, *, finite: bool) -> None:
-        """Refuse a merge before the first layer is written, so that the base stays as it is."""
+        """Reject a merge before the first layer is written, so that the base stays as it is."""
         for module in self.model.modules():
             if isinstance(module, HeadSliceLayer):
                 module.check_merge(adapter_names, finite=finite)
@@ -105,7 +105,7 @@ class HeadSliceModel(BaseTuner):  # type: ignore[misc]
         """Merge in all layers, or in none.
 
         Raises:
-            InputError: if a layer refuses.
+            InputError: if a layer cannot be merged.
         """
         self._check_layers(adapter_names, finite=safe_merge)
         super().merge_adapter(adapter_names, safe_merge)

@@ -29,7 +29,7 @@ _NEEDED = {
 
 
 def require_peft() -> None:
-    """Make sure that the installed PEFT has what the adapter is built on.
+    """Check that the installed PEFT has what the adapter is built on.
 
     Raises:
         InputError: naming the installed version, what it lacks and the supported range.
@@ -37,7 +37,7 @@ def require_peft() -> None:
     missing = _missing()
     if missing:
         raise InputError(
-            f"PEFT {version('peft')} cannot host the head-slice adapter, for it has no {missing}: "
+            f"PEFT {version('peft')} cannot host the head-slice adapter, as it has no {missing}: "
             f"install peft{SUPPORTED_PEFT}."
         )
 

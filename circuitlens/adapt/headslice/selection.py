@@ -138,7 +138,7 @@ def _outputs(geometry: HeadGeometry, config: HeadSliceConfig) -> dict[str, Targe
     return {
         path: Target(
             "outputs",
-            # Head by head, so that features stand beside those of their head.
+            # Head by head, so that features are next to those of their head.
             tuple(i for piece in found for i in range(piece.start, piece.stop)),
             "offset" in config.outputs,
             heads=len(found),

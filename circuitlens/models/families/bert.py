@@ -10,7 +10,7 @@ __all__ = ["BertFamily", "RobertaFamily"]
 
 
 class BertFamily(Family):
-    """BERT: tokens see each other both ways, and the head has an activation of its own."""
+    """BERT: tokens see each other both ways, and the head has its own activation."""
 
     causal = False
     pooled = "first"

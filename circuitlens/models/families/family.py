@@ -17,7 +17,7 @@ __all__ = ["ActivationSite", "Family"]
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """Names of the hooks round one activation function.
+    """Names of the hooks around one activation function.
 
     Attributes:
         post: its output, times the linear part if the MLP is gated.
@@ -31,11 +31,11 @@ class ActivationSite:
 
 
 class Family:
-    """Where things are in the hooked view of a causal model with one MLP a layer.
+    """Where things are in the hooked view of a causal model with one MLP per layer.
 
     Attributes:
-        causal: whether tokens see only what stands before them; else it is a masked language
-            model, which answers in the place of its mask token.
+        causal: whether tokens see only what comes before them; else it is a masked language
+            model, which answers at its mask token.
         passes_positions: position ids reach the body, though the head does not name them.
     """
 
@@ -83,7 +83,7 @@ class Family:
             self.adapt_head(adapter.component_mapping)
 
     def adapt_head(self, components: dict[str, Any]) -> None:
-        """Put the last map of the classification head in the place of the unembedding."""
+        """Put the last map of the classification head in place of the unembedding."""
         from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
 
         components["unembed"] = UnembeddingBridge(name=self.classifier)

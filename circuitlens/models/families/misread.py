@@ -34,7 +34,7 @@ _REFUSED = {
 
 
 def refuse_type(config: PretrainedConfig) -> None:
-    """Refuse a type of model of which it is known that its heads cannot be hooked.
+    """Reject a type of model of which it is known that its heads cannot be hooked.
 
     Raises:
         UnsupportedModelError: naming it and the reason.
@@ -47,7 +47,7 @@ def refuse_type(config: PretrainedConfig) -> None:
 
 
 def refuse_misread(hf: PreTrainedModel) -> None:
-    """Refuse a model with an option that the hooked view would not have.
+    """Reject a model with an option that the hooked view would not have.
 
     Raises:
         UnsupportedModelError: naming the option.
@@ -68,7 +68,7 @@ def refuse_misread(hf: PreTrainedModel) -> None:
         if has_norm != (config.word_embed_proj_dim == config.hidden_size):
             raise UnsupportedModelError(
                 f"The {name} has {'a' if has_norm else 'no'} norm behind its layers, where "
-                "TransformerLens expects the contrary (do_layer_norm_before="
+                "TransformerLens expects the opposite (do_layer_norm_before="
                 f"{config.do_layer_norm_before}, word_embed_proj_dim={config.word_embed_proj_dim}, "
                 f"_remove_final_layer_norm={config._remove_final_layer_norm}): use a checkpoint "
                 "with the options of a released OPT model."

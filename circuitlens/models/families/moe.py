@@ -14,7 +14,7 @@ class MoEFamily(Family):
     """Layers whose MLP is a router and experts, perhaps among layers with a plain MLP."""
 
     def adapt(self, adapter: Any) -> None:
-        """Hook what goes on inside the experts."""
+        """Hook what happens inside the experts."""
         super().adapt(adapter)
         # Deferred: it imports TransformerLens, which takes seconds.
         from circuitlens.models.families.experts import HookedExperts

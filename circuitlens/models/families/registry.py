@@ -41,7 +41,7 @@ _FAMILIES: dict[str, type[Family]] = {
 
 
 def family_of(hf: PreTrainedModel) -> Family:
-    """Return the family of a model; the common one if its type is none of the tested ones."""
+    """Return the family of a model; the common one if its type is not one of the tested ones."""
     return _FAMILIES.get(hf.config.get_text_config().model_type, Family)(hf)
 
 

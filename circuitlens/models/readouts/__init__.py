@@ -32,7 +32,7 @@ def readout_of(hf: PreTrainedModel, names: Sequence[str] = ()) -> Readout:
 
     Args:
         hf: the model.
-        names: of the classes of a classification head, in the place of its own.
+        names: of the classes of a classification head, in place of its own.
     """
     family = family_of(hf)
     if not family.is_classifier:

@@ -1,7 +1,7 @@
 """The classifier readout: class scores of a model with a classification head.
 
 The model pools its last layer as it does in Hugging Face: encoders at the first token, decoders at
-the last one that is no padding, some over all tokens. There is no prompt and no answer word; the
+the last one that is not padding, some over all tokens. There is no prompt and no answer word; the
 texts are joined as the tokenizer joins them.
 """
 
@@ -93,7 +93,7 @@ class ClassifierReadout(Readout):
             number = next((known[n] for n in map(_plain, tries) if n in known), None)
             if number is None:
                 raise InputError(
-                    f"The label {label!r} of the task is none of the classes of this model "
+                    f"The label {label!r} of the task is not one of the classes of this model "
                     f"({', '.join(self.names)}): rename one of them, cl.load(…, labels=[…]), or "
                     "choose a model of this task."
                 )
@@ -171,7 +171,7 @@ class ClassifierReadout(Readout):
         return self.of_labels(self.hf_logits(model, batch, module))
 
     def of_labels(self, logits: Float[Tensor, "*batch d_class"]) -> Float[Tensor, "*batch label"]:
-        """Pick the classes that stand for the labels, in float32 at least."""
+        """Pick the classes that stand for the labels, in at least float32."""
         return at_least_float32(logits[..., self._on(logits.device)])
 
     def output_names(self, labels: Sequence[str]) -> Sequence[str] | None:

@@ -2,7 +2,7 @@
 
 1. The tokens of a word follow the prompt, all but the last one; every token is read at the column
    before it. A row can hold several words: a word whose beginning is another's needs no row of its
-   own, and words of one token need none beside the prompt.
+   own, and words of one token need none besides the prompt.
 2. The score is Σ log p over the word's tokens, or their mean (``mean=True``). A label with several
    words gets the log of the sum of their probabilities.
 3. In masked language models a word of k tokens is read in the places of k masks, in one pass.
@@ -66,7 +66,7 @@ class SequenceReadout(VocabularyReadout):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model answers in the place of its mask."""
+        """Whether the model answers at its mask."""
         return self.mask is not None
 
     # -- prompts -------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ class TokenReadout(VocabularyReadout):
 
     Attributes:
         tokens: the token of every label.
-        shared: tokens with which the words of all labels begin; they stand in the prompt.
-        masked: the model is a masked language model, which answers in the place of its mask.
+        shared: tokens with which the words of all labels begin; they are in the prompt.
+        masked: the model is a masked language model, which answers at its mask.
     """
 
     tokens: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class TokenReadout(VocabularyReadout):
 
     @property
     def is_masked(self) -> bool:
-        """Whether the model answers in the place of its mask."""
+        """Whether the model answers at its mask."""
         return self.masked
 
     # -- prompts -------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class TokenReadout(VocabularyReadout):
         return self.of_labels(self.hf_logits(model, batch, module))
 
     def of_labels(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch label"]:
-        """Pick the logits of the label tokens, in float32 at least."""
+        """Pick the logits of the label tokens, in at least float32."""
         return at_least_float32(logits[..., self._on(logits.device)])
 
     def _on(self, device: torch.device) -> Int[Tensor, " label"]:

@@ -28,7 +28,7 @@ class VocabularyReadout(Readout):
     @property
     @abstractmethod
     def is_masked(self) -> bool:
-        """Whether the model is a masked language model, which answers in the place of its mask."""
+        """Whether the model is a masked language model, which answers at its mask."""
 
     def input_hook(self) -> str:
         """The input of the unembedding."""

@@ -30,13 +30,13 @@ def _word_tokens(prompt: PromptText, before: list[int], word: str, label: str) -
     if after[: len(before)] != before:
         if str(prompt)[-1:].isspace():
             raise InputError(
-                f"The prompt ends in a blank ({str(prompt)!r}), which tokenizers put into the word "
-                "that follows: end the template with its last word or sign, and begin the answer "
-                f"words with the blank, such as {' ' + word.strip()!r}."
+                f"The prompt ends in a space ({str(prompt)!r}), which tokenizers put into the word "
+                "that follows: end the template with its last word or sign, and start the answer "
+                f"words with the space, such as {' ' + word.strip()!r}."
             )
         raise InputError(
-            f"{what} changes the tokens of the prompt {str(prompt)!r} that it follows: begin the "
-            "word with a blank, or end the template otherwise (template=…, labels=…)."
+            f"{what} changes the tokens of the prompt {str(prompt)!r} that it follows: start the "
+            "word with a space, or end the template differently (template=…, labels=…)."
         )
     found = tuple(after[len(before) :])
     if not found:
@@ -77,7 +77,7 @@ def tokens_of_words(
 def refuse_beginnings(
     tokens: Mapping[str, tuple[tuple[int, ...], ...]], words: Mapping[str, Words]
 ) -> None:
-    """Refuse a word that begins another label's: its probability is never below the other's.
+    """Reject a word that begins another label's: its probability is never below the other's.
 
     Raises:
         InputError: naming both.

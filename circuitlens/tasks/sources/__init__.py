@@ -1,7 +1,7 @@
 """Data sets known by name, a module each: its ``DATA_SET`` is all that has to be written.
 
 Folders have the layout of the data sets' own repositories; without a folder the hub is asked.
-Lists of known faults beside the data are honoured, and the log says how many rows that cost.
+Lists of known faults next to the data are honoured, and the log says how many rows they cost.
 """
 
 from __future__ import annotations

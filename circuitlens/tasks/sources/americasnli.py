@@ -46,7 +46,7 @@ class AmericasNLI:
     """AmericasNLI (Ebrahimi et al., ACL 2022): inference in 10 parallel languages.
 
     There is no train split: the dev split is divided into pools A and B and validation. Three
-    hypotheses share a premise, and pools never tear them apart.
+    hypotheses share a premise, and pools never split them.
 
     Attributes:
         folder: ``{dev,test}/<code>.tsv`` as in the data set's repository.

@@ -28,7 +28,7 @@ class Made:
 
     Attributes:
         text: the prompt.
-        right, wrong: what continues it, without a blank.
+        right, wrong: what continues it, without a leading space.
         counterfactual: the prompt without what decides between the two, of as many words.
     """
 
@@ -77,7 +77,7 @@ class ByTemplate:
         return "english"
 
     def splits(self, language: str) -> Mapping[str, Sequence[Example]]:
-        """Make the three splits; no prompt stands in two of them."""
+        """Make the three splits; no prompt is in two of them."""
         rng = random.Random(f"{self.name}-{self.seed}")
         seen: set[str] = set()
         return {

@@ -44,7 +44,7 @@ class DataSet:
         open: makes the source from a local folder; ``None`` stands for the hub.
         language: the usual source language.
         prompt: ``template`` and ``labels`` of the task, or what makes them.
-        prompts: what is otherwise where a language is loaded by its name, by the source's name of
+        prompts: what differs where a language is loaded by its name, by the source's name of
             the language. :meth:`Task.to` keeps the prompt of the language that it starts from.
     """
 
@@ -68,10 +68,10 @@ def pick(language: str, known: Mapping[str, str] | Sequence[str], what: str) -> 
 
 
 def refuse_foreign(languages: Sequence[str], folder: Path, what: str, holds: str) -> None:
-    """Say of a folder that is not the right one what it should hold, and not a list of nothing."""
+    """For a folder that is not the right one, say what it should contain."""
     if not languages:
         raise InputError(
-            f"The data folder {folder} holds no language of {what}; it should hold {holds}."
+            f"The data folder {folder} contains no language of {what}; it should contain {holds}."
         )
 
 
@@ -79,11 +79,11 @@ def open_folder(path: str | Path, *, holds: str) -> Path:
     """Return a data folder.
 
     Raises:
-        InputError: if it does not exist, saying what it should hold.
+        InputError: if it does not exist, saying what it should contain.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"The data folder {folder} does not exist; it should hold {holds}.")
+        raise InputError(f"The data folder {folder} does not exist; it should contain {holds}.")
     return folder
 
 

@@ -10,7 +10,7 @@ from circuitlens.tasks.sources.data_set import DataSet
 
 __all__ = ["DATA_SET"]
 
-# One token each, behind a blank, for GPT-2's tokenizer.
+# One token each, after a space, for GPT-2's tokenizer.
 _NAMES = (
     "Alice Amy Anna Anthony Brian Charles Chris Daniel David Emily Emma Eric Frank George "
     "Grace Henry Jack Jacob James Jason Jennifer John Joseph Julia Kate Kevin Laura Linda "

@@ -27,7 +27,7 @@ _NAMES = {
     "xhosa": "xho",
     "yoruba": "yor",
 }
-# Topics that a language has beside these three; a task has no class without examples.
+# Topics that a language has besides these three; a task has no class without examples.
 _EVERYWHERE = ("health", "politics", "sports")
 _TOPICS = {
     "amharic": ("business",),

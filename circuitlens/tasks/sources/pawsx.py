@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def _prepare(rows: Rows, split: str) -> Iterator[Mapping[str, Any]]:
-    # Ids begin again in every split. Pairs that the translators left empty say NS, and the labels
+    # Ids restart in every split. Pairs that the translators left empty say NS, and the labels
     # of some are unknown.
     for row in rows:
         texts = (row["sentence1"], row["sentence2"])
@@ -43,7 +43,7 @@ class PawsX:
 
     Pairs that share a sentence, directly or through other pairs, are one group. The English
     sentences decide, where there are any: translators render a sentence in several ways, and a
-    pair and its translations belong on one side.
+    pair and its translations belong on the same side.
 
     Attributes:
         folder: ``<configuration>/{train,validation,test}*.parquet`` as on the hub; ``None`` reads

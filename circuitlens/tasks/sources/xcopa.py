@@ -30,7 +30,7 @@ _CONNECTIVES = {"cause": "because", "effect": "so"}
 
 
 def _prepare(rows: Rows, split: str) -> Iterator[Mapping[str, Any]]:
-    # A label that is withheld names no choice, which the reader of the rows refuses.
+    # A label that is withheld names no choice, which the reader of the rows rejects.
     answers = dict(enumerate(_CHOICES))
     for row in rows:
         yield {

@@ -34,7 +34,7 @@ _XNLI_LANGUAGES = [
 
 @dataclass(frozen=True)
 class Xnli:
-    """XNLI (Conneau et al., EMNLP 2018), one configuration a language.
+    """XNLI (Conneau et al., EMNLP 2018), one configuration per language.
 
     Attributes:
         folder: ``<language>/{train,validation,test}*.parquet`` as on the hub; ``None`` reads
