@@ -424,6 +424,32 @@ def test_roles_are_means_of_attention(roles, toy_proxy, toy_task, toy_scores, to
     assert role.looked_at[0][1] == pytest.approx(means[best], abs=1e-5)
 
 
+def test_the_attention_on_a_few_prompts_is_kept(roles, toy_proxy, toy_task, toy_baseline, tmp_path):
+    """By hand, from the decision of each prompt."""
+    from circuitlens.models.hooks import pattern_hook, recording
+
+    by_id = {e.id: e for e in toy_task["pool_a"]}
+    seen = [by_id[i] for i in _ids_of(roles, toy_task, toy_baseline)]
+    labels = [label for label, _ in roles.prompts]
+    assert labels == sorted(labels, key=list(toy_task.labels).index)
+    assert set(labels) == set(toy_task.labels)
+    for n, (label, tokens) in enumerate(roles.prompts):
+        found = []
+        for example in (e for e in seen if e.label == label):
+            batch = toy_task.encode(toy_proxy, [example]).batch([0])
+            if tuple(toy_proxy.tokens(batch.input_ids[0].tolist())) == tokens:
+                found.append(batch)
+        for role in roles.roles:
+            hooks, recorded = recording([pattern_hook(role.head.layer)])
+            with torch.no_grad():
+                toy_proxy.label_logits(found[0], hooks)
+            pattern = recorded[pattern_hook(role.head.layer)][0, role.head.index, -1]
+            assert role.attention[n] == pytest.approx(pattern.tolist(), abs=1e-6)
+            assert sum(role.attention[n]) == pytest.approx(1, abs=1e-5)
+    roles.save(tmp_path / "roles.json")
+    assert cl.HeadRoles.load(tmp_path / "roles.json").prompts == roles.prompts
+
+
 def _ids_of(roles, task, baseline):
     from circuitlens.scoring.score_heads import discovery_examples
 

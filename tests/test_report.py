@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -105,6 +106,37 @@ def compared(toy_proxy, toy_task, toy_scores):
         epochs=1,
         quiet=True,
     )
+
+
+@pytest.fixture(scope="module")
+def looked_at(toy_proxy, toy_task, toy_scores, toy_baseline):
+    return cl.head_roles(
+        toy_proxy, toy_task, toy_scores.top(4), toy_baseline, max_examples=24, quiet=True
+    )
+
+
+def explored(page):
+    (raw,) = re.findall(r'<script type="application/json" id="explored-data">(.*?)</script>', page)
+    return json.loads(raw)
+
+
+def test_the_explorer_of_the_report_has_every_head(toy_scores, results, looked_at):
+    data = explored(render(toy_scores, results, roles=looked_at))
+    frame = toy_scores.to_frame()
+    assert [head["head"] for head in data["heads"]] == list(frame["head"])
+    assert [head["relevance"] for head in data["heads"]] == pytest.approx(list(frame["relevance"]))
+    inside = {str(head) for head in toy_scores.top(4)}
+    assert {head["head"] for head in data["heads"] if head["inside"]} == inside
+    assert {head["head"] for head in data["heads"] if "attention" in head} == inside
+    assert len(data["prompts"]) >= 3
+    # Without roles it has the numbers alone, and names and tokens of strangers stay text.
+    assert not any("raises" in head for head in explored(render(toy_scores, results))["heads"])
+    nasty = "</script><img src=x onerror=alert(1)>"
+    prompts = (("a", (nasty,) * len(looked_at.prompts[0][1])), *looked_at.prompts[1:])
+    named = toy_scores.top(4).named({looked_at.roles[0].head: nasty})
+    page = render(toy_scores, results, roles=replace(looked_at, prompts=prompts), circuit=named)
+    assert nasty not in page
+    assert explored(page)["prompts"][0][1][0] == nasty
 
 
 def test_a_comparison_has_a_report_of_its_own_or_a_section(toy_scores, results, compared):
@@ -222,6 +254,15 @@ def test_the_report_works_in_a_browser_from_disk(tmp_path, toy_scores, results, 
         page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2, steps=4)
         page.wait_for_selector("#fig-heads .hoverlayer .hovertext")
         assert re.search(r"a\d\.h\d", page.text_content("#fig-heads .hoverlayer"))
+        # A click on it opens it in the explorer, and so does the list, by keyboard.
+        page.mouse.click(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2)
+        page.wait_for_function("document.getElementById('explored').selectedIndex > 0")
+        chosen = page.input_value("#explored")
+        assert "Rank" in page.text_content("#explored-head")
+        page.focus("#explored")
+        page.keyboard.press("Home")
+        page.wait_for_function(f"document.getElementById('explored').value != '{chosen}'")
+        assert page.text_content("#explored-head").startswith("Rank 1 ")
         # A click on the legend hides a curve.
         toggle = page.locator("#fig-faithfulness .legendtoggle").first
         toggle.scroll_into_view_if_needed()

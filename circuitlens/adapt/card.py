@@ -37,6 +37,8 @@ _ENTRIES_CODE = """import circuitlens as cl
 base = cl.load({base})
 result = cl.TransferResult.load("{folder}", base)
 model = result.model.hf"""
+# What PEFT loads is the language model; this is all of it.
+_WHOLE_CODE = _ENTRIES_CODE.replace(".model.hf", ".model.whole")
 # What HookedModel.origin says, but for the hub.
 _ORIGINS = {
     "": "weights of a model named {}",
@@ -242,6 +244,8 @@ def _code(result: Described) -> str:
             dtype = result.trained.dtype if result.trained else ""
             base = json.dumps(result.provenance.model) + (f', dtype="{dtype}"' if dtype else "")
     template = _ADAPTER_CODE if result.is_adapter else _ENTRIES_CODE
+    if result.model is not None and result.model.takes_media:
+        template = _WHOLE_CODE
     return template.format(
         auto=readout.auto_class().__name__,
         method=_METHOD if result.trained and result.trained.kind == "headslice" else "",

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from circuitlens.models.batch import Batch
 from circuitlens.models.hooked import HookedModel
 from circuitlens.models.hooks import pattern_hook, recording
 from circuitlens.nodes import Head
-from circuitlens.tasks import Task
+from circuitlens.tasks import Encoded, Task
 from circuitlens.utils.provenance import Provenance
 from circuitlens.utils.storage import read_json, whole, write_json
 
@@ -39,6 +39,8 @@ _SCHEMA = "circuitlens.roles/1"
 # A token that occurs less often says little.
 _OCCURRENCES = 5
 _SHOWN = 5
+# Prompts of which reports show the attention.
+_PROMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class HeadRole:
         read: the same from all positions.
         raises: by class of the example and label, how much the head adds to the label's
             logit, relative to the mean over labels. Classes without example are left out.
+        attention: from the decision to every token of the prompts in :attr:`HeadRoles.prompts`;
+            empty in results from before these were kept.
     """
 
     head: Head
@@ -63,6 +67,7 @@ class HeadRole:
     looked_at: tuple[tuple[str, float], ...]
     read: tuple[tuple[str, float], ...]
     raises: Mapping[str, Mapping[str, float]]
+    attention: tuple[tuple[float, ...], ...] = ()
 
     @property
     def summary(self) -> str:
@@ -98,11 +103,13 @@ class HeadRoles:
         roles: one for each head.
         n_examples: examples that were looked at.
         provenance: where it comes from.
+        prompts: label and tokens of a few of them, which reports show.
     """
 
     roles: tuple[HeadRole, ...]
     n_examples: int
     provenance: Provenance
+    prompts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def of(self, head: Head | str) -> HeadRole:
         """The role of a head.
@@ -140,6 +147,7 @@ class HeadRoles:
             "roles": [{**asdict(role), "head": str(role.head)} for role in self.roles],
             "n_examples": self.n_examples,
             "provenance": self.provenance.to_dict(),
+            "prompts": [[label, list(tokens)] for label, tokens in self.prompts],
         }
         write_json(Path(path), _SCHEMA, content, sealed=True)
 
@@ -159,12 +167,14 @@ class HeadRoles:
                         "head": Head.parse(role["head"]),
                         "looked_at": pairs(role["looked_at"]),
                         "read": pairs(role["read"]),
+                        "attention": tuple(map(tuple, role.get("attention", ()))),
                     }
                 )
                 for role in content["roles"]
             ]
             provenance = Provenance.from_dict(content["provenance"])
-            return cls(tuple(roles), content["n_examples"], provenance)
+            prompts = tuple((label, tuple(tokens)) for label, tokens in content.get("prompts", ()))
+            return cls(tuple(roles), content["n_examples"], provenance, prompts)
 
     def __repr__(self) -> str:
         heads = f"{len(self.roles)} heads, {self.n_examples} examples"
@@ -221,6 +231,7 @@ def head_roles(
     for _, batch in encoded.batches(batch_size, model.device):
         looks.add(batch)
     labels = list(task.labels)
+    prompts, attention = _few(model, chosen, encoded, labels)
     roles = []
     for place, head in enumerate(chosen):
         by_gold = {
@@ -229,12 +240,35 @@ def head_roles(
             # Of few examples, a class may have none.
             if i in encoded.gold
         }
-        roles.append(HeadRole(head, **looks.of(place), raises=by_gold))
+        own = tuple(weights[place] for weights in attention)
+        roles.append(HeadRole(head, **looks.of(place), raises=by_gold, attention=own))
     return HeadRoles(
         tuple(roles),
         len(encoded),
         baseline.provenance_of(model, task, seed, {"positions": baseline.positions}),
+        prompts,
     )
+
+
+def _few(
+    model: HookedModel, circuit: Circuit, encoded: Encoded, labels: Sequence[str]
+) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], list[tuple[tuple[float, ...], ...]]]:
+    """A few prompts of every label, and the attention of the heads from where they decide."""
+    each = max(1, _PROMPTS // len(labels))
+    chosen: list[int] = []
+    for label in range(len(labels)):
+        chosen += [i for i, gold in enumerate(encoded.gold) if gold == label][:each]
+    prompts, attention = [], []
+    for index in chosen[: max(_PROMPTS, len(labels))]:
+        batch = encoded.batch([index], model.device)
+        hooks, found = recording(pattern_hook(h.layer) for h in circuit)
+        model.label_logits(batch, hooks)
+        at = int(batch.mask("decision")[0].nonzero()[-1])
+        weights = [found[pattern_hook(h.layer)][0, h.index, at] for h in circuit]
+        attention.append(tuple(tuple(row.float().cpu().tolist()) for row in weights))
+        tokens = tuple(model.tokens(batch.input_ids[0].tolist()))
+        prompts.append((labels[encoded.gold[index]], tokens))
+    return tuple(prompts), attention
 
 
 def _raised(ablated: AblatedSingly) -> Float[Tensor, "head gold label"]:

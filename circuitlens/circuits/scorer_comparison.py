@@ -155,7 +155,7 @@ def compare_scorers(
     seed: int = 0,
     quiet: bool = False,
 ) -> ScorerComparison:
-    """Compare scorers on one model and task, print the table and return it.
+    """Compare scorers on one model and task.
 
     Args:
         model: competent in the task.

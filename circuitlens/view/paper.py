@@ -189,7 +189,10 @@ def on_paper(
         margin["l"] = min(margin["l"], 10.0)
         margin["r"] = min(margin["r"], 10.0)
     # The space above is for a title, which papers set themselves, and for plotly's buttons.
-    top = margin["t"] if (layout.get("title") or {}).get("text") else min(margin["t"], 24.0)
+    headings = [a for a in layout.get("annotations", ()) if a.get("yanchor") == "bottom"]
+    more = max((str(a.get("text")).count("<br>") for a in headings), default=0)
+    bare = min(margin["t"], 24.0 + 1.5 * _TEXT * more)
+    top = margin["t"] if (layout.get("title") or {}).get("text") else bare
     extra = _wrap_title(layout, wide - 10) + top - margin["t"]
     margin["t"] += extra
     tall = height * _PX_PER_MM if height else ratio * float(layout.get("height") or 450) + extra

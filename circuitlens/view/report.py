@@ -24,6 +24,7 @@ from circuitlens.errors import InputError
 from circuitlens.experiments import Comparison
 from circuitlens.experiments.costs import all_passes
 from circuitlens.experiments.simple_rivals import SimpleRival
+from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
 from circuitlens.scoring.scorers import METHODS
 from circuitlens.utils.provenance import Provenance
@@ -131,6 +132,7 @@ def render_report(
         context["run"] = _run(scores, circuit, effects, curve, results)
         context["run"]["figures"] |= _embed(_looks(scores, circuit, roles, lens))
         context["run"] |= {"rivals": rivals, "roles": roles}
+        context["run"]["explorer"] = _explorer(scores, circuit, effects, roles)
         context["verdicts"] = verdicts(scores, circuit, effects, curve, results, rivals)
         context["warnings"] += run_warnings(scores, curve, results)
         context["provenance"] = scores.provenance
@@ -201,6 +203,32 @@ def _looks(
         for head in [head for head in scores.ranking() if head in known][:_CARDS]:
             found[f"card {head}"] = head_card(roles, head, circuit)
     return found
+
+
+def _explorer(
+    scores: HeadScores, circuit: Circuit, effects: HeadEffects | None, roles: HeadRoles | None
+) -> dict[str, Any]:
+    """What the page's own explorer says of every head, in a form that JSON has."""
+    frame = scores.to_frame()
+    if effects is not None:
+        frame = frame.merge(effects.to_frame(), on="head", how="left")
+    known = {str(role.head): role for role in roles.roles} if roles else {}
+    inside = set(map(str, circuit))
+    heads = []
+    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
+        name = str(row["head"])
+        entry = {key: row[key] for key in ("rank", "relevance", "low", "high")}
+        entry |= {"head": name, "label": circuit.label(Head.parse(name)), "inside": name in inside}
+        if effects is not None and row["effect"] is not None:
+            entry["effect"] = [row["effect"], row["effect_low"], row["effect_high"]]
+        if role := known.get(name):
+            entry |= {
+                "summary": role.summary,
+                "attention": role.attention,
+                "raises": role.raises,
+            }
+        heads.append(entry)
+    return {"heads": heads, "prompts": roles.prompts if roles else (), "unit": scores.unit}
 
 
 def _fronts(results: Comparison | Sequence[TransferResult]) -> dict[str, go.Figure]:

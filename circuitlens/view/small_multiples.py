@@ -224,13 +224,14 @@ def panels(
     n = len(headings)
     n_columns = min(columns, n)
     n_rows = math.ceil(n / n_columns)
+    more = _LINE * max((heading.count("<br>") for heading in headings), default=0)
     # Tick labels of a panel above an empty place stand in the gap.
-    gap = 30 if n == n_rows * n_columns else 46
+    gap = (30 if n == n_rows * n_columns else 46) + more
     plot = n_rows * panel + (n_rows - 1) * gap
     room = _LINE * bottom + 34
     entries = 20 * (math.ceil(legend / 2) + 1) if legend else 0
     # The bar of buttons comes over the first 28 pixels.
-    top = 60 if title else 46
+    top = (60 if title else 46) + more
     fig = make_subplots(
         n_rows,
         n_columns,
@@ -246,7 +247,7 @@ def panels(
     )
     for number, heading in enumerate(fig.layout.annotations, start=1):
         axis = "" if number == 1 else str(number)
-        heading.update(x=0, xref=f"x{axis} domain", xanchor="left", font={"size": 12})
+        heading.update(x=0, xref=f"x{axis} domain", xanchor="left", align="left", font={"size": 12})
     for empty in range(n, n_rows * n_columns):
         row, column = divmod(empty, n_columns)
         fig.update_xaxes(visible=False, row=row + 1, col=column + 1)

@@ -258,8 +258,14 @@ def weight_drift(result: TransferResult, title: str = "", *, mode: Mode = "light
         "title_font_size": 12,
         "title_standoff": 6,
     }
+    title_of_heads = "head (outlined: chosen for training)" if trained else "head"
+    moved = drift_frame(result).query("drift > 0 and not trained")
+    if trained and len(moved):
+        title_of_heads = (
+            "head (outlined: chosen; others moved with keys and values that they share)"
+        )
     fig.update_xaxes(
-        title="head (outlined: chosen for training)" if trained else "head",
+        title=title_of_heads,
         dtick=steps[0],
         range=[-0.6, n_heads - 0.4],
         tickangle=0,
