@@ -40,7 +40,7 @@ def digest(notebook: Any) -> str:
     return hashlib.sha256("\0".join(code_of(notebook)).encode()).hexdigest()[:16]
 
 
-def execute(path: Path, timeout: int = 180, *, pictures: bool = True) -> Any:
+def execute(path: Path, timeout: int = 900, *, pictures: bool = True) -> Any:
     """Return a copy of the notebook with new outputs; an error in a cell is raised.
 
     Args:
