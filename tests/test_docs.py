@@ -258,7 +258,7 @@ def pages_of(site: Path) -> dict[str, str]:
 def test_the_site_builds_without_warnings(site):
     names = {p.relative_to(site).with_suffix("").as_posix() for p in site.rglob("*.html")}
     assert {page.removesuffix(".md") for page in PAGES} <= names
-    assert len([name for name in names if name.startswith("notebooks/")]) == 4
+    assert len([name for name in names if name.startswith("notebooks/")]) == 6
     assert not (site / "extensions").exists()
 
 
