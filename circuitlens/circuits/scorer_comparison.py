@@ -320,6 +320,9 @@ def _agreement(
     x, y = (v.double().flatten(1).numpy() for v in (a, b))
     if x.shape[1] < 2:
         raise InputError("A rank correlation needs at least two nodes, but the model has one.")
+    if prefix and x.shape[1] < 3:
+        # Of two MLPs every order is right or wrong.
+        return dict.fromkeys(keys, float("nan"))
     # Both are drawn alike. A scorer that says the same of all examples has no spread itself,
     # but ablation has.
     ranks = [rankdata(resampled_means(v.T, seed, _DRAWS), axis=1) for v in (x, y)]

@@ -34,7 +34,10 @@ def confusion_matrix(evaluation: Evaluation, title: str = "", *, mode: Mode = "l
     values = counts.to_numpy()
     shares = values / np.maximum(values.sum(1, keepdims=True), 1)
     names = [plain(name) for name in counts.index]
-    fig = figure(title, mode=mode, height=170 + 34 * len(names))
+    # Labels that do not fit side by side are written upright.
+    longest = max(map(len, counts.index))
+    upright = 7 * longest if longest * len(names) > 45 else 0
+    fig = figure(title, mode=mode, height=190 + 34 * len(names) + upright)
     fig.add_heatmap(
         z=shares,
         x=names,
@@ -50,7 +53,10 @@ def confusion_matrix(evaluation: Evaluation, title: str = "", *, mode: Mode = "l
         xgap=1,
         ygap=1,
     )
-    fig.update_yaxes(autorange="reversed", title="right label", showgrid=False)
-    fig.update_xaxes(title="answer", side="top", showgrid=False, type="category")
-    fig.update_layout(margin={"t": 90 if title else 60, "b": 70})
+    style = {"showgrid": False, "type": "category", "automargin": True, "dtick": 1}
+    fig.update_yaxes(autorange="reversed", title={"text": "right label", "standoff": 12}, **style)
+    fig.update_xaxes(
+        title={"text": "answer", "standoff": 12}, tickangle=-90 if upright else 0, **style
+    )
+    fig.update_layout(margin={"t": 60 if title else 40, "b": 60})
     return fig
