@@ -25,8 +25,7 @@ import plotly.graph_objects as go
 
 import circuitlens as cl
 from circuitlens.experiments.simple_rivals import simple_rival
-from circuitlens.view.small_multiples import strategy_styles
-from circuitlens.view.theme import figure
+from circuitlens.view.small_multiples import below, panels, strategy_styles
 from figures.speech_world import speech_task, text_task, train_from_scratch
 
 HERE = Path(__file__).parent
@@ -122,51 +121,62 @@ def keep_numbers(result: cl.TransferResult, folder: Path) -> None:
 
 
 def draw(table: pd.DataFrame) -> go.Figure:
-    """Word accuracy on the speech of both domains, with and without the limit; means over seeds."""
-    fig = figure("", height=430)
-    styles = strategy_styles(STRATEGIES)
-    before = 100 * table[table["strategy"] == "before"][["source speech", "target speech"]].mean()
-    fig.add_scatter(
-        x=[before["source speech"]],
-        y=[before["target speech"]],
-        mode="markers",
-        name="before",
-        marker={"symbol": "cross-thin", "size": 12, "line": {"width": 2}},
+    """Word accuracy on the speech of both domains, with and without the limit; a dot per seed."""
+    measures = ("target speech", "source speech")
+    fig = panels(
+        [f"{measure}: word accuracy, %" for measure in measures],
+        columns=2,
+        panel=44 * len(STRATEGIES),
+        legend=2,
+        bottom=0,
     )
-    for strategy in STRATEGIES:
-        own = table[table["strategy"] == strategy]
-        points = []
-        for bound in (False, True):
-            part = (
-                100 * own[own["keep_monitor"].notna() == bound][["source speech", "target speech"]]
-            )
-            points.append((part.mean(), part.std()))
-        style = styles[strategy]
+    styles = strategy_styles(STRATEGIES)
+    for column, measure in enumerate(measures, start=1):
+        before = 100 * table.loc[table["strategy"] == "before", measure].mean()
         fig.add_scatter(
-            x=[mean["source speech"] for mean, _ in points],
-            y=[mean["target speech"] for mean, _ in points],
-            error_y={
-                "array": [sd["target speech"] for _, sd in points],
-                "width": 2,
-                "thickness": 1,
-            },
-            error_x={
-                "array": [sd["source speech"] for _, sd in points],
-                "width": 2,
-                "thickness": 1,
-            },
-            mode="markers+lines",
-            name=strategy,
-            line={"color": style.colour, "dash": "dot", "width": 1},
-            marker={
-                "symbol": [f"{style.symbol}-open", style.symbol],
-                "color": style.colour,
-                "size": 9,
-            },
+            x=[before, before],
+            y=[-0.6, len(STRATEGIES) - 0.4],
+            mode="lines",
+            line={"dash": "dash", "width": 1, "color": "#555"},
+            showlegend=False,
+            row=1,
+            col=column,
         )
-    fig.update_xaxes(title="source speech kept: word accuracy, %", range=[0, 104])
-    fig.update_yaxes(title="target speech: word accuracy, %", range=[0, 104])
-    fig.update_layout(legend={"title": "open: chosen by text alone<br>filled: source speech kept"})
+        for strategy in STRATEGIES:
+            own = table[table["strategy"] == strategy]
+            colour, symbol = styles[strategy]
+            for bound, shift in ((False, 0.16), (True, -0.16)):
+                values = 100 * own.loc[own["keep_monitor"].notna() == bound, measure]
+                place = STRATEGIES[::-1].index(strategy) + shift
+                style = {"color": colour, "symbol": symbol if bound else f"{symbol}-open"}
+                about = {"showlegend": False, "mode": "markers", "hoverinfo": "x"}
+                fig.add_scatter(
+                    x=values,
+                    y=[place] * len(values),
+                    marker={**style, "size": 5, "opacity": 0.6},
+                    **about,
+                    row=1,
+                    col=column,
+                )
+                fig.add_scatter(
+                    x=[values.mean()], y=[place], marker={**style, "size": 11}, **about, row=1,
+                    col=column,
+                )  # fmt: skip
+    for name, symbol in (("chosen by text alone", "circle-open"), ("source speech kept", "circle")):
+        fig.add_scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            name=name,
+            marker={"symbol": symbol, "color": "#555"},
+        )
+    fig.update_xaxes(range=[0, 104])
+    fig.update_yaxes(
+        range=[-0.6, len(STRATEGIES) - 0.4],
+        tickvals=list(range(len(STRATEGIES))),
+        ticktext=STRATEGIES[::-1],
+    )
+    fig.update_layout(legend=below("large: mean of three seeds; dashed: before"))
     return fig
 
 
@@ -193,7 +203,7 @@ def main() -> None:
         pd.DataFrame(rows).to_csv(FOLDER / "table.csv", index=False)
     table = pd.read_csv(FOLDER / "table.csv")
     print(summary(table).to_string())
-    cl.view.export(draw(table), IMAGES / "speech.svg", width="column")
+    cl.view.export(draw(table), IMAGES / "speech.svg", width="page")
     results = [cl.TransferResult.load(path) for path in sorted((FOLDER / "unbound").iterdir())]
     curves = cl.view.training_curves(results)
     cl.view.export(curves, IMAGES / "speech-training.svg", width="page")

@@ -96,7 +96,9 @@ def test_text_prompts_are_those_of_the_language_model_alone(kind):
     torch.testing.assert_close(found[:1], said.logits[:1, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name", [FEW[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FEW[1:])]
+)
 def test_heads_are_ablated_and_scored_on_media(name):
     """The exact effect of a head is that of holding it at its mean in the Hugging Face model."""
     if name == "llava":
@@ -267,6 +269,7 @@ def test_several_words_and_replay_mix_text_and_media():
     torch.testing.assert_close(model.hf_logits(taken.batch([0])), apart[1:])
 
 
+@pytest.mark.slow
 def test_counterfactual_sounds_stand_in_as_their_own():
     plain, rows = media_task("qwen2-audio"), {}
     pools = {name: plain[name] for name in ("validation", "test")}

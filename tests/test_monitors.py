@@ -65,6 +65,7 @@ def test_a_monitor_is_measured_before_and_after_every_epoch_and_kept(start, tmp_
     assert Front.from_dict(result.front.to_dict()).monitors == ("distance", "source")
 
 
+@pytest.mark.slow
 def test_without_monitors_results_are_as_before(start):
     model, circuit, task = start
     result = cl.transfer(model, circuit, task, source=task, **OPTIONS)
@@ -75,7 +76,7 @@ def test_without_monitors_results_are_as_before(start):
     assert [p.target for p in result.front.points] == [p.target for p in watched.front.points]
 
 
-@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize("with_source", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_limit_binds_epoch_and_alpha(start, with_source):
     model, circuit, task = start
     options = {**OPTIONS, "source": task if with_source else None, "strategy": "full"}
