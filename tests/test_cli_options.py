@@ -132,7 +132,7 @@ def test_settings_come_back_from_json_those_of_older_runs_too():
 
 
 def test_what_is_no_field_is_refused():
-    with pytest.raises(TypeError, match="no argument 'epoch'; of training there are learning_rate"):
+    with pytest.raises(TypeError, match="no argument 'epoch'; training options are learning_rate"):
         TRANSFER.updated({"epoch": 3})
     with pytest.raises(cl.InputError, match="bf16 must be True or False"):
         unchecked(TrainingOptions, 1e-3, bf16="yes")

@@ -1,6 +1,6 @@
-"""Numbers that are watched while a model is trained, and that may bind what is chosen.
+"""Numbers that are watched while a model is trained, and that may limit what is chosen.
 
-A speech model that is adapted with text must go on hearing; Fang et al. (arXiv 2506.05671) stop
+A speech model that is adapted with text must still hear; Fang et al. (arXiv 2506.05671) stop
 their training by such a number, taken while it runs. A monitor is measured before the training,
 after every epoch and at every α. With a limit, only epochs, rates and α are chosen that lose at
 most so much of it.
@@ -48,7 +48,7 @@ class Watch:
         """The number for a model.
 
         Raises:
-            InputError: if it is no finite number.
+            InputError: if it is not a finite number.
         """
         training = model.hf.training
         model.hf.eval()
@@ -79,8 +79,8 @@ def watches_of(
     """The monitors that were asked for; tasks are encoded once, on their validation split.
 
     Raises:
-        InputError: for what is neither a task nor callable, a name that is no monitor's, or a
-            limit that is negative or not finite.
+        InputError: for anything that is neither a task nor callable, for a name that no monitor has,
+            or for a limit that is negative or not finite.
     """
     named = _named(monitor)
     limits = limits_of(keep_monitor, list(named))

@@ -120,12 +120,12 @@ class TrainingOptions:
 
         Raises:
             InputError: for a value that no training could work with.
-            TypeError: for what is no field.
+            TypeError: for anything that is not a field.
         """
         known = [field.name for field in fields(self)]
         if unknown := [name for name in changes if name not in known]:
             raise TypeError(
-                f"There is no argument {unknown[0]!r}; of training there are {', '.join(known)}."
+                f"There is no argument {unknown[0]!r}; training options are {', '.join(known)}."
             )
         return replace(self, **changes)
 
@@ -158,7 +158,7 @@ def training_tries(
 
     Raises:
         InputError: for settings that no transfer could work with.
-        TypeError: for what is no field.
+        TypeError: for anything that is not a field.
     """
     options = (training or TRANSFER).updated(changes)
     if learning_rates is None:
@@ -175,7 +175,7 @@ def training_tries(
 
 
 def check_replay(replay: float) -> None:
-    """Refuse a number of source examples that cannot be.
+    """Reject an impossible number of source examples.
 
     Raises:
         InputError: if it is negative or not finite.
@@ -202,10 +202,10 @@ def replays_of(replay: float | Iterable[float | int]) -> tuple[float, ...]:
 
 
 def check_keep_source(keep_source: float | None) -> None:
-    """Refuse a loss of source accuracy that cannot be.
+    """Reject an impossible loss of source accuracy.
 
     Raises:
-        InputError: if it is no share.
+        InputError: if it is not a share.
     """
     if keep_source is None:
         return
@@ -259,7 +259,7 @@ class TrainingLog:
             its limit. Empty without validation.
         best: the entry whose weights were kept.
         steps: optimiser steps taken.
-        seconds: that it took, in all processes that went on with it.
+        seconds: that it took, in all processes that continued it.
         forward, backward: prompts that went through the model, validation too, in all of these.
     """
 

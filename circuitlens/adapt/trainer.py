@@ -126,7 +126,7 @@ class LabelTrainer(Trainer):
         except NotFiniteError as error:
             logger.warning("Training stops: %s", error)
             self.control.should_training_stop = True
-            # Nobody could go on from there.
+            # Nothing could continue from there.
             self.control.should_save = False
             return {}
         finally:

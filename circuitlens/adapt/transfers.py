@@ -152,8 +152,8 @@ def transfer(
         Numbers, trained tensors, ``result.front`` (target and source on validation for every rate,
         amount of replay and α, if there is a source), and ``result.model``, which is the model that
         validation saw. If ``model`` is in 16 bits, the trained tensors are float32 all the same:
-        an adapter stays beside the weights (:func:`circuitlens.merge` merges it and says what that
-        changes), and strategies that train the weights themselves make the whole copy float32.
+        an adapter stays alongside the weights (:func:`circuitlens.merge` merges it and says what
+        that changes), and strategies that train the weights themselves make the whole copy float32.
 
     Raises:
         InputError: for an unknown strategy, missing scores, a circuit or scores of another model,
@@ -352,7 +352,7 @@ def _pair(before: float | None, after: float | None) -> tuple[float, float] | No
 
 
 def check_circuit(model: HookedModel, circuit: Circuit) -> None:
-    """Refuse a circuit of a model with another number of layers or heads, or without any head.
+    """Reject a circuit of a model with another number of layers or heads, or without any head.
 
     Raises:
         InputError: naming both sizes.
@@ -366,7 +366,7 @@ def check_circuit(model: HookedModel, circuit: Circuit) -> None:
 
 
 def check_scores(model: HookedModel, scores: HeadScores | None) -> None:
-    """Refuse scores of a model with another number of layers or heads.
+    """Reject scores of a model with another number of layers or heads.
 
     Raises:
         InputError: naming both sizes.
@@ -382,14 +382,14 @@ def check_scores(model: HookedModel, scores: HeadScores | None) -> None:
 
 
 def check_kv_policy(kv_policy: str) -> None:
-    """Refuse a misspelt policy, also where a strategy does not need one.
+    """Reject a misspelt policy, also where a strategy does not need one.
 
     Raises:
         InputError: naming those there are.
     """
     if kv_policy not in get_args(KVPolicy):
         raise InputError(
-            f"There is no kv_policy {kv_policy!r}; known are {', '.join(get_args(KVPolicy))}."
+            f"There is no kv_policy {kv_policy!r}; use one of {', '.join(get_args(KVPolicy))}."
         )
 
 

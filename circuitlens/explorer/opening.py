@@ -49,7 +49,7 @@ def explore(
         scores: one or several, told apart by their method or by the names of a mapping; with a
             model they may be left out, for the explorer computes the cheap methods itself.
         circuit: to begin with; empty if left out.
-        curve: its faithfulness is drawn beside the circuit.
+        curve: its faithfulness is drawn alongside the circuit.
         n_examples: held-out examples, drawn at random in each language, that examples are chosen
             from and that ablation and faithfulness are measured on. More take longer.
         mode: ``"light"``, ``"dark"``, or ``"auto"`` for that of the notebook, and where it has
@@ -120,7 +120,7 @@ def _check_sizes(
     circuit: Circuit | None,
     curve: FaithfulnessCurve | None,
 ) -> None:
-    """Refuse results of a model of another size than ``shape``."""
+    """Reject results of a model of another size than ``shape``."""
     right = f"{whose} {shape[0]} layers of {shape[1]} heads"
     grids = [(f"The scores {name!r} are", s.n_layers, s.n_heads) for name, s in scores.items()]
     if circuit is not None:

@@ -137,7 +137,7 @@ class Probe:
             n_examples: size of the sample in each language.
             max_score_examples: most examples on which :meth:`scores` scores heads.
             seed: of the sample and of bootstrap intervals.
-            seen: ids that may not be in a sample, beside those of the baseline.
+            seen: ids that may not be in a sample, in addition to those of the baseline.
 
         Raises:
             InputError: if the baseline is of another model or task, or ``n_examples`` is not

@@ -128,7 +128,7 @@ class Explorer(anywidget.AnyWidget):
             edits += [f"- {head}" for head in sorted(set(start) - set(heads))]
             how += f", from ({start.selection}): {', '.join(edits)}"
         elif shown is not None:
-            how += f", beside the scores of {self.method}"
+            how += f", alongside the scores of {self.method}"
         origin = start.provenance if start is not None else None
         origin = origin or (shown.provenance if shown is not None else None)
         return Circuit(tuple(heads), *self._shape, how, origin)
@@ -152,7 +152,7 @@ class Explorer(anywidget.AnyWidget):
             self.send({**echo, "ok": True, **reply}, data)
 
     def answer(self, content: Mapping[str, Any]) -> Reply:
-        """Answer a question of the browser: a message for JSON, and binary data beside it.
+        """Answer a question of the browser: a message for JSON, and binary data with it.
 
         Raises:
             InputError: if it cannot be answered, or only with a model and there is none.

@@ -1,4 +1,4 @@
-"""Building the hooked view on the tensors of the Hugging Face model, and mending what is off.
+"""Building the hooked view on the tensors of the Hugging Face model, and correcting what is off.
 
 ``TransformerBridge`` rewires the module tree it is given, so it gets a structural copy: new
 modules around the same parameters and buffers. Three things are then put right:

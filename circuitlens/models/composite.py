@@ -40,7 +40,7 @@ class Composite:
 
     Attributes:
         whole: the composite; read it by :attr:`circuitlens.HookedModel.whole`, which follows
-            what an adapter put in the place of modules.
+            what an adapter put in place of modules.
         processor: turns text with sounds and images into what ``whole`` takes.
         checked: kinds of media for which the language model was compared with ``whole``.
     """

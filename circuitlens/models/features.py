@@ -1,4 +1,4 @@
-"""What stands in the place of embeddings: an encoder's features of sounds and images."""
+"""What replaces embeddings: an encoder's features of sounds and images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Features", "replaced", "replacing"]
 
 
 class Features(NamedTuple):
-    """What stands in the place of embeddings.
+    """What replaces embeddings.
 
     Attributes:
         values: output of encoder and projector; 0 where tokens have their own embedding.

@@ -54,12 +54,12 @@ class HookedModel(Shortened):
         hf: the pristine Hugging Face model; train it, save it, hand it to any other library. Of a
             speech or vision model it is the language model inside, on the same weights.
         adapter: a PEFT model around ``hf``, if a transfer on weights in 16 bits keeps what it
-            trained beside them. Hooks and files need :func:`circuitlens.merge`.
+            trained alongside them. Hooks and files need :func:`circuitlens.merge`.
         name: name or folder it was loaded from.
         origin: where the weights come from, ``"hub"`` (as ``name`` stands there), ``"folder"``,
             ``"memory"`` or a revision; or what changed them since, ``"fine-tuned"`` or
             ``"adapted"``. Set it if you change them yourself: model cards say what it says.
-        labels: names given to the classes of a classification head, in the place of its own.
+        labels: names given to the classes of a classification head, in place of its own.
         new: names of weights that were not in the checkpoint, such as those of a new head, and
             were not trained since.
         prompt: what the model was last trained to answer, if that is known; saved with it.
@@ -137,7 +137,7 @@ class HookedModel(Shortened):
     def _hooked_view(self) -> tuple[Any, HeadGeometry, Wiring]:
         if self.adapter is not None:
             raise InputError(
-                f"{self!r} keeps an adapter beside its weights, where hooks do not reach: merge it "
+                f"{self!r} keeps an adapter alongside its weights, where hooks do not reach: merge it "
                 "first, cl.merge(model, task).model."
             )
         if self._view is None or not self._view[2].holds(self.hf):
@@ -190,7 +190,7 @@ class HookedModel(Shortened):
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Tokens as text that people can read, whatever the script and the vocabulary.
 
-        A letter that is split between tokens stands in each of them, numbered.
+        A letter that is split between tokens appears in each of them, numbered.
         """
         return token_texts(self.tokenizer, ids)
 
@@ -415,11 +415,11 @@ class HookedModel(Shortened):
         Of a speech or vision model the whole is written, with its processor.
 
         Raises:
-            InputError: if the model keeps an adapter beside its weights.
+            InputError: if the model keeps an adapter alongside its weights.
         """
         if self.adapter is not None:
             raise InputError(
-                f"{self!r} keeps an adapter beside its weights: save the transfer, result.save(…), "
+                f"{self!r} keeps an adapter alongside its weights: save the transfer, result.save(…), "
                 "or merge the adapter first, cl.merge(model, task).model.save(…)."
             )
         write_weights(self.whole, Path(folder), self.labels)

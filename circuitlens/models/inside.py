@@ -118,7 +118,7 @@ def check_alike(whole: PreTrainedModel, hf: PreTrainedModel) -> None:
     if mine.shape != theirs.shape or not close(mine, theirs):
         raise UnsupportedModelError(
             f"The language model inside {type(whole).__name__} gives other logits for text than "
-            f"the whole does: it is no {type(hf).__name__} with something around it."
+            f"the whole does: it is not a {type(hf).__name__} with something around it."
         )
 
 

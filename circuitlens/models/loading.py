@@ -51,7 +51,7 @@ def load_model(
     processor: Any = None,
     **options: Any,
 ) -> HookedModel:
-    """Load a whole model: see :func:`circuitlens.load`, which opens adapters besides."""
+    """Load a whole model: see :func:`circuitlens.load`, which also opens adapters."""
     where, kind = find_device(device), find_dtype(dtype)
     names = tuple(labels.labels if isinstance(labels, HasLabels) else labels)
     if isinstance(model, HookedModel):
@@ -122,7 +122,7 @@ def _hooked(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot work before anything is loaded.
+    """Reject what cannot work before anything is loaded.
 
     Raises:
         InputError: naming the option and the reason.
@@ -141,7 +141,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_one_device(hf: PreTrainedModel) -> None:
-    """Refuse a model whose weights are on several devices, or nowhere.
+    """Reject a model whose weights are on several devices, or nowhere.
 
     Raises:
         InputError: naming the devices.
@@ -160,7 +160,7 @@ def _check_one_device(hf: PreTrainedModel) -> None:
 
 
 def _check_classifier(model: HookedModel, names: Sequence[str]) -> None:
-    """Refuse names of classes for a model in memory that has none, or another number.
+    """Reject names of classes for a model in memory that has none, or another number.
 
     Raises:
         InputError: saying what to give.
@@ -178,10 +178,10 @@ def _check_classifier(model: HookedModel, names: Sequence[str]) -> None:
 
 
 def _check_padding(model: HookedModel, *, loaded: bool) -> None:
-    """See to it that a decoder's classification head can tell what is padding.
+    """Make sure that a decoder's classification head can tell what is padding.
 
     Raises:
-        InputError: if it cannot, or the head is none of classes.
+        InputError: if it cannot, or if the head does not score classes.
     """
     if not model.family.is_classifier:
         return

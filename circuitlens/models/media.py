@@ -1,6 +1,6 @@
 """Sounds and images in prompts: reading them, and telling them apart.
 
-A field of a prompt template that is called ``audio`` or ``image`` is no text for a model that has
+A field of a prompt template that is called ``audio`` or ``image`` is not text for a model that has
 an encoder for it (:mod:`circuitlens.models.composite`).
 """
 
@@ -119,7 +119,7 @@ class Audio:
             import soundfile
         except ImportError as error:
             raise InputError(
-                f"{where} is no WAV file, and other formats need the package soundfile: install "
+                f"{where} is not a WAV file, and other formats need the package soundfile: install "
                 "it (pip install soundfile), or convert the file to WAV."
             ) from error
         try:

@@ -42,7 +42,7 @@ class Shortened(Views):
         """Let forward passes in this block begin at ``layer``, which is given ``residual``.
 
         With ``z`` (where :attr:`takes_z`) the heads of that layer are not computed either: these
-        are their outputs, to which the hook of z is applied as ever.
+        are their outputs, to which the hook of z is applied as usual.
 
         The blocks below pass their input through uncomputed. (TransformerLens' own
         ``start_at_layer`` replaces the residual stream too, but still computes them.)

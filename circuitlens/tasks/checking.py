@@ -15,7 +15,7 @@ __all__ = ["check_examples"]
 def check_examples(
     examples: Sequence[Example], prompt: Prompt, labels: Collection[str], where: str
 ) -> None:
-    """Refuse examples that a task cannot ask about.
+    """Reject examples that a task cannot ask about.
 
     Args:
         examples: to check.
