@@ -325,14 +325,14 @@ def predict(
     first = next(chunks(rows, 16 * batch_size), None)
     if first is None:
         raise InputError(f"{texts} contains no texts.")
-    from circuitlens.predicting import predict as label_texts
+    from circuitlens.predicting import predict as labelled
     from circuitlens.run_model import open_run
 
     model = open_run(folder, target, strategy, device)
     n = 0
     with table:
         for chunk in chain([first], chunks(rows, 16 * batch_size)):
-            found = label_texts(model, chunk, batch_size=batch_size, quiet=True)
+            found = labelled(model, chunk, batch_size=batch_size, folder=texts.parent, quiet=True)
             taken = {name: f"predicted {name}" for name in found if name in chunk[0]}
             added = found.rename(columns=taken).to_dict("records")
             table.add([{**row, **extra} for row, extra in zip(chunk, added, strict=True)])  # type: ignore[dict-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,10 +11,12 @@ import torch
 
 from circuitlens.errors import MODEL, InputError, check_types
 from circuitlens.models.hooked import HookedModel
+from circuitlens.models.media import MEDIA, media_value
 from circuitlens.models.prompt import Prompt
 from circuitlens.tasks import Example, Task
 from circuitlens.tasks.encoding import encode
 from circuitlens.tasks.evaluation import label_scores
+from circuitlens.tasks.media_fields import find_file
 
 __all__ = ["predict"]
 
@@ -24,6 +27,7 @@ def predict(
     prompt: Task | Prompt | None = None,
     *,
     batch_size: int = 64,
+    folder: Path | None = None,
     quiet: bool = False,
 ) -> pd.DataFrame:
     """Label new texts.
@@ -32,9 +36,11 @@ def predict(
         model: a model that does the task, such as ``result.model`` or what :func:`circuitlens.load`
             makes of a saved result, an adapter, or a fine-tuned model.
         texts: a text or several; where the prompt has several fields, a mapping of them for each
-            example, or a data frame with these columns.
+            example, or a data frame with these columns. Sounds and images as in examples of a task;
+            a string names a file.
         prompt: the task, or what it asks; by default what the model was trained to answer.
         batch_size: texts per forward pass; the result does not depend on it.
+        folder: where files of sounds and images are looked for before the working directory.
         quiet: no progress bar.
 
     Returns:
@@ -53,7 +59,7 @@ def predict(
             f"{model.name} does not say what it was asked: give the task, "
             "cl.predict(model, texts, task)."
         )
-    examples = _examples(texts, asked)
+    examples = _examples(texts, asked, folder, model.takes_media)
     encoded = encode(
         examples,
         model.tokenizer,
@@ -62,6 +68,7 @@ def predict(
         context=model.context,
         n_embeddings=model.n_embeddings,
         where="texts",
+        media=model,
     )
     scores = label_scores(model, encoded, batch_size=batch_size, quiet=quiet)
     labels = list(asked.labels)
@@ -71,7 +78,7 @@ def predict(
     return pd.DataFrame(found)
 
 
-def _examples(texts: Any, prompt: Prompt) -> list[Example]:
+def _examples(texts: Any, prompt: Prompt, folder: Path | None, takes_media: bool) -> list[Example]:
     fields = list(dict.fromkeys(prompt.fields))
     if isinstance(texts, str):
         texts = [texts]
@@ -98,9 +105,20 @@ def _examples(texts: Any, prompt: Prompt) -> list[Example]:
                     f"Text {number} has no field {name!r}, which the prompt needs; it has "
                     f"{', '.join(map(str, row))}."
                 )
+            if takes_media and name in MEDIA:
+                continue
             if not isinstance(row[name], str) or not row[name].strip():
                 raise InputError(
                     f"The {name} of text {number} is empty or no string ({row[name]!r}): remove it."
                 )
-        examples.append(Example(str(number), {name: row[name] for name in fields}, ""))
+        found = {name: row[name] for name in fields}
+        for name in set(MEDIA).intersection(fields) if takes_media else ():
+            value = found[name]
+            text = isinstance(value, str)
+            found[name] = (
+                find_file(value.strip(), folder)
+                if text
+                else media_value(name, value, f"Text {number}")
+            )
+        examples.append(Example(str(number), found, ""))
     return examples

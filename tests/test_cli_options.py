@@ -27,6 +27,8 @@ OF_A_RUN = {
     "model", "task", "baseline", "scores", "circuit", "examples", "checkpoints", "inplace",
     "quiet", "source", "strategy", "rows", "batch_size", "learning_rate", "languages", "out",
     "seeds", "training", "finetuning", "name", "language", "options", "tokenizer",
+    # What takes a model in memory, or a function.
+    "processor", "monitor", "keep_monitor",
 }  # fmt: skip
 OTHERWISE = {"strategy": "strategies", "language": "source"}
 

@@ -26,8 +26,9 @@ from helpers import unchecked
 from scipy.io import wavfile
 
 import circuitlens as cl
+from circuitlens.experiments import simple_rival
 from circuitlens.models.batch import margin
-from circuitlens.models.media import media_value
+from circuitlens.models.media import digest_of, media_value
 
 KINDS = list(MAKERS)
 # A quick one of every way in which the language model can be inside.
@@ -374,6 +375,9 @@ def test_sounds_as_libraries_give_them(form):
         (np.zeros(5, np.int16), RATE, "floats between -1 and 1"),
         (np.array([0.0, np.nan]), RATE, "NaN"),
         (np.zeros(5), 0, "rate"),
+        (np.zeros(5), None, "rate"),
+        (np.zeros(5), float("nan"), "rate"),
+        (np.array([0.0, 3000.0]), RATE, "divide them by their full scale"),
     ],
 )
 def test_sounds_that_are_none(samples, rate, says):
@@ -473,3 +477,118 @@ def test_an_encoder_decoder_is_refused():
     )
     with pytest.raises(cl.UnsupportedModelError):
         cl.load(model)
+
+
+# -- what a new user tried ------------------------------------------------------------------------
+
+
+def test_predict_hears(tmp_path):
+    model, task = composite("qwen2-audio"), media_task("qwen2-audio")
+    model.prompt = task.prompt
+    examples = task["test"][:3]
+    expected = evaluated(model, task, examples)
+    found = cl.predict(model, [dict(e.fields) for e in examples], quiet=True)
+    assert found["p(bad)"].tolist() == pytest.approx(expected, abs=1e-6)
+    sound = examples[0].fields["audio"]
+    wavfile.write(tmp_path / "a.wav", RATE, sound.samples)
+    text = {"text": examples[0].fields["text"]}
+    by_file = cl.predict(model, [{"audio": str(tmp_path / "a.wav"), **text}], quiet=True)
+    assert by_file["p(bad)"][0] == pytest.approx(expected[0], abs=1e-4)
+    beside = cl.predict(model, [{"audio": "a.wav", **text}], folder=tmp_path, quiet=True)
+    assert beside["p(bad)"][0] == by_file["p(bad)"][0]
+    with pytest.raises(cl.InputError, match="no file"):
+        cl.predict(model, [{"audio": "lost.wav", **text}], quiet=True)
+    with pytest.raises(cl.InputError, match="Text 1 has the audio int"):
+        cl.predict(model, [{"audio": 3, **text}], quiet=True)
+
+
+def evaluated(model, task, examples):
+    logits = model.hf_label_logits(task.encode(model, examples).batch(range(len(examples))))
+    return logits.double().softmax(1)[:, 0].tolist()
+
+
+def test_sounds_longer_than_the_encoder_hears_are_warned_of_once(caplog):
+    model, task = composite("qwen2-audio"), media_task("qwen2-audio")
+    long = cl.Audio(np.zeros(3 * RATE), RATE)
+    examples = [cl.Example(str(n), {"audio": long, "text": "one"}, "bad") for n in range(3)]
+    task.encode(model, task["test"][:3])
+    assert "hears the first" not in caplog.text
+    task.encode(model, examples)
+    assert caplog.text.count("hears the first 1 s of a sound") == 1
+    short = cl.Audio(np.zeros(50), RATE)
+    with pytest.raises(cl.InputError, match="too short"):
+        task.encode(model, [cl.Example("s", {"audio": short, "text": "one"}, "bad")])
+
+
+def test_the_encoder_has_no_dropout_whatever_mode_it_is_in():
+    model, task = composite("qwen2-audio"), media_task("qwen2-audio")
+    tower = model.whole.model.audio_tower
+    tower.dropout = tower.layers[0].dropout = 0.5
+    first = task.encode(model, "test").features[0].values
+    model.whole.train()
+    again = task.encode(model, "test").features[0].values
+    assert torch.equal(first, again)
+    assert model.whole.training
+
+
+def test_images_are_what_is_in_them(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 4), dtype=np.uint8)
+    clear = images.fromarray(pixels)
+    clear.save(tmp_path / "x.png")
+    model = composite("llava")
+    ids = model.tokenizer("<image> one ->")["input_ids"]
+    given = (tmp_path / "x.png", clear, clear.convert("RGB"))
+    a, b, c = (model.features(ids, {"image": value})[1].values for value in given)
+    assert torch.equal(a, b)
+    assert torch.equal(b, c)
+    assert len({digest_of("image", value) for value in given}) == 1
+    palettes = []
+    for n in range(3):
+        picture = images.new("P", (4, 4))
+        picture.putpalette([n, n, n] * 256)
+        palettes.append(digest_of("image", picture))
+    assert len(set(palettes)) == 3
+    for wrong in (pixels / 255, pixels.transpose(2, 0, 1).astype(np.int64)):
+        with pytest.raises(cl.InputError, match="Row 7: An image is an array of bytes"):
+            media_value("image", wrong, "Row 7")
+
+
+def test_a_sound_is_the_same_from_a_file_and_in_memory(tmp_path):
+    sound = medium("qwen2-audio", 3)
+    wavfile.write(tmp_path / "a.wav", RATE, sound.samples)
+    assert digest_of("audio", tmp_path / "a.wav") == digest_of("audio", sound)
+
+
+def test_captions_called_image_are_text_however_long():
+    rows = [
+        {"image": f"{'a caption ' * 40}{n}", "label": ("bad", "good")[n % 2]} for n in range(80)
+    ]
+    task = cl.Task.from_records(rows, template="{image} ->")
+    assert task["test"][0].text.startswith("a caption")
+
+
+def test_n_grams_of_sounds_alone_are_the_majority():
+    task = media_task("qwen2-audio")
+    silent = replace(task, template="{audio} ->", pools=task.pools.__class__(
+        *[tuple(replace(e, fields={"audio": e.fields["audio"]}) for e in task[pool])
+          for pool in ("pool_a", "pool_b", "validation", "test")]))  # fmt: skip
+    both = [simple_rival(silent, name).result for name in ("majority", "n-grams")]
+    assert both[0].counts == both[1].counts
+
+
+def test_a_model_of_a_class_of_ones_own_is_saved_whole_and_says_how_to_load_it(tmp_path):
+    model = composite("ultravox-like")
+    model.save(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").is_file()
+    with pytest.raises(cl.InputError, match="saved as a Around, a class that transformers does"):
+        cl.load(tmp_path)
+    again = type(model.whole).from_pretrained(tmp_path)
+    loaded = cl.load(again, processor=model.composite.processor)
+    assert loaded.fingerprint() == model.fingerprint()
+
+
+def test_a_processor_that_is_none_is_refused():
+    for wrong in ("name", tokenizer()):
+        with pytest.raises(cl.InputError, match="processor is a"):
+            cl.load(composite("qwen2-audio").whole, processor=wrong)

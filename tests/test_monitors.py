@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import shortened, small
 
 import circuitlens as cl
 from circuitlens.adapt.front import Front
-from circuitlens.adapt.monitors import _measure
+from circuitlens.adapt.monitors import _measure, limits_of
 from circuitlens.view.training import history_frame
 
 OPTIONS = {"learning_rates": [3e-3, 1e-2], "epochs": 3, "quiet": True}
@@ -151,6 +153,7 @@ def test_arguments_that_cannot_be(start):
     # What type checks of the tests would not let through.
     with pytest.raises(cl.InputError, match="The monitor 'x' is 3"):
         inspect.unwrap(_measure)(model, "x", 3)
+    assert inspect.unwrap(limits_of)(np.float32(0.5), ["x"]) == {"x": 0.5}
 
 
 def test_a_killed_training_resumes_with_its_monitors(start, tmp_path):
@@ -188,3 +191,42 @@ def test_monitors_are_drawn_from_before_the_training(start):
     frame = history_frame(result)
     assert frame["epoch"].tolist()[0] == 0
     assert frame["monitor: sound & <b>"].tolist() == [0.5] * len(frame)
+
+
+def test_a_task_of_the_same_name_is_another_monitor(start, tmp_path):
+    model, circuit, task = start
+    other = replace(task, pools=replace(task.pools, validation=task["validation"][:30]))
+    options = {**OPTIONS, "learning_rates": [1e-2], "checkpoints": tmp_path}
+    cl.transfer(model, circuit, task, monitor={"x": task}, **options)
+    with pytest.raises(cl.InputError, match="monitors"):
+        cl.transfer(model, circuit, task, monitor={"x": other}, **options)
+
+
+def test_what_a_monitor_does_to_the_model_is_undone(start):
+    model, circuit, task = start
+
+    def rough(now):
+        now.hf.train()
+        now.whole.requires_grad_(False)
+        return np.float32(1.0)
+
+    plain = cl.transfer(model, circuit, task, **OPTIONS)
+    result = cl.transfer(model, circuit, task, monitor=rough, keep_monitor=0.1, **OPTIONS)
+    assert result.monitored["rough"] == (1.0, 1.0)
+    assert not result.model.hf.training
+    assert result.history[0]["accuracy"] == plain.history[0]["accuracy"]
+
+
+def test_an_error_in_a_monitor_says_where_it_came_from(start):
+    model, circuit, task = start
+    with pytest.raises(ZeroDivisionError) as caught:
+        cl.transfer(model, circuit, task, monitor={"wer": lambda now: 1 / 0}, **OPTIONS)
+    assert "monitor 'wer'" in caught.value.__notes__[0]
+    with pytest.raises(cl.InputError, match=r"such as its \.accuracy"):
+        cl.transfer(
+            model,
+            circuit,
+            task,
+            monitor=lambda m: cl.evaluate(m, task, "test", quiet=True),
+            **OPTIONS,
+        )

@@ -298,8 +298,8 @@ def test_training_curves_have_a_row_a_language_and_a_line_a_seed(comparison):
     assert {t.yaxis for t in lines} == {"y", "y2", "y3", "y4"}
     assert (fig.layout.yaxis3.matches, fig.layout.yaxis4.matches) == ("y", "y2")
     assert [a.text for a in fig.layout.annotations][2:] == [
-        f"{SAFE}: accuracy, %",
-        f"{SAFE}: margin, logits",
+        f"{SAFE}:<br>accuracy, %",
+        f"{SAFE}:<br>margin, logits",
     ]
     frame = history_frame(comparison)
     assert len(frame) == 12 * 4

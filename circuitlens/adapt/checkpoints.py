@@ -70,7 +70,7 @@ class Checkpoints:
         }
         if watches:
             # Of a function there is only the name to go by.
-            mine["monitors"] = [[watch.name, watch.keep] for watch in watches]
+            mine["monitors"] = [[w.name, w.keep, w.identity] for w in watches]
         if not file.is_file():
             write_json(file, _TRAINING, mine, sealed=True)
             return

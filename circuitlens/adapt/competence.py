@@ -79,9 +79,9 @@ def finetune(
     if chance:
         raise CompetenceError(
             f"After fine-tuning, {model.name} answers {log.best['accuracy']:.1%} of the "
-            f"{task.full_name} validation split, which is near chance (the most "
-            f"frequent label has {majority:.1%}), so a circuit would be noise: train longer, "
-            "change the learning rate, or give more data.",
+            f"{len(validation)} examples of the {task.full_name} validation split, which cannot be "
+            f"told from chance (the most frequent label has {majority:.1%}), so a circuit would be "
+            "noise: train longer, change the learning rate, or give more data.",
             trained,
         )
     return trained

@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from torch import nn
 
 from circuitlens.errors import InputError
+from circuitlens.models.freezing import evaluating
 from circuitlens.models.hooked import HookedModel
 from circuitlens.tasks import Task
 from circuitlens.tasks.evaluation import evaluate_encoded
@@ -37,12 +40,14 @@ class Watch:
         measure: gives the number for a model; larger is better.
         keep: how much of it may be lost; ``None`` watches only.
         least: the smallest value that may be chosen, once the start is known.
+        identity: what tells it from another one of that name; of a function nothing does.
     """
 
     name: str
     measure: Measure
     keep: float | None = None
     least: float = -math.inf
+    identity: str = ""
 
     def value(self, model: HookedModel) -> float:
         """The number for a model.
@@ -50,19 +55,28 @@ class Watch:
         Raises:
             InputError: if it is not a finite number.
         """
-        training = model.hf.training
-        model.hf.eval()
+        whole = cast(nn.Module, model.whole)
+        wanted = [(p, p.requires_grad) for p in {*whole.parameters(), *model.hf.parameters()}]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(whole), evaluating(model.hf):
                 found: Any = self.measure(model)
+        except Exception as error:
+            error.add_note(f"This came from the monitor {self.name!r}.")
+            raise
         finally:
-            model.hf.train(training)
-        if isinstance(found, torch.Tensor) and found.numel() == 1:
-            found = found.item()
+            for parameter, trained in wanted:
+                parameter.requires_grad_(trained)
+        # Scalars of numpy and torch.
+        if getattr(found, "size", None) == 1 or isinstance(found, torch.Tensor):
+            found = found.item() if isinstance(found, np.generic | np.ndarray) else found
+            found = (
+                found.item() if isinstance(found, torch.Tensor) and found.numel() == 1 else found
+            )
         if not isinstance(found, Real) or not math.isfinite(found):
+            hint = ", such as its .accuracy" if hasattr(found, "accuracy") else ""
             raise InputError(
                 f"The monitor {self.name!r} gave {found!r}: return a finite number, larger where "
-                "the model is better."
+                f"the model is better{hint}."
             )
         return float(found)
 
@@ -79,13 +93,19 @@ def watches_of(
     """The monitors that were asked for; tasks are encoded once, on their validation split.
 
     Raises:
-        InputError: for anything that is neither a task nor callable, for a name that no monitor has,
-            or for a limit that is negative or not finite.
+        InputError: for anything that is neither a task nor callable, for a name that no monitor
+            has, or for a limit that is negative or not finite.
     """
     named = _named(monitor)
     limits = limits_of(keep_monitor, list(named))
     return tuple(
-        Watch(name, _measure(model, name, what), limits.get(name)) for name, what in named.items()
+        Watch(
+            name,
+            _measure(model, name, what),
+            limits.get(name),
+            identity=what.fingerprint() if isinstance(what, Task) else "",
+        )
+        for name, what in named.items()
     )
 
 
@@ -132,7 +152,8 @@ def limits_of(
             f"keep_monitor names {other[0]!r}, but the monitors are {', '.join(names)}."
         )
     for name, limit in keep_monitor.items():
-        if not isinstance(limit, float | int) or not 0 <= limit < math.inf:
+        number: Any = limit
+        if not isinstance(number, Real) or not 0 <= float(number) < math.inf:
             raise InputError(
                 f"keep_monitor is how much of {name!r} may be lost, a number of at least 0 in its "
                 f"own units, but is {limit!r}."

@@ -142,8 +142,8 @@ def transfer(
         training: how to train. Weight decay of an adapter pulls its own weights to zero, and so
             the model to where it began.
         checkpoints: folder for the state of every training after every epoch: a call that was
-            killed resumes when it is repeated with the same arguments. Remove the folder once the
-            result is saved.
+            killed resumes when it is repeated with the same arguments (of a monitor that is a
+            function, the name is all that is compared). Remove the folder once the result is saved.
         quiet: no progress bar.
         options: fields of :class:`circuitlens.adapt.options.TrainingOptions`, which replace those
             of ``training``: ``epochs``, ``batch_size``, ``seed`` (for everything random) and so on.

@@ -61,7 +61,7 @@ def simple_rival(task: Task, name: str = "n-grams") -> SimpleRival:
         task: in the target language.
         name: ``"majority"``, the most frequent label of pool B; or ``"n-grams"``, logistic
             regression on TF-IDF weights of words (1 to 2) and of characters (2 to 5), whose
-            strength validation chooses.
+            strength validation chooses. Of prompts without text nothing is left but the majority.
 
     Raises:
         InputError: for another name.
@@ -72,8 +72,9 @@ def simple_rival(task: Task, name: str = "n-grams") -> SimpleRival:
     pools = {pool: task[pool] for pool in ("pool_b", "validation", "test")}
     gold = {pool: [labels.index(e.label) for e in examples] for pool, examples in pools.items()}
     counts = Counter(gold["pool_b"])
-    # Of one label there is nothing to fit.
-    if name == "majority" or len(counts) == 1:
+    # Of one label, or of sounds without any text, there is nothing to fit.
+    silent = not any(e.texts for e in pools["pool_b"])
+    if name == "majority" or len(counts) == 1 or silent:
         shares = np.array([counts[i] for i in range(len(labels))]) / len(gold["pool_b"])
         scores = {pool: np.tile(_log(shares), (len(pools[pool]), 1)) for pool in pools}
         n_features = 1

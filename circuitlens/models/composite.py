@@ -13,9 +13,9 @@ causal language model that it is, on the modules of the composite itself:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ from transformers import PreTrainedModel
 
 from circuitlens.errors import InputError, UnsupportedModelError, first_line
 from circuitlens.models.features import Features, replacing
+from circuitlens.models.freezing import evaluating
 from circuitlens.models.inside import close, parts, places
-from circuitlens.models.media import Audio, load_image
+from circuitlens.models.media import opened
 
 __all__ = ["Composite"]
+
+logger = logging.getLogger(__name__)
 
 
 class _CapturedError(Exception):
@@ -164,12 +167,11 @@ class Composite:
         """Tokens that stand for a sound or image, and what the encoder takes of it."""
         text = [self.placeholder(name)]
         if name == "audio":
-            sound = Audio.load(value) if isinstance(value, Path) else value
             rate = self.rate()
-            arguments: dict[str, Any] = {"audio": [sound.at(rate)], "sampling_rate": rate}
+            samples = opened(name, value).at(rate)
+            arguments: dict[str, Any] = {"audio": [samples], "sampling_rate": rate}
         else:
-            image = load_image(value) if isinstance(value, Path) else value
-            arguments = {"images": [image]}
+            arguments = {"images": [opened(name, value)]}
         try:
             found = dict(self.processor(text=text, return_tensors="pt", **arguments))
         except Exception as error:  # what processors raise is up to them
@@ -180,6 +182,13 @@ class Composite:
         ids = found.pop("input_ids")[0].tolist()
         found.pop("attention_mask", None)
         token = self._token(name)
+        if name == "audio":
+            self._warn_of_cut(len(samples), found.get("input_features"), where)
+            if token not in ids:
+                raise InputError(
+                    f"The sound of {where} is too short ({len(samples) / rate:.3g} s): the "
+                    "processor makes nothing of it; leave the example out."
+                )
         if token not in ids:
             raise UnsupportedModelError(
                 f"The processor {type(self.processor).__name__} gives no token "
@@ -189,6 +198,25 @@ class Composite:
         for key in [key for key in found if key.endswith("token_type_ids")]:
             found[key] = found[key][:, first:last]
         return ids[first:last], {k: v for k, v in found.items() if isinstance(v, Tensor)}
+
+    def _warn_of_cut(self, n_samples: int, frames: Any, where: str) -> None:
+        """Say once that sounds lose their end."""
+        hop = getattr(getattr(self.processor, "feature_extractor", None), "hop_length", None)
+        if not isinstance(frames, Tensor) or frames.ndim != 3 or not hop:
+            return
+        heard = frames.shape[0] * frames.shape[2] * int(hop)
+        if n_samples <= heard + int(hop) or "cut" in self.checked:
+            return
+        self.checked.add("cut")
+        rate = self.rate()
+        logger.warning(
+            "%s hears the first %.3g s of a sound, and that of %s lasts %.3g s: cut longer ones "
+            "into parts, or what decides their labels may be gone. (Said once for a model.)",
+            type(self.whole).__name__,
+            heard / rate,
+            where,
+            n_samples / rate,
+        )
 
     @torch.no_grad()
     def _run(
@@ -211,7 +239,8 @@ class Composite:
 
         handle = hf.base_model.register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            output = whole(**inputs)
+            with evaluating(whole):
+                output = whole(**inputs)
         except _CapturedError:
             return caught[0], None
         except (UnsupportedModelError, torch.OutOfMemoryError):
@@ -234,7 +263,7 @@ class Composite:
         self, hf: PreTrainedModel, inputs: Mapping[str, Tensor], features: Features, logits: Tensor
     ) -> None:
         row = Features(features.values[None], features.places[None])
-        with replacing(hf.get_input_embeddings(), row):
+        with evaluating(hf), replacing(hf.get_input_embeddings(), row):
             alone = hf(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
             ).logits[:, -1]

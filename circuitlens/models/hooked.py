@@ -137,8 +137,8 @@ class HookedModel(Shortened):
     def _hooked_view(self) -> tuple[Any, HeadGeometry, Wiring]:
         if self.adapter is not None:
             raise InputError(
-                f"{self!r} keeps an adapter alongside its weights, where hooks do not reach: merge it "
-                "first, cl.merge(model, task).model."
+                f"{self!r} keeps an adapter alongside its weights, where hooks do not reach: merge "
+                "it first, cl.merge(model, task).model."
             )
         if self._view is None or not self._view[2].holds(self.hf):
             self._view = (*boot(self.family, self._tokenizer), Wiring(self.hf))
@@ -419,12 +419,13 @@ class HookedModel(Shortened):
         """
         if self.adapter is not None:
             raise InputError(
-                f"{self!r} keeps an adapter alongside its weights: save the transfer, result.save(…), "
-                "or merge the adapter first, cl.merge(model, task).model.save(…)."
+                f"{self!r} keeps an adapter alongside its weights: save the transfer, "
+                "result.save(…), or merge the adapter first, cl.merge(model, task).model.save(…)."
             )
         write_weights(self.whole, Path(folder), self.labels)
-        if self.composite is not None and self.composite.processor is not None:
-            self.composite.processor.save_pretrained(folder)
+        processor = self.composite.processor if self.composite else None
+        if processor is not None and hasattr(processor, "save_pretrained"):
+            processor.save_pretrained(folder)
         elif self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         if self.prompt is not None:

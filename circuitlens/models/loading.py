@@ -117,6 +117,11 @@ def _hooked(
                 f"{type(hf).__name__} takes text only, so a processor serves nothing: leave it out."
             )
         return HookedModel(hf, tokenizer, name, origin, labels)
+    if processor is not None and not (callable(processor) and hasattr(processor, "tokenizer")):
+        raise InputError(
+            f"processor is a {type(processor).__name__}: give what AutoProcessor.from_pretrained "
+            "loads, which has a tokenizer and takes text with sounds or images."
+        )
     name = name or str(hf.config.name_or_path) or type(hf).__name__
     return HookedModel(inside, tokenizer, name, origin, labels, Composite(hf.eval(), processor))
 

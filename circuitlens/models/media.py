@@ -23,11 +23,13 @@ from scipy.signal import resample_poly
 from circuitlens.errors import InputError, first_line
 from circuitlens.utils.storage import digest
 
-__all__ = ["MEDIA", "Audio", "digest_of", "load_image", "media_value"]
+__all__ = ["MEDIA", "Audio", "digest_of", "load_image", "media_value", "opened"]
 
 # Names of fields that are no texts.
 MEDIA = ("audio", "image")
 _WAVE = (b"RIFF", b"RIFX", b"RF64")
+# Decoders and resampling go a little beyond 1.
+_LOUDEST = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,13 @@ class Audio:
     rate: int
 
     def __post_init__(self) -> None:
-        samples = np.asarray(self.samples)
+        try:
+            samples, rate = np.asarray(self.samples), float(self.rate)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"A sound is an array of samples and their rate in Hz, but this is a "
+                f"{type(self.samples).__name__} with the rate {self.rate!r} ({first_line(error)})."
+            ) from error
         if samples.ndim != 1 or not samples.size:
             raise InputError(
                 f"A sound is one row of samples, but these have the shape {samples.shape}: give "
@@ -56,10 +64,15 @@ class Audio:
             )
         if not np.isfinite(samples).all():
             raise InputError("A sound has samples that are NaN or infinite: repair the recording.")
-        if not 0 < int(self.rate) == self.rate:
+        if np.abs(samples).max() > _LOUDEST:
+            raise InputError(
+                f"The samples of a sound lie between -1 and 1, but these reach "
+                f"{np.abs(samples).max():g}: divide them by their full scale, samples / 32768."
+            )
+        if not (0 < rate < np.inf and rate.is_integer()):
             raise InputError(f"The rate of a sound is samples per second, not {self.rate!r}.")
         object.__setattr__(self, "samples", samples.astype(np.float32))
-        object.__setattr__(self, "rate", int(self.rate))
+        object.__setattr__(self, "rate", int(rate))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Audio) and self.digest == other.digest
@@ -111,7 +124,14 @@ class Audio:
                 f"The WAV file {where} could not be read ({first_line(error)}): convert it to "
                 "16-bit PCM."
             ) from error
-        return cls(_mono(samples), int(rate))
+        return cls._named(samples, rate, where)
+
+    @classmethod
+    def _named(cls, samples: NDArray[Any], rate: Any, where: str) -> Audio:
+        try:
+            return cls(_mono(samples), int(rate))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     @classmethod
     def _other_format(cls, raw: bytes, where: str) -> Audio:
@@ -128,7 +148,7 @@ class Audio:
             raise InputError(
                 f"The sound {where} could not be read ({first_line(error)})."
             ) from error
-        return cls(_mono(samples), int(rate))
+        return cls._named(samples, rate, where)
 
 
 def _mono(samples: NDArray[Any]) -> NDArray[Any]:
@@ -156,7 +176,10 @@ def media_value(name: str, value: Any, where: str) -> Any:
     """
     if isinstance(value, Path):
         return value
-    found = _audio(value) if name == "audio" else _image(value)
+    try:
+        found = _audio(value) if name == "audio" else _image(value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     if found is None:
         what = (
             "a pathlib.Path, circuitlens.Audio(samples, rate), or what datasets.Audio gives"
@@ -171,10 +194,11 @@ def _audio(value: Any) -> Audio | None:
     if isinstance(value, Audio):
         return value
     if isinstance(value, tuple | list) and len(value) == 2:
-        return Audio(np.asarray(value[0]), value[1])
+        return Audio(value[0], value[1])
     if isinstance(value, Mapping):
         if value.get("array") is not None:
-            return Audio(np.asarray(value["array"]), value["sampling_rate"])
+            rate: Any = value.get("sampling_rate")
+            return Audio(value["array"], rate)
         source = value.get("bytes") or value.get("path")
         return Audio.load(source) if source else None
     if hasattr(value, "get_all_samples"):
@@ -188,8 +212,16 @@ def _image(value: Any) -> Any:
         source = value.get("bytes") or value.get("path")
         return load_image(source) if source else None
     if isinstance(value, np.ndarray):
-        return _pillow().fromarray(value)
-    return value if hasattr(value, "tobytes") and hasattr(value, "mode") else None
+        try:
+            return _pillow().fromarray(value).convert("RGB")
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"An image is an array of bytes, height × width × 3, but this one is "
+                f"{value.dtype} with the shape {value.shape}: convert it, such as "
+                "(255 * pixels).astype('uint8')."
+            ) from error
+    # As a file is read: otherwise transparency would make another image of it.
+    return value.convert("RGB") if hasattr(value, "convert") else None
 
 
 def load_image(source: str | Path | bytes) -> Any:
@@ -218,17 +250,24 @@ def _pillow() -> Any:
     return Image
 
 
-def digest_of(value: Any) -> str:
-    """What tells a sound or image apart, whatever its file is called.
+def opened(name: str, value: Any) -> Any:
+    """A sound or image as the model gets it, read from its file if need be.
 
     Raises:
         InputError: if its file cannot be read.
     """
-    if isinstance(value, Audio):
-        return value.digest
-    if isinstance(value, Path):
-        try:
-            return digest(value.read_bytes())
-        except OSError as error:
-            raise InputError(f"The file {value} could not be read ({error}).") from error
-    return digest(f"{value.mode}{value.size}", value.tobytes())
+    if name == "audio":
+        return Audio.load(value) if isinstance(value, Path) else value
+    return load_image(value) if isinstance(value, Path) else value.convert("RGB")
+
+
+def digest_of(name: str, value: Any) -> str:
+    """What tells a sound or image apart: what is in it, not its file or format.
+
+    Raises:
+        InputError: if its file cannot be read.
+    """
+    found = opened(name, value)
+    if isinstance(found, Audio):
+        return found.digest
+    return digest(f"{found.size}", found.tobytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -231,6 +232,11 @@ def _check_missing(
             f"{name} ({saved_as or 'a model without a named class'}) has no language-model head "
             f"({what} would be random): load a checkpoint with one, or give this one a "
             "classification head for your labels, cl.load(…, labels=task) (--classifier)."
+        )
+    if saved_as and not hasattr(transformers, saved_as):
+        raise InputError(
+            f"{name} was saved as a {saved_as}, a class that transformers does not have: build it "
+            "with that class, load its weights, and pass it in memory, cl.load(model, …)."
         )
     raise InputError(
         f"Weights of {type(model).__name__} are missing in {name} and would be random ({what}): "

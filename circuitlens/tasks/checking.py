@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from circuitlens.errors import InputError
 from circuitlens.models.media import MEDIA, Audio, media_value
-from circuitlens.models.prompt import Prompt
+from circuitlens.models.prompt import Prompt, template_fields
 from circuitlens.tasks.examples import Example
 
 __all__ = ["check_examples"]
@@ -34,13 +34,15 @@ def check_examples(
                 f"Example {example.id} ({where}) has no field {missing[0]!r}, which the "
                 f"template {prompt.template!r} needs; it has {sorted(example.fields)}."
             )
-        texts = [name for name in fields if name not in MEDIA]
+        # A choice is text, whatever it is called.
+        seen = [name for name in template_fields(prompt.template) if name in MEDIA]
+        texts = [name for name in fields if name not in seen or name in prompt.choices]
         if other := [name for name in texts if not isinstance(example.fields[name], str)]:
             raise InputError(
                 f"Example {example.id} ({where}) has the {other[0]} "
                 f"{example.fields[other[0]]!r}, which is not a string: give its text."
             )
-        for name in set(fields) - set(texts):
+        for name in set(seen) - set(texts):
             if not isinstance(value := example.fields[name], str | Audio):
                 media_value(name, value, f"Example {example.id} ({where})")
         own = example.texts

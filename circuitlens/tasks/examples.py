@@ -190,8 +190,8 @@ def normal_text(example: Example) -> tuple[str, ...]:
 
     Sounds and images are compared by what is in them.
     """
-    fields = example.fields.values()
-    return tuple(_normal(v) if isinstance(v, str) else digest_of(v) for v in fields)
+    fields = example.fields.items()
+    return tuple(_normal(v) if isinstance(v, str) else digest_of(n, v) for n, v in fields)
 
 
 def _normal(text: str) -> str:

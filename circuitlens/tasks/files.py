@@ -14,6 +14,7 @@ import pandas as pd
 from circuitlens.errors import InputError
 from circuitlens.models.media import MEDIA, media_value
 from circuitlens.tasks.examples import Example
+from circuitlens.tasks.media_fields import find_file
 from circuitlens.tasks.reading import SUFFIXES, data_suffix, read_rows, refuse_doubled, stem
 
 __all__ = [
@@ -126,11 +127,7 @@ def _field(value: Any, name: str, number: int, where: str, folder: Path | None) 
         return _text(value, name, number, where)
     if not isinstance(value, str):
         return media_value(name, value, f"Row {number + 1} of {where}")
-    text = value.strip()
-    if not text or "\n" in text:
-        return text
-    found = [path for path in ((folder or Path()) / text, Path(text)) if path.is_file()]
-    return found[0] if found else text
+    return find_file(value.strip(), folder)
 
 
 def _id_column(row: Mapping[str, Any], taken: set[str | None], where: str) -> str | None:

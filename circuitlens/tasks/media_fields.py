@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,7 @@ from circuitlens.errors import InputError
 from circuitlens.models.features import Features
 from circuitlens.tasks.examples import Example
 
-__all__ = ["HasMedia", "has_media", "joined"]
+__all__ = ["HasMedia", "find_file", "has_media", "joined"]
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -57,6 +58,17 @@ def has_media(name: str, examples: Sequence[Example], media: HasMedia | None, wh
             "no file: check the path, which may be relative to the data file."
         )
     return True
+
+
+def find_file(text: str, folder: Path | None = None) -> Path | str:
+    """The file of that name, in a folder or the working directory; else the text as it is."""
+    for path in ((folder or Path()) / text, Path(text)):
+        try:
+            if text and path.is_file():
+                return path
+        except OSError:  # no name of a file can be so long
+            return text
+    return text
 
 
 def joined(rows: Sequence[Rows], features: Sequence[tuple[Features, ...]]) -> tuple[Features, ...]:

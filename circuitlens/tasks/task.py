@@ -403,8 +403,8 @@ class Task:
         for pool in POOLS:
             parts.append(pool)
             for e in self[pool]:
-                both = (*e.fields.values(), *e.counterfactual.values())
-                texts = (v if isinstance(v, str) else digest_of(v) for v in both)
+                both = (*e.fields.items(), *e.counterfactual.items())
+                texts = (v if isinstance(v, str) else digest_of(n, v) for n, v in both)
                 parts += [e.id, *texts, e.label]
         return digest(*parts)
 

@@ -178,7 +178,7 @@ def training_curves(
 
 
 def drift_frame(result: TransferResult) -> pd.DataFrame:
-    """Return one row per head: ``head``, ``layer``, ``index``, ``drift``, and if it was ``trained``.
+    """Return one row per head: ``head``, ``layer``, ``index``, ``drift``, and ``trained`` or not.
 
     ``drift`` is the norm of the change of the head's weights.
     """
