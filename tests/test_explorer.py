@@ -437,7 +437,7 @@ def test_saved_results_need_no_model(model, task, baseline, scores, probe, tmp_p
     message, _ = tell(explorer, kind="look", language="", example=0, head="a0.h0")
     assert "This needs the model" in message["error"]
     explorer.members = ["a1.h1"]
-    assert explorer.circuit.selection == "by hand in the explorer, beside the scores of mine"
+    assert explorer.circuit.selection == "by hand in the explorer, alongside the scores of mine"
     assert explorer.circuit.provenance == scores.provenance
     message, _ = tell(explorer, kind="save", path=str(tmp_path / "c.json"), members=["a1.h1"])
     assert cl.Circuit.load(tmp_path / "c.json") == explorer.circuit
@@ -497,3 +497,27 @@ def test_the_view_takes_no_html_and_loads_nothing():
     text = script.replace("http://www.w3.org/2000/svg", "") + (folder / "explorer.css").read_text()
     for banned in ("http:", "https:", "url(", "@import", "import "):
         assert banned not in text
+
+
+def test_the_explorer_draws_what_a_head_does(toy_proxy, toy_task, toy_baseline, toy_scores):
+    scores = toy_scores
+    explorer = explore(toy_proxy, toy_task, toy_baseline, scores, scores.top(2))
+    head = scores.ranking()[0]
+    explorer.selected = [str(head)]
+    fig = explorer.head_card()
+    assert str(head) in fig.layout.title.text
+    roles = cl.head_roles(
+        explorer._probe.model,
+        explorer._probe.task,
+        [head],
+        explorer._probe.baseline,
+        max_examples=explorer._probe.max_score_examples,
+        quiet=True,
+    )
+    assert fig.data == cl.view.head_card(roles, head, explorer.circuit).data
+    other = scores.ranking()[-1]
+    assert str(other) in explorer.head_card(other).layout.title.text
+    explorer.selected, explorer.members = [], []
+    with pytest.raises(cl.InputError, match="No head is chosen"):
+        explorer.head_card()
+    assert explorer.margin_lens().data

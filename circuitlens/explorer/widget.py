@@ -16,14 +16,18 @@ from typing import Any
 
 import anywidget
 import numpy as np
+import plotly.graph_objects as go
 import traitlets
 
 from circuitlens.circuit import Circuit
 from circuitlens.circuits.curve import FaithfulnessCurve
+from circuitlens.circuits.lens import margin_by_layer
+from circuitlens.circuits.looking import head_roles
 from circuitlens.errors import CircuitLensError, InputError, check_choice
 from circuitlens.explorer.probing import CHEAP_METHODS, Probe
 from circuitlens.nodes import Head
 from circuitlens.scoring.head_scores import HeadScores
+from circuitlens.view.roles import head_card, margin_lens
 from circuitlens.view.theme import look
 
 __all__ = ["Explorer"]
@@ -133,6 +137,49 @@ class Explorer(anywidget.AnyWidget):
         origin = origin or (shown.provenance if shown is not None else None)
         return Circuit(tuple(heads), *self._shape, how, origin)
 
+    # -- figures ---------------------------------------------------------------------------
+
+    def head_card(self, head: Head | str | None = None) -> go.Figure:
+        """Draw where a head looks and which labels it raises (:func:`circuitlens.view.head_card`).
+
+        Args:
+            head: by default the one in hand, or the first of the circuit.
+
+        Raises:
+            InputError: if no head is chosen, or the explorer has no model.
+        """
+        probe = self._with_model()
+        names = [str(head)] if head is not None else [*self.selected, *self.members]
+        if not names:
+            raise InputError("No head is chosen: click one, or give its name, head_card('a0.h3').")
+        (chosen,) = self._parse(names[:1])
+        roles = head_roles(
+            probe.model,
+            probe.task,
+            [chosen],
+            probe.baseline,
+            max_examples=probe.max_score_examples,
+            seed=probe.seed,
+            quiet=True,
+        )
+        return head_card(roles, chosen, self.circuit)
+
+    def margin_lens(self) -> go.Figure:
+        """Draw in which layers the answer is made (:func:`circuitlens.view.margin_lens`).
+
+        Raises:
+            InputError: if the explorer has no model.
+        """
+        probe = self._with_model()
+        return margin_lens(margin_by_layer(probe.model, probe.task, quiet=True))
+
+    def _with_model(self) -> Probe:
+        if self._probe is None:
+            raise InputError(
+                "This needs the model: make the explorer with explore(model, task, baseline, …)."
+            )
+        return self._probe
+
     # -- questions of the browser ----------------------------------------------------------
 
     def _receive(self, _: object, content: dict[str, Any], buffers: object) -> None:
@@ -160,24 +207,21 @@ class Explorer(anywidget.AnyWidget):
         kind = content.get("kind")
         if kind == "save":
             return self._save(content), []
-        if self._probe is None:
-            raise InputError(
-                "This needs the model: make the explorer with explore(model, task, baseline, …)."
-            )
+        probe = self._with_model()
         if kind == "scores":
-            return self._score(str(content["method"]), self._probe), []
+            return self._score(str(content["method"]), probe), []
         language = str(content["language"])
         if kind == "sample":
-            return _sample(self._probe, language), []
+            return _sample(probe, language), []
         if kind == "circuit":
-            kept = self._probe.faithfulness(language, self._parse(content["members"]))
+            kept = probe.faithfulness(language, self._parse(content["members"]))
             return asdict(kept), []
         if kind not in ("look", "effect"):
             raise InputError(f"The explorer does not know the question {kind!r}.")
         (head,) = self._parse([content["head"]])
         if kind == "effect":
-            return asdict(self._probe.effect(language, head)), []
-        return _look(self._probe, language, int(content["example"]), head)
+            return asdict(probe.effect(language, head)), []
+        return _look(probe, language, int(content["example"]), head)
 
     def _score(self, method: str, probe: Probe) -> dict[str, Any]:
         if method not in self.scores:
