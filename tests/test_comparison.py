@@ -39,7 +39,9 @@ def test_each_scorer_has_a_row(comparison):
         "random circuits",
     ]
     exact = table.loc["ablation"]
-    assert [exact.spearman, exact.overlap, exact.mlp_spearman] == pytest.approx([1, 1, 1])
+    assert [exact.spearman, exact.overlap] == pytest.approx([1, 1])
+    # Two MLPs can be in two orders only, which is no correlation.
+    assert np.isnan(exact.mlp_spearman)
     assert (comparison.n_top, comparison.n_examples, comparison.n_held_out) == (4, 30, 40)
     named = table.drop("random circuits")
     assert ((named.low <= named.spearman + 0.1) & (named.spearman - 0.1 <= named.high)).all()

@@ -132,7 +132,7 @@ def test_heads_are_ablated_and_scored_on_media(name):
     without = batch.readout.hf_label_logits(model, batch)
     handle.remove()
     effect = (margin(whole, batch.gold) - margin(without, batch.gold)).mean()
-    assert float(effect) == pytest.approx(float(exact.mean[1, 2]), abs=1e-4)
+    assert float(effect.detach()) == pytest.approx(float(exact.mean[1, 2]), abs=1e-4)
     curve = cl.faithfulness(model, task, exact, baseline, sizes=[4], n_random=2, quiet=True)
     assert curve.at(8)["faithfulness"] == pytest.approx(1)
 

@@ -164,6 +164,7 @@ def test_if_nothing_keeps_the_source_the_model_stays(toy_proxy, toy_scores, near
     assert "nothing that loses at most 0 of accuracy elsewhere did better" in caplog.text
 
 
+@pytest.mark.slow
 def test_replay_is_chosen_as_the_rate_is(toy_proxy, toy_scores, near, tmp_path):
     options = {**OPTIONS, "learning_rates": [3e-3], "epochs": 2}
     circuit = toy_scores.top(3)

@@ -55,8 +55,9 @@ class ScorerComparison:
             under the faithfulness curve over the share of heads (of several samples the mean, with
             lowest and highest, ``_min`` and ``_max``), and ``of_greedy_f`` and
             ``of_greedy_accuracy``, their share of ``greedy``'s on the same samples;
-            ``mlp_spearman`` with its interval, if MLPs were scored; ``forward`` and ``backward``,
-            passes of an example that scoring took, counted; ``seconds`` and ``peak_mib``. The row
+            ``mlp_spearman`` with its interval, if three or more MLPs were scored; ``forward`` and
+            ``backward``, passes of an example that scoring took, counted; ``seconds`` and
+            ``peak_mib``. The row
             ``random circuits`` holds areas of circuits drawn at random.
         n_top: number of top heads that ``overlap`` refers to.
         n_examples: examples scored.
