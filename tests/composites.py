@@ -163,6 +163,29 @@ def qwen2_vl() -> tuple[Any, Any]:
     return hf.Qwen2VLForConditionalGeneration(config), None
 
 
+class Patches:
+    """The image processor of Qwen2-VL, and a placeholder for each of its patches."""
+
+    image_token = MARKS["image"]
+
+    def __init__(self) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        self.tokenizer = tokenizer()
+        self.patches = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
+        )
+
+    def __call__(self, text: list[str], images: list[Any], **options: Any) -> dict[str, Any]:
+        found = self.patches(images, return_tensors="pt")
+        n = int(found["image_grid_thw"].prod()) // 4
+        ids = self.tokenizer([" ".join([self.image_token] * n)], return_tensors="pt")
+        seen = ids["input_ids"] == VOCABULARY.index(self.image_token)
+        return {**ids, "mm_token_type_ids": seen.long(), **found}
+
+
 class Around(hf.PreTrainedModel):
     """As Ultravox has it: the causal language model is a part, head included."""
 

@@ -16,6 +16,7 @@ from composites import (
     RATE,
     VOCABULARY,
     Frames,
+    Patches,
     composite,
     media_task,
     medium,
@@ -447,6 +448,14 @@ def test_a_composite_that_answers_otherwise_with_media_is_refused(monkeypatch):
     monkeypatch.setattr(kind, "forward", louder)
     with pytest.raises(cl.UnsupportedModelError, match="otherwise than the whole"):
         task.encode(model, "test")
+
+
+def test_images_with_positions_of_several_axes_are_refused():
+    images = pytest.importorskip("PIL.Image")
+    model = cl.load(qwen2_vl()[0], processor=Patches())
+    ids = model.tokenizer(f"one {MARKS['image']} two ->")["input_ids"]
+    with pytest.raises(cl.UnsupportedModelError, match="positions of several axes"):
+        model.features(ids, {"image": images.new("RGB", (16, 16), (200, 30, 90))})
 
 
 def test_positions_of_several_axes_are_for_text_only():

@@ -234,6 +234,11 @@ class Composite:
                     "that its features cannot be read."
                 )
             caught.append(embedded)
+            if fault := _beyond(named, embedded.shape[1]):
+                raise UnsupportedModelError(
+                    f"{type(whole).__name__} gives its language model {fault} with the media of "
+                    f"{where}, which the hooked view does not have: use it on text."
+                )
             if not whole_pass:
                 raise _CapturedError
 
@@ -273,3 +278,26 @@ class Composite:
                 "otherwise than the whole does, as where positions have several axes or attention "
                 "looks ahead within an image: use it on text, or use a model with plain positions."
             )
+
+
+def _beyond(given: Mapping[str, Any], n: int) -> str:
+    """What a language model is given that embeddings alone do not say; empty if there is nothing.
+
+    Logits may hide it: where weights are random, or attention is even, positions hardly matter.
+    """
+    positions = given.get("position_ids")
+    if positions is not None and not bool(
+        (positions == torch.arange(n, device=positions.device)).all()
+    ):
+        return "positions of several axes"
+    masks = given.get("attention_mask")
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    for mask in masks.values() if isinstance(masks, Mapping) else (masks,):
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+            if not torch.equal(seen.cpu(), causal):
+                return "attention that looks ahead"
+        elif mask is not None and not isinstance(mask, Tensor):
+            return "a mask of its own kind"
+    deeper = [name for name, value in given.items() if "deepstack" in name and value is not None]
+    return f"features in later layers ({deeper[0]})" if deeper else ""

@@ -23,7 +23,7 @@ _TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether logits are the same up to rounding."""
-    limit = _TOLERANCE.get(b.dtype, 1e-3)
+    limit = _TOLERANCE.get(b.dtype, 1e-4)
     return bool((a.float() - b.float()).abs().max() <= limit * b.float().abs().max())
 
 
