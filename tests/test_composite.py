@@ -144,11 +144,9 @@ def test_heads_are_ablated_and_scored_on_media(name):
         ("qwen2-audio", "circuit"),
         ("llava", "lora-norms"),
         ("ultravox-like", "full"),
-        *(
-            pytest.param(name, strategy, marks=pytest.mark.slow)
-            for name in ("qwen2-audio", "llava", "voxtral")
-            for strategy in ("full", "head-scale", "lora")
-        ),
+        pytest.param("qwen2-audio", "lora", marks=pytest.mark.slow),
+        pytest.param("llava", "head-scale", marks=pytest.mark.slow),
+        pytest.param("voxtral", "full", marks=pytest.mark.slow),
     ],
 )
 def test_training_leaves_the_encoder_and_the_whole_is_saved(name, strategy, tmp_path):
@@ -185,7 +183,9 @@ def test_training_leaves_the_encoder_and_the_whole_is_saved(name, strategy, tmp_
     assert again.fingerprint() == adapted.fingerprint()
     if name != "ultravox-like":  # which AutoConfig does not know
         adapted.save(tmp_path / "model")
-        loaded = cl.load(tmp_path / "model")
+        # Voxtral's own processor needs the tokenizer of another library.
+        how = adapted.composite.processor if name == "voxtral" else None
+        loaded = cl.load(tmp_path / "model", processor=how)
         assert loaded.fingerprint() == adapted.fingerprint()
         written = [
             m.whole.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
