@@ -601,3 +601,12 @@ def test_a_processor_that_is_none_is_refused():
     for wrong in ("name", tokenizer()):
         with pytest.raises(cl.InputError, match="processor is a"):
             cl.load(composite("qwen2-audio").whole, processor=wrong)
+
+
+def test_a_hook_that_only_looks_at_embeddings_leaves_the_features_in():
+    model, task = composite("qwen2-audio"), media_task("qwen2-audio")
+    batch = task.encode(model, "test").batch(range(2))
+    seen = []
+    found = model.logits(batch, {"embed.hook_out": lambda x: seen.append(x)})
+    assert torch.equal(found, model.logits(batch))
+    assert torch.equal(seen[0][batch.places], batch.values[batch.places])

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from circuitlens.models.hooks import Hook
+
 __all__ = ["Features", "replaced", "replacing"]
 
 
@@ -39,11 +41,13 @@ def replacing(embedding: nn.Module, features: Features | None) -> Iterator[None]
         handle.remove()
 
 
-def replaced(features: Features) -> Callable[[Tensor], Tensor]:
-    """A function that puts features in the places of embeddings."""
+def replaced(features: Features, then: Hook | None = None) -> Callable[[Tensor], Tensor]:
+    """A function that puts features in the places of embeddings, and calls a hook on the result."""
 
     def put(embeddings: Tensor) -> Tensor:
         places = features.places.to(embeddings.device)[..., None]
-        return torch.where(places, features.values.to(embeddings), embeddings)
+        found = torch.where(places, features.values.to(embeddings), embeddings)
+        changed = None if then is None else then(found)
+        return found if changed is None else changed
 
     return put

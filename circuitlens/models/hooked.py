@@ -297,8 +297,8 @@ class HookedModel(Shortened):
         tokens = arguments.pop("input_ids")
         count_forward(len(tokens))
         if batch.features is not None:
-            put, own = replaced(batch.features), hooks.get("embed.hook_out")
-            hooks = {**hooks, "embed.hook_out": put if own is None else lambda x: own(put(x))}
+            put = replaced(batch.features, hooks.get("embed.hook_out"))
+            hooks = {**hooks, "embed.hook_out": put}
         with self.hooked(hooks):
             return self.bridge(tokens, **arguments)
 
