@@ -30,6 +30,7 @@ docs: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m figures.draw
 	$(BIN)/python -m figures.gallery
+	$(BIN)/python -m figures.speech --draw
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

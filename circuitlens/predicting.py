@@ -11,12 +11,12 @@ import torch
 
 from circuitlens.errors import MODEL, InputError, check_types
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.media import MEDIA, media_value
+from circuitlens.models.media import MEDIA
 from circuitlens.models.prompt import Prompt
 from circuitlens.tasks import Example, Task
 from circuitlens.tasks.encoding import encode
 from circuitlens.tasks.evaluation import label_scores
-from circuitlens.tasks.media_fields import find_file
+from circuitlens.tasks.media_fields import read_media
 
 __all__ = ["predict"]
 
@@ -113,12 +113,6 @@ def _examples(texts: Any, prompt: Prompt, folder: Path | None, takes_media: bool
                 )
         found = {name: row[name] for name in fields}
         for name in set(MEDIA).intersection(fields) if takes_media else ():
-            value = found[name]
-            text = isinstance(value, str)
-            found[name] = (
-                find_file(value.strip(), folder)
-                if text
-                else media_value(name, value, f"Text {number}")
-            )
+            found[name] = read_media(name, found[name], f"Text {number}", folder)
         examples.append(Example(str(number), found, ""))
     return examples

@@ -67,11 +67,11 @@ class Watch:
             for parameter, trained in wanted:
                 parameter.requires_grad_(trained)
         # Scalars of numpy and torch.
-        if getattr(found, "size", None) == 1 or isinstance(found, torch.Tensor):
-            found = found.item() if isinstance(found, np.generic | np.ndarray) else found
-            found = (
-                found.item() if isinstance(found, torch.Tensor) and found.numel() == 1 else found
-            )
+        if (
+            isinstance(found, np.generic | np.ndarray | torch.Tensor)
+            and math.prod(found.shape) == 1
+        ):
+            found = found.item()
         if not isinstance(found, Real) or not math.isfinite(found):
             hint = ", such as its .accuracy" if hasattr(found, "accuracy") else ""
             raise InputError(

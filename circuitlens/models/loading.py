@@ -17,7 +17,7 @@ from transformers import (
 from circuitlens.errors import InputError
 from circuitlens.models.composite import Composite
 from circuitlens.models.hooked import HookedModel
-from circuitlens.models.inside import check_alike, language_model_of
+from circuitlens.models.inside import check_alike, is_composite, language_model_of
 from circuitlens.models.prompt import Prompt
 from circuitlens.models.selfcheck import check_hooks
 from circuitlens.models.weights import load_processor, load_tokenizer, load_weights, plain_model
@@ -67,7 +67,7 @@ def load_model(
         hf, new = load_weights(str(model), kind, revision, names, **options)
         elsewhere = "hub" if revision is None else f"revision {revision}"
         origin = "folder" if Path(model).exists() else elsewhere
-        if processor is None and tokenizer is None and language_model_of(hf) is not None:
+        if processor is None and tokenizer is None and is_composite(hf.config):
             processor = load_processor(str(model), revision, **options)
         tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         tokenizer = tokenizer or load_tokenizer(str(model), revision, **options)

@@ -28,21 +28,22 @@ def check_examples(
             or image there, an empty text, or another label.
     """
     fields = prompt.fields
+    # A choice is text, whatever it is called.
+    seen = {name for name in template_fields(prompt.template) if name in MEDIA}
+    media = seen.difference(prompt.choices)
+    texts = [name for name in fields if name not in media]
     for example in examples:
         if missing := [name for name in fields if name not in example.fields]:
             raise InputError(
                 f"Example {example.id} ({where}) has no field {missing[0]!r}, which the "
                 f"template {prompt.template!r} needs; it has {sorted(example.fields)}."
             )
-        # A choice is text, whatever it is called.
-        seen = [name for name in template_fields(prompt.template) if name in MEDIA]
-        texts = [name for name in fields if name not in seen or name in prompt.choices]
         if other := [name for name in texts if not isinstance(example.fields[name], str)]:
             raise InputError(
                 f"Example {example.id} ({where}) has the {other[0]} "
                 f"{example.fields[other[0]]!r}, which is not a string: give its text."
             )
-        for name in set(seen) - set(texts):
+        for name in media:
             if not isinstance(value := example.fields[name], str | Audio):
                 media_value(name, value, f"Example {example.id} ({where})")
         own = example.texts

@@ -12,9 +12,9 @@ from typing import Any, cast
 import pandas as pd
 
 from circuitlens.errors import InputError
-from circuitlens.models.media import MEDIA, media_value
+from circuitlens.models.media import MEDIA
 from circuitlens.tasks.examples import Example
-from circuitlens.tasks.media_fields import find_file
+from circuitlens.tasks.media_fields import read_media
 from circuitlens.tasks.reading import SUFFIXES, data_suffix, read_rows, refuse_doubled, stem
 
 __all__ = [
@@ -125,9 +125,7 @@ def _field(value: Any, name: str, number: int, where: str, folder: Path | None) 
     """A text, or a sound or image."""
     if name not in MEDIA:
         return _text(value, name, number, where)
-    if not isinstance(value, str):
-        return media_value(name, value, f"Row {number + 1} of {where}")
-    return find_file(value.strip(), folder)
+    return read_media(name, value, f"Row {number + 1} of {where}", folder)
 
 
 def _id_column(row: Mapping[str, Any], taken: set[str | None], where: str) -> str | None:

@@ -11,9 +11,10 @@ import torch
 
 from circuitlens.errors import InputError
 from circuitlens.models.features import Features
+from circuitlens.models.media import media_value
 from circuitlens.tasks.examples import Example
 
-__all__ = ["HasMedia", "find_file", "has_media", "joined"]
+__all__ = ["HasMedia", "has_media", "joined", "read_media"]
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -60,7 +61,7 @@ def has_media(name: str, examples: Sequence[Example], media: HasMedia | None, wh
     return True
 
 
-def find_file(text: str, folder: Path | None = None) -> Path | str:
+def _find_file(text: str, folder: Path | None = None) -> Path | str:
     """The file of that name, in a folder or the working directory; else the text as it is."""
     for path in ((folder or Path()) / text, Path(text)):
         try:
@@ -69,6 +70,17 @@ def find_file(text: str, folder: Path | None = None) -> Path | str:
         except OSError:  # no name of a file can be so long
             return text
     return text
+
+
+def read_media(name: str, value: Any, where: str, folder: Path | None = None) -> Any:
+    """A sound or image of a row: the name of a file is looked up, anything else is read.
+
+    Raises:
+        InputError: for what is neither.
+    """
+    if isinstance(value, str):
+        return _find_file(value.strip(), folder)
+    return media_value(name, value, where)
 
 
 def joined(rows: Sequence[Rows], features: Sequence[tuple[Features, ...]]) -> tuple[Features, ...]:

@@ -178,7 +178,7 @@ def _run(
     return {
         "scores": scores,
         "method": METHODS.get(scores.method, "a rule set of your own"),
-        "table": _table(scores, effects),
+        "table": _rows(scores, effects)[:15],
         "circuit": circuit,
         # Of all heads, as the strongest need not be in the circuit.
         "label": {str(h): circuit.label(h) for h in scores.ranking()},
@@ -209,13 +209,10 @@ def _explorer(
     scores: HeadScores, circuit: Circuit, effects: HeadEffects | None, roles: HeadRoles | None
 ) -> dict[str, Any]:
     """What the page's own explorer says of every head, in a form that JSON has."""
-    frame = scores.to_frame()
-    if effects is not None:
-        frame = frame.merge(effects.to_frame(), on="head", how="left")
     known = {str(role.head): role for role in roles.roles} if roles else {}
     inside = set(map(str, circuit))
     heads = []
-    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
+    for row in _rows(scores, effects):
         name = str(row["head"])
         entry = {key: row[key] for key in ("rank", "relevance", "low", "high")}
         entry |= {"head": name, "label": circuit.label(Head.parse(name)), "inside": name in inside}
@@ -243,8 +240,9 @@ def _fronts(results: Comparison | Sequence[TransferResult]) -> dict[str, go.Figu
     return found
 
 
-def _table(scores: HeadScores, effects: HeadEffects | None) -> list[dict[Any, Any]]:
-    rows = scores.to_frame().head(15)
+def _rows(scores: HeadScores, effects: HeadEffects | None) -> list[dict[Any, Any]]:
+    """All heads, the strongest first, with their effects where these were measured."""
+    rows = scores.to_frame()
     if effects is not None:
         rows = rows.merge(effects.to_frame(), on="head", how="left")
     return rows.astype(object).where(rows.notna(), None).to_dict("records")

@@ -44,8 +44,11 @@ def history_frame(results: Results | TransferResult) -> pd.DataFrame:
         # As in training, of equal ones the earlier.
         ranks = list(map(rank, history))
         best = ranks.index(max(ranks)) if ranks else None
-        about = {key: cell[key] for key in ("strategy", "seed")}
-        about = {"language": cell["target_language"], **about}
+        about = {
+            "language": cell["target_language"],
+            "strategy": cell["strategy"],
+            "seed": cell["seed"],
+        }
         if history and cell.get("monitored"):
             before = {f"{PREFIX}{n}": pair[0] for n, pair in cell["monitored"].items()}
             rows.append({**about, "epoch": 0.0, "best": False, **before})
